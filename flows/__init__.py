@@ -1,0 +1,1 @@
+"""How Prefect runs the pipeline: the flow, and the local service that serves it."""

@@ -1,0 +1,151 @@
+"""The Prefect flow `cluster-corpus`: one task per stage and domain, in the order of the plan.
+
+Prefect schedules, retries and shows; what is already done is decided by the artifacts alone, so no result is
+persisted or cached here. Tasks carry paths and digests, never data.
+
+`python -m flows.cluster_corpus MANIFEST` runs the flow without a service, on a temporary server of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+
+from pipeline.errors import HardbatchError
+
+if TYPE_CHECKING:
+    from pipeline.run import Step
+
+ROOT = Path(__file__).resolve().parents[1]
+GRACE_S = 20.0
+
+
+@flow(name="cluster-corpus", persist_result=False)
+def cluster_corpus(
+    manifest: str,
+    workspace: str = "workspace",
+    data_root: str | None = None,
+    overrides: list[str] | None = None,
+) -> str:
+    """Turn the corpus of `manifest` into shards and return their folder.
+
+    `overrides` are strings `stage.field=value`. Relative paths start at the working directory, which for a
+    deployment is the project's root.
+    """
+    from pipeline.report import summary_markdown
+    from pipeline.run import plan_corpus
+
+    plan = plan_corpus(
+        Path(manifest),
+        Path(workspace),
+        data_root=Path(data_root) if data_root is not None else None,
+        overrides=overrides or (),
+    )
+    for step in plan.steps:
+        complete_step.with_options(name=step.stage, task_run_name=f"{step.stage} of {step.domain}")(step)
+    create_markdown_artifact(summary_markdown(plan.shards), key="cluster-corpus", description=str(plan.shards))
+    return str(plan.shards)
+
+
+def is_worth_retrying(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
+    """Whether a failed task met an I/O error that may pass: no mistake of the user's, no full disk or quota."""
+    error = state.data
+    if not isinstance(error, OSError) or isinstance(error, HardbatchError):
+        return False
+    return error.errno not in (errno.ENOSPC, errno.EDQUOT)
+
+
+@task(
+    retries=3,
+    retry_delay_seconds=[1, 10, 60],
+    retry_condition_fn=is_worth_retrying,
+    persist_result=False,
+    cache_policy=NO_CACHE,
+)
+def complete_step(step: Step) -> bool:
+    """Make the artifact of `step` complete; False if it already was."""
+    from pipeline.run import run_step
+
+    worked = run_step(step)
+    get_run_logger().info("%s %s", "built" if worked else "already complete:", step.path)
+    return worked
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the flow without a service and return the exit code (130 and 143 for signals).
+
+    Prefect starts a server as a child that outlives a killed flow. So the flow runs in a process group of its
+    own, and whatever way the flow ends, this process ends the group.
+    """
+    parser = argparse.ArgumentParser(prog="python -m flows.cluster_corpus", description="Run cluster-corpus.")
+    parser.add_argument("manifest")
+    parser.add_argument("--workspace", default="workspace")
+    parser.add_argument("--data-root")
+    parser.add_argument("--set", dest="overrides", metavar="STAGE.FIELD=VALUE", action="append")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    arguments = argv if argv is not None else sys.argv[1:]
+    options = vars(parser.parse_args(arguments))
+    if options.pop("inside"):
+        return _run_inside(options)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    defaults = {
+        "PREFECT_API_URL": "",
+        "PREFECT_HOME": str(ROOT / ".prefect" / "embedded"),
+        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+    }
+    command = [sys.executable, "-m", "flows.cluster_corpus", "--inside", *arguments]
+    flow_process = subprocess.Popen(command, env={**defaults, **os.environ}, start_new_session=True)
+    try:
+        return_code = flow_process.wait()
+        return return_code if return_code >= 0 else 128 - return_code
+    finally:
+        _end_group(flow_process)
+
+
+def _run_inside(options: dict[str, Any]) -> int:
+    """Run the flow in this process, on the server that the environment names or on a temporary one."""
+    try:
+        print(cluster_corpus(**options))
+    except HardbatchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def _end_group(leader: subprocess.Popen[bytes]) -> None:
+    """End every process of the group that `leader` founded: TERM, then KILL after `GRACE_S` seconds."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        os.killpg(leader.pid, signal.SIGTERM)
+        leader.wait(GRACE_S)
+        os.killpg(leader.pid, signal.SIGKILL)
+    except subprocess.TimeoutExpired:
+        os.killpg(leader.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    leader.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

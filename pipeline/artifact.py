@@ -1,0 +1,402 @@
+"""Artifacts: folders of committed units with a manifest that comes last.
+
+    <workspace>/<corpus>/<stage>/<domain>/<key>/
+        manifest.json     written last, created only if absent: the artifact is complete if and only if it is valid
+        units/NAME.json   one record per committed unit: its files with digests, sizes and row counts
+        ...               the files of the units
+
+A file is written under a temporary name beside its target, flushed, fsynced, renamed. A unit is committed when its
+record is there; it is redone otherwise, and gives the same bytes. No timestamps: the same work gives the same bytes.
+The lock of an artifact lies beside its folder, held by `flock`, so that the kernel frees it when its owner dies.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import InputError, IntegrityError, LockedError, NoSpaceError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """A committed file: digest of its bytes, size in bytes, rows where it is a table or an array."""
+
+    sha256: str
+    bytes: int
+    rows: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What an artifact is, what it was made from, and the digest of each of its files."""
+
+    stage: str
+    stage_version: int
+    domain: str
+    key: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    sources: list[dict[str, Any]]
+    files: dict[str, FileRecord]
+    counts: dict[str, Any]
+    produced_with: dict[str, str]
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A complete artifact: its folder and its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def bytes(self) -> int:
+        """Size of all its files, in bytes."""
+        return sum(record.bytes for record in self.manifest.files.values())
+
+    def files(self, folder: str) -> list[Path]:
+        """Its files below `folder`, in order of name."""
+        return [self.path / name for name in sorted(self.manifest.files) if name.startswith(folder + "/")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitRecord:
+    """A committed unit: its files and what it counted."""
+
+    files: dict[str, FileRecord]
+    counts: dict[str, Any]
+
+
+def content_key(**parts: Any) -> str:
+    """Short hash of what an artifact is made from: 16 hex digits of the SHA-256 of the parts as canonical JSON."""
+    return hashlib.sha256(_canonical_json(parts)).hexdigest()[:16]
+
+
+def find_artifact(path: Path) -> Artifact | None:
+    """The complete artifact at `path`, or None where there is no manifest.
+
+    Raises IntegrityError where the manifest is damaged, of a newer format, or where a file is missing or has
+    another size: cheap checks only; `verify_artifact` reads every byte.
+    """
+    manifest_path = path / MANIFEST
+    try:
+        raw = manifest_path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    artifact = Artifact(path=path, manifest=_parse_manifest(raw, manifest_path))
+    for name, record in artifact.manifest.files.items():
+        try:
+            size = (path / name).stat().st_size
+        except OSError:
+            raise IntegrityError(_damaged(path, name, "is missing")) from None
+        if size != record.bytes:
+            raise IntegrityError(_damaged(path, name, f"has {size} bytes where the manifest says {record.bytes}"))
+    return artifact
+
+
+def read_artifact(path: Path) -> Artifact:
+    """The complete artifact at `path`; raises IntegrityError where it is incomplete or damaged."""
+    artifact = find_artifact(path)
+    if artifact is None:
+        raise IntegrityError(f"{path}: no {MANIFEST} here, so the artifact is not complete; run the pipeline again")
+    return artifact
+
+
+def iter_artifact_paths(root: Path) -> Iterator[Path]:
+    """Folders at or below `root` that hold a manifest, in order of path."""
+    yield from sorted(path.parent for path in root.rglob(MANIFEST))
+
+
+def verify_artifact(path: Path) -> list[str]:
+    """Reads every byte of the artifact at `path` against its manifest; returns a line for each fault found."""
+    try:
+        raw = (path / MANIFEST).read_bytes()
+        manifest = _parse_manifest(raw, path / MANIFEST)
+    except OSError as error:
+        return [f"{path / MANIFEST}: cannot be read: {error.strerror}"]
+    except IntegrityError as error:
+        return [str(error)]
+    faults = []
+    for name, record in sorted(manifest.files.items()):
+        file = path / name
+        if not file.is_file():
+            faults.append(f"{file}: missing")
+        elif file.stat().st_size != record.bytes:
+            faults.append(f"{file}: {file.stat().st_size} bytes, the manifest says {record.bytes}")
+        elif sha256_file(file) != record.sha256:
+            faults.append(f"{file}: its bytes are not those that were written (sha256 differs)")
+    folders = {file.parent for file in (path / name for name in manifest.files)} - {path, path / "units"}
+    for file in sorted(file for folder in folders if folder.is_dir() for file in folder.iterdir()):
+        if file.is_file() and file.relative_to(path).as_posix() not in manifest.files:
+            faults.append(f"{file}: not a file of this artifact")
+    return faults
+
+
+class ArtifactBuilder:
+    """Commits units to the artifact at `path`; made by `open_builder`, which holds the lock."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def committed(self, unit: str) -> bool:
+        """True where the unit is committed and its files are there in full."""
+        return self._read_record(unit) is not None
+
+    def unit_record(self, unit: str) -> UnitRecord:
+        """The record of a committed unit."""
+        record = self._read_record(unit)
+        assert record is not None, f"unit {unit} of {self.path} is not committed"
+        return record
+
+    def finish(
+        self,
+        *,
+        units: Sequence[str],
+        stage: str,
+        stage_version: int,
+        domain: str,
+        key: str,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        sources: Sequence[Mapping[str, Any]] = (),
+        counts: Mapping[str, Any] | None = None,
+        produced_with: Mapping[str, str] | None = None,
+    ) -> Artifact:
+        """Writes the manifest over the files of `units`: from here on the artifact is complete."""
+        files: dict[str, FileRecord] = {}
+        for unit in units:
+            files.update(self.unit_record(unit).files)
+        manifest = Manifest(
+            stage=stage,
+            stage_version=stage_version,
+            domain=domain,
+            key=key,
+            config=dict(config),
+            inputs=dict(inputs),
+            sources=[dict(source) for source in sources],
+            files=dict(sorted(files.items())),
+            counts=dict(counts or {}),
+            produced_with=dict(produced_with or {}),
+        )
+        content = asdict(manifest)
+        content["digest"] = hashlib.sha256(_canonical_json(content)).hexdigest()
+        temporary = _temporary_name(self.path / MANIFEST)
+        try:
+            temporary.write_bytes(json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
+            fsync_path(temporary)
+            try:
+                os.link(temporary, self.path / MANIFEST)  # unlike a rename, fails where a manifest is already there
+            except FileExistsError:
+                pass
+        finally:
+            temporary.unlink(missing_ok=True)
+        fsync_path(self.path)
+        return read_artifact(self.path)
+
+    def _read_record(self, unit: str) -> UnitRecord | None:
+        try:
+            content = json.loads((self.path / "units" / f"{unit}.json").read_bytes())
+            files = {name: FileRecord(**record) for name, record in content["files"].items()}
+            if all((self.path / name).stat().st_size == record.bytes for name, record in files.items()):
+                return UnitRecord(files=files, counts=content["counts"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        return None
+
+
+@contextmanager
+def open_builder(path: Path) -> Iterator[ArtifactBuilder]:
+    """Locks the artifact at `path` and sweeps the temporary files that a dead owner left.
+
+    Raises LockedError (who holds it, since when) where a live process builds it.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with _lock(path.parent / f".{path.name}.lock"):
+        for leftover in path.rglob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        yield ArtifactBuilder(path)
+
+
+@dataclass(kw_only=True)
+class UnitWriter:
+    """The files of one unit, invisible until they are committed together; see `write_unit`."""
+
+    artifact_path: Path
+    unit: str
+    counts: dict[str, Any] = field(default_factory=dict)
+    _pending: dict[str, tuple[Path, int | None]] = field(default_factory=dict)
+
+    def add_file(self, name: str, rows: int | None = None) -> Path:
+        """Announces the file `name` (relative to the artifact); returns the temporary path to write it to."""
+        target = self.artifact_path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._pending[name] = (_temporary_name(target), rows)
+        return self._pending[name][0]
+
+    def set_rows(self, name: str, rows: int) -> None:
+        """Sets the row count of an announced file."""
+        self._pending[name] = (self._pending[name][0], rows)
+
+
+@contextmanager
+def write_unit(artifact_path: Path, unit: str) -> Iterator[UnitWriter]:
+    """Commits the files added in its body, and the unit's record last; on an error nothing becomes visible."""
+    writer = UnitWriter(artifact_path=artifact_path, unit=unit)
+    try:
+        yield writer
+        records = {}
+        for name, (temporary, rows) in sorted(writer._pending.items()):
+            fsync_path(temporary)
+            records[name] = FileRecord(sha256=sha256_file(temporary), bytes=temporary.stat().st_size, rows=rows)
+        for name, (temporary, _) in sorted(writer._pending.items()):
+            os.replace(temporary, artifact_path / name)
+        for folder in {(artifact_path / name).parent for name in records}:
+            fsync_path(folder)
+        content = {"counts": writer.counts, "files": {name: asdict(record) for name, record in records.items()}}
+        write_file_atomic(artifact_path / "units" / f"{unit}.json", _canonical_json(content) + b"\n")
+    finally:
+        for temporary, _ in writer._pending.values():
+            temporary.unlink(missing_ok=True)
+
+
+def write_file_atomic(path: Path, data: bytes) -> None:
+    """Writes `data` to `path` so that a reader sees the old bytes or the new ones, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_name(path)
+    try:
+        temporary.write_bytes(data)
+        fsync_path(temporary)
+        os.replace(temporary, path)
+        fsync_path(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fsync_path(path: Path) -> None:
+    """Flushes a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class DigestCache:
+    """Digests of local files by (path, size, mtime), kept in one JSON file: a file is read once until it changes."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._changed = False
+        try:
+            self._entries: dict[str, list[Any]] = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            self._entries = {}
+
+    def digest(self, path: Path) -> str:
+        """SHA-256 of the file at `path`; raises InputError where it cannot be read."""
+        try:
+            stat = path.stat()
+            known = self._entries.get(str(path))
+            if known is None or known[:2] != [stat.st_size, stat.st_mtime_ns]:
+                self._entries[str(path)] = known = [stat.st_size, stat.st_mtime_ns, sha256_file(path)]
+                self._changed = True
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        return str(known[2])
+
+    def save(self) -> None:
+        """Writes the entries back where one is new."""
+        if self._changed:
+            write_file_atomic(self._path, _canonical_json(self._entries))
+            self._changed = False
+
+
+def as_user_error(error: OSError) -> NoSpaceError | None:
+    """The NoSpaceError that an OSError stands for, or None."""
+    if error.errno in _NO_SPACE:
+        where = f" while writing {error.filename}" if error.filename else ""
+        return NoSpaceError(f"no space left{where}; free some and run the same command again: it goes on from there")
+    return None
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    descriptor = _acquire(path)
+    try:
+        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}".encode(), 0)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _acquire(path: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 4096, 0).decode(errors="replace") or "another process"
+            os.close(descriptor)
+            artifact = path.parent / path.name.removeprefix(".").removesuffix(".lock")
+            raise LockedError(f"{artifact}: being built by {holder}; wait for it or use another workspace") from None
+        try:
+            if os.fstat(descriptor).st_ino == path.stat().st_ino:
+                return descriptor
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)  # its last owner removed the file between our open and our lock: try the new one
+
+
+def _parse_manifest(raw: bytes, path: Path) -> Manifest:
+    try:
+        content = json.loads(raw)
+        version = content["format_version"]
+        digest = content.pop("digest")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise IntegrityError(f"{path}: not a manifest of hardbatch, or damaged") from None
+    if version > FORMAT_VERSION:
+        raise IntegrityError(
+            f"{path}: format version {version}, this hardbatch reads up to {FORMAT_VERSION}; use a newer hardbatch"
+        )
+    if hashlib.sha256(_canonical_json(content)).hexdigest() != digest:
+        raise IntegrityError(f"{path}: damaged (its content is not what its digest says)")
+    content["files"] = {name: FileRecord(**record) for name, record in content["files"].items()}
+    return Manifest(**content)
+
+
+def _damaged(path: Path, name: str, what: str) -> str:
+    return f"{path / name} {what}; delete the folder {path} and run again to make it anew"
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def _canonical_json(content: Any) -> bytes:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

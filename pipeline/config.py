@@ -1,0 +1,227 @@
+"""The manifest of a corpus: what to read and how each stage is set. TOML in, frozen models out.
+
+Every table and key is checked here, once; an unknown key is refused with a suggestion. `docs/manifests.md` describes
+them for users.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import ConfigError
+from pipeline.schemas import MAX_BATCH_SIZE, MIXED_DOMAIN
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,99}$")]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0, strict=False)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Columns(_Table):
+    """Which columns (or JSON keys) of the source hold what."""
+
+    query: str = "query"
+    document: str = "document"
+    negatives: str | None = Field(None, description="column with hard negatives: a list of texts, or one text")
+
+
+class Dataset(_Table):
+    """One dataset, which is one domain: clusters and batches never mix domains unless asked."""
+
+    name: Name = Field(description="the domain's name")
+    source: str | list[str] = Field(description="paths, globs, fsspec URLs, or python:PACKAGE")
+    format: Literal["auto", "parquet", "jsonl", "csv", "tsv"] = "auto"
+    columns: Columns = Columns()
+    query_prompt: str = Field("", description="put before a query in training, e.g. 'search_query: '")
+    document_prompt: str = Field("", description="put before a document in training")
+    licence: str = ""
+    revision: str | None = Field(None, description="revision of the source, written into {revision} of its URL")
+    sha256: dict[str, Digest] = Field({}, description="expected digest per file name")
+    limit: int | None = Field(None, ge=1, description="read at most this many rows, the first ones")
+    num_pairs: int | None = Field(None, ge=1, description="pairs the source is known to hold, for `plan`")
+    weight: float = Field(1.0, ge=0.0, strict=False, description="how often an epoch of training reads its batches")
+    holdout: Fraction = Field(0.0, description="fraction of the pairs held out for evaluation")
+
+    @property
+    def sources(self) -> list[str]:
+        """The sources as a list, `{revision}` filled in."""
+        sources = [self.source] if isinstance(self.source, str) else self.source
+        return [source.replace("{revision}", self.revision or "main") for source in sources]
+
+
+class IngestConfig(_Table):
+    """Reading and cleaning."""
+
+    max_characters: int = Field(32_768, ge=1, description="longer texts are cut, and counted")
+    max_quarantined_fraction: float = Field(
+        0.1, ge=0.0, le=1.0, strict=False, description="more broken rows than this stop the run with exit code 7"
+    )
+    holdout_seed: int = Field(0, ge=0)
+    decontaminate: list[str] = Field([], description="folders of corpus/queries Parquet whose texts are quarantined")
+
+
+class EmbedConfig(_Table):
+    """Embedding. `model` makes the vectors that are clustered, `surrogate_model` those of the equivalence sets."""
+
+    model: str = Field("minilm", description="minilm, lexical, a local folder, or a hub name of sentence-transformers")
+    revision: str | None = Field(None, description="commit of a hub model")
+    surrogate_model: str = "minilm"
+    surrogate_revision: str | None = None
+    query_prompt: str = Field("", description="prompt of the clustering model")
+    document_prompt: str = ""
+    surrogate_query_prompt: str | None = Field(None, description="default: search_query: for nomic-embed, else none")
+    surrogate_document_prompt: str | None = None
+    max_length_tokens: int | None = Field(None, ge=4, description="default: the model's own limit")
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    token_budget: int | None = Field(None, ge=64, description="padded tokens of a forward pass; default by device")
+    unit_rows: int = Field(8_192, ge=16, description="texts of a unit, the piece of work that is committed whole")
+    trust_remote_code: bool = Field(False, description="run code of the model's repository; needs a full commit")
+
+
+class ClusterConfig(_Table):
+    """Asymmetric K-Means (Eq. 3)."""
+
+    method: Literal["folded", "doubled"] = "folded"
+    cluster_size: int | None = Field(None, ge=2, description="mean pairs of a cluster; default: pack.batch_size")
+    iterations: int | None = Field(None, ge=1, description="default: 30 for folded, 100 for doubled")
+    restarts: int = Field(3, ge=1, description="doubled only: the best of so many runs is kept")
+    tolerance: float = Field(1e-4, ge=0.0, strict=False, description="folded: stop when the relative gain is below")
+    two_level_above: int = Field(1_024, ge=1, description="folded: more clusters than this are found in two levels")
+    seed: int = Field(0, ge=0)
+
+
+class PackConfig(_Table):
+    """Cutting clusters into batches of exactly `batch_size` pairs."""
+
+    batch_size: int = Field(64, ge=2, le=MAX_BATCH_SIZE)
+    seed: int = Field(0, ge=0)
+    exact_tour_below: int = Field(8_192, ge=1, description="fewer clusters than this: exact greedy tour")
+    remainder: Literal["drop", "mix"] = Field("drop", description="pairs that fill no batch: drop, or mix domains")
+
+
+class HardnessConfig(_Table):
+    """Measuring: the bounds that `share` is relative to."""
+
+    anchors: int = Field(4_096, ge=1)
+    seed: int = Field(0, ge=0)
+
+
+class WriteConfig(_Table):
+    """Equivalence sets and shards."""
+
+    margin: float = Field(0.0, ge=0.0, strict=False, description="mask d' where f(q,d') >= f(q,d) - margin")
+    batches_per_part: int = Field(1_024, ge=1, le=1_024)
+
+
+class CorpusManifest(_Table):
+    """A corpus: its name, its datasets, the settings of the stages."""
+
+    corpus: Name
+    dataset: list[Dataset] = Field(min_length=1)
+    ingest: IngestConfig = IngestConfig()
+    embed: EmbedConfig = EmbedConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    pack: PackConfig = PackConfig()
+    hardness: HardnessConfig = HardnessConfig()
+    write: WriteConfig = WriteConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> CorpusManifest:
+        names = [dataset.name for dataset in self.dataset]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two datasets are named '{name}'; give each its own name")
+            if name == MIXED_DOMAIN:
+                raise ValueError(f"'{MIXED_DOMAIN}' names the batches of several domains; choose another dataset name")
+        return self
+
+
+def load_manifest(path: Path, overrides: Sequence[str] = ()) -> CorpusManifest:
+    """Reads and checks the manifest at `path`, with `stage.field=value` overrides on top.
+
+    Raises ConfigError naming the file, the key, what was given and what is allowed.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such manifest") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder; give the manifest's .toml file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text; a manifest is a TOML file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: is not valid TOML: {error}") from None
+    for override in overrides:
+        _apply_override(content, override)
+    try:
+        return CorpusManifest.model_validate(content)
+    except ValidationError as error:
+        lines = [_explain(item, content) for item in error.errors()]
+        raise ConfigError("\n".join(f"{path}: {line}" for line in lines)) from None
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    target, separator, text = override.partition("=")
+    stage, dot, name = target.strip().partition(".")
+    if not separator or not dot or not name or "." in name:
+        raise ConfigError(f"--set {override}: expected stage.field=value, for example pack.batch_size=64")
+    stages = [key for key, field in CorpusManifest.model_fields.items() if _is_table(field.annotation)]
+    if stage not in stages:
+        raise ConfigError(f"--set {override}: no stage '{stage}'{_suggest(stage, stages)}; stages: {', '.join(stages)}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word such as folded
+    table = content.setdefault(stage, {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"--set {override}: '{stage}' is not a table in the manifest")
+    table[name] = value
+
+
+def _explain(item: Any, content: dict[str, Any]) -> str:
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in item["loc"]).lstrip(".")
+    if item["loc"][:1] == ("dataset",) and len(item["loc"]) > 1 and isinstance(item["loc"][1], int):
+        name = content["dataset"][item["loc"][1]]
+        where += f" (dataset '{name['name']}')" if isinstance(name, dict) and "name" in name else ""
+    if item["type"] == "extra_forbidden":
+        allowed = _fields_at(item["loc"][:-1])
+        return f"{where}: unknown key{_suggest(str(item['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}"
+    if item["type"] == "missing":
+        return f"{where}: is required"
+    if item["type"] == "value_error":
+        return (f"{where}: " if where else "") + str(item["ctx"]["error"])
+    given = repr(item["input"])
+    return f"{where}: {item['msg'][0].lower()}{item['msg'][1:]}, given {given[:80]}"
+
+
+def _fields_at(location: Sequence[str | int]) -> list[str]:
+    model: type[BaseModel] = CorpusManifest
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = Dataset if part == "dataset" else model.model_fields[part].annotation
+        if not _is_table(annotation):
+            return []
+        model = annotation  # type: ignore[assignment]
+    return list(model.model_fields)
+
+
+def _is_table(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _suggest(word: str, allowed: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, allowed, n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""

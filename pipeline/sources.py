@@ -1,0 +1,355 @@
+"""Where rows come from: files named by the manifest, and reading them row by row.
+
+Reading never repairs and never drops: a row that cannot be read comes out with a problem, which ingest quarantines.
+A file that cannot be read at all raises InputError.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline.artifact import DigestCache, content_key, sha256_file
+from pipeline.config import Columns, Dataset
+from pipeline.errors import ConfigError, InputError
+
+_FORMATS = {".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv"}
+_ROWS_PER_READ = 4_096
+
+
+class SourceFile(NamedTuple):
+    """A file of a dataset: its name in messages and keys, where it is, how it is read, what its bytes are."""
+
+    name: str
+    location: str
+    format: str
+    num_bytes: int
+    sha256: str
+
+
+class RawRow(NamedTuple):
+    """One row as the source has it; `problem` (a reason code) where it could not be read."""
+
+    row: int
+    query: Any
+    document: Any
+    negatives: Any
+    problem: str | None = None
+
+
+def list_source_files(dataset: Dataset, root: Path, digests: DigestCache) -> list[SourceFile]:
+    """The files of a dataset, in the order of the manifest and of their names.
+
+    Local paths are relative to `root` and must stay below it. Raises ConfigError for a path that leads out of it or a
+    format that cannot be told, InputError for a file that is not there or is not the expected one.
+    """
+    files: list[SourceFile] = []
+    for source in dataset.sources:
+        if source.startswith("python:"):
+            files += _list_python(source, digests)
+        elif "://" in source or "::" in source:
+            files += _list_remote(source, dataset)
+        else:
+            files += _list_local(source, dataset, root, digests)
+    _check_digests(dataset, files)
+    return files
+
+
+def read_rows(file: SourceFile, columns: Columns, scratch: Path) -> Iterator[RawRow]:
+    """The rows of `file`, numbered from 0 (for python sources: the line of the function).
+
+    A remote file is first copied below `scratch`. Raises InputError, naming file and row, where the file as a whole is
+    broken: not the format it claims to be, cut off, without the asked columns, empty.
+    """
+    if file.format == "python":
+        from pipeline.python_source import read_functions
+
+        yield from (RawRow(*row, None) for row in read_functions(Path(file.location)))
+        return
+    with _local_copy(file, scratch) as path:
+        if path.stat().st_size == 0:
+            raise InputError(f"{file.name}: the file is empty (0 bytes); remove it from the manifest or fetch it again")
+        if file.format == "parquet":
+            yield from _read_parquet(file, path, columns)
+        elif file.format == "jsonl":
+            yield from _read_jsonl(file, path, columns)
+        else:
+            yield from _read_csv(file, path, columns, "\t" if file.format == "tsv" else ",")
+
+
+def local_path(source: str, root: Path, where: str) -> Path:
+    """`source` below `root`; raises ConfigError where it is absolute or leads out of `root`, also through a link."""
+    path = Path(source)
+    if path.is_absolute() or ".." in path.parts:
+        raise ConfigError(f"{where}: path '{source}' leads out of {root}; give a path below it, or another --data-root")
+    if not (root / path).resolve().is_relative_to(root.resolve()):
+        raise ConfigError(f"{where}: path '{source}' leads out of {root} through a link; copy the file below it")
+    return root / path
+
+
+def _list_local(source: str, dataset: Dataset, root: Path, digests: DigestCache) -> list[SourceFile]:
+    where = f"dataset '{dataset.name}'"
+    if any(char in source for char in "*?["):
+        local_path(source.split("*")[0].split("?")[0].split("[")[0] or ".", root, where)
+        paths = [path for path in sorted(root.glob(source)) if path.is_file()]
+        if not paths:
+            raise InputError(f"{where}: no file matches '{source}' below {root}")
+    else:
+        paths = [local_path(source, root, where)]
+    files = []
+    for path in paths:
+        name = path.relative_to(root).as_posix()
+        local_path(name, root, where)
+        if path.is_dir():
+            raise InputError(f"{where}: '{name}' is a folder; name its files, for example '{name}/*.parquet'")
+        if not path.exists():
+            raise InputError(f"{where}: no file '{name}' below {root}")
+        format_ = _format_of(name, dataset)
+        files.append(SourceFile(name, str(path), format_, path.stat().st_size, digests.digest(path)))
+    return files
+
+
+def _list_remote(source: str, dataset: Dataset) -> list[SourceFile]:
+    where = f"dataset '{dataset.name}'"
+    if "::" in source or source.split("://")[0] in ("file", "local"):
+        raise ConfigError(f"{where}: '{source}': give a local file as a path below the data root, a remote one as one URL")
+    import fsspec
+
+    try:
+        filesystem, path = fsspec.core.url_to_fs(source)
+        paths = sorted(filesystem.glob(path)) if any(char in path for char in "*?[") else [path]
+        infos = [filesystem.info(path) for path in paths]
+    except ImportError as error:
+        raise ConfigError(f"{where}: '{source}' needs a package that is not installed: {error}") from None
+    except ValueError as error:
+        raise ConfigError(f"{where}: '{source}': {error}") from None
+    except Exception as error:  # every filesystem has its own: all mean that the source cannot be reached
+        raise InputError(f"{where}: '{source}' cannot be reached: {type(error).__name__}: {error}") from None
+    if not infos:
+        raise InputError(f"{where}: no file matches '{source}'")
+    files = []
+    for path, info in zip(paths, infos, strict=True):
+        name = filesystem.unstrip_protocol(path)
+        known = [info.get(field) for field in ("ETag", "etag", "blob_id", "sha256", "LastModified", "last_commit")]
+        digest = dataset.sha256.get(Path(path).name) or content_key(name=name, size=info.get("size"), known=str(known))
+        files.append(SourceFile(name, name, _format_of(path, dataset), int(info.get("size") or 0), digest))
+    return files
+
+
+def _list_python(source: str, digests: DigestCache) -> list[SourceFile]:
+    from pipeline.python_source import list_modules
+
+    package = source.removeprefix("python:")
+    return [
+        SourceFile(f"python:{name}", str(path), "python", path.stat().st_size, digests.digest(path))
+        for name, path in list_modules(package)
+    ]
+
+
+def _format_of(name: str, dataset: Dataset) -> str:
+    if dataset.format != "auto":
+        return dataset.format
+    suffix = Path(name.removesuffix(".gz").removesuffix(".zst")).suffix.lower()
+    if suffix not in _FORMATS:
+        raise ConfigError(
+            f"dataset '{dataset.name}': cannot tell the format of '{name}' from its name; "
+            "set format to parquet, jsonl, csv or tsv"
+        )
+    return _FORMATS[suffix]
+
+
+def _check_digests(dataset: Dataset, files: list[SourceFile]) -> None:
+    found = {Path(file.name).name: file for file in files}
+    for name, expected in dataset.sha256.items():
+        if name not in found:
+            raise ConfigError(f"dataset '{dataset.name}': sha256 is given for '{name}', which is none of its files")
+        if found[name].sha256 != expected:
+            raise InputError(f"{found[name].name}: sha256 is {found[name].sha256}, the manifest expects {expected}")
+
+
+@contextmanager
+def _local_copy(file: SourceFile, scratch: Path) -> Iterator[Path]:
+    if "://" not in file.location:
+        yield Path(file.location)
+        return
+    import fsspec
+
+    scratch.mkdir(parents=True, exist_ok=True)
+    copy = scratch / f".{content_key(location=file.location)}.tmp"
+    try:
+        filesystem, path = fsspec.core.url_to_fs(file.location)
+        filesystem.get_file(path, str(copy))
+        if len(file.sha256) == 64 and sha256_file(copy) != file.sha256:
+            raise InputError(f"{file.name}: its bytes are not those of the sha256 in the manifest, {file.sha256}")
+        yield copy
+    finally:
+        copy.unlink(missing_ok=True)
+
+
+def _read_parquet(file: SourceFile, path: Path, columns: Columns) -> Iterator[RawRow]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        parquet = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{file.name}: is not a readable Parquet file: {_first_line(error)}") from None
+    schema = parquet.schema_arrow
+    for field, name in (("query", columns.query), ("document", columns.document), ("negatives", columns.negatives)):
+        if name is None:
+            continue
+        if name not in schema.names:
+            raise _no_column(file, field, name, schema.names)
+        kind = schema.field(name).type
+        if not (_is_text(kind) or (field == "negatives" and _is_text_list(kind))):
+            wanted = "a list of texts, or text" if field == "negatives" else "text"
+            raise InputError(f"{file.name}: column '{name}' ({field}) is {kind}, expected {wanted}")
+    names = [columns.query, columns.document] + ([columns.negatives] if columns.negatives else [])
+    row = 0
+    try:
+        for batch in parquet.iter_batches(batch_size=_ROWS_PER_READ, columns=list(dict.fromkeys(names))):
+            values = [_to_python(batch.column(name)) for name in names]
+            negatives = values[2] if columns.negatives else [None] * batch.num_rows
+            for query, document, some in zip(values[0], values[1], negatives, strict=True):
+                yield RawRow(row, query, document, some)
+                row += 1
+    except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
+        raise InputError(f"{file.name}: broken after row {row}: {_first_line(error)}") from None
+
+
+def _to_python(column: Any) -> list[Any]:
+    """Values of an Arrow column; texts that are not UTF-8 come out as bytes."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+            return [_to_python(item.values) if item.is_valid else None for item in column]
+        raw = column.cast(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary())
+        return [_decode(value) for value in raw.to_pylist()]
+
+
+def _decode(value: bytes | None) -> str | bytes | None:
+    if value is None:
+        return None
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return value
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_text_list(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool((pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _is_text(kind.value_type))
+
+
+def _read_jsonl(file: SourceFile, path: Path, columns: Columns) -> Iterator[RawRow]:
+    row = -1
+    checked = False
+    for line in _lines(file, path):
+        if not line.strip():
+            continue
+        row += 1
+        try:
+            record = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError:
+            yield RawRow(row, None, None, None, "invalid_utf8")
+            continue
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict):
+            yield RawRow(row, None, None, None, "broken_json")
+            continue
+        if not checked:
+            for field, name in (("query", columns.query), ("document", columns.document)):
+                if name not in record:
+                    raise _no_column(file, field, name, list(record))
+            checked = True
+        negatives = record.get(columns.negatives) if columns.negatives else None
+        yield RawRow(row, record.get(columns.query), record.get(columns.document), negatives)
+
+
+def _lines(file: SourceFile, path: Path) -> Iterator[bytes]:
+    number = 0
+    try:
+        with _open_binary(path) as stream:
+            for line in stream:
+                yield line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
+                number += 1
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{file.name}: cut off or broken after line {number}: {_first_line(error)}") from None
+    except Exception as error:
+        if type(error).__name__ == "ZstdError":
+            raise InputError(f"{file.name}: cut off or broken after line {number}: {_first_line(error)}") from None
+        raise
+
+
+def _read_csv(file: SourceFile, path: Path, columns: Columns, delimiter: str) -> Iterator[RawRow]:
+    csv.field_size_limit(sys.maxsize)
+    text = (line.decode("utf-8", errors="surrogateescape") for line in _lines(file, path))
+    reader = csv.reader(text, delimiter=delimiter)
+    header = next(reader, [])
+    for field, name in (("query", columns.query), ("document", columns.document), ("negatives", columns.negatives)):
+        if name is not None and name not in header:
+            raise _no_column(file, field, name, header)
+    places = [header.index(columns.query), header.index(columns.document)]
+    negatives_place = header.index(columns.negatives) if columns.negatives else None
+    row = -1
+    while True:
+        row += 1
+        try:
+            values = next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            yield RawRow(row, None, None, None, "broken_csv")
+            continue
+        if len(values) != len(header):
+            if values:
+                yield RawRow(row, None, None, None, "wrong_field_count")
+            else:
+                row -= 1  # a blank line is no row
+            continue
+        negatives = None if negatives_place is None else values[negatives_place]
+        yield RawRow(row, values[places[0]], values[places[1]], negatives)
+
+
+def _open_binary(path: Path) -> io.BufferedIOBase | Any:
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic[:2] == b"\x1f\x8b":
+        return gzip.open(path, "rb")
+    if magic == b"\x28\xb5\x2f\xfd":
+        import zstandard
+
+        return io.BufferedReader(zstandard.open(path, "rb"))
+    return path.open("rb")
+
+
+def _no_column(file: SourceFile, field: str, name: str, names: list[str]) -> InputError:
+    seen = ", ".join(map(str, names[:20]))
+    return InputError(f"{file.name}: no column '{name}' for {field}; it has: {seen}. Map it in the manifest: columns.{field}")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

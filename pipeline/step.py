@@ -1,0 +1,115 @@
+"""The piece of a run: one stage on one domain, and what runs it over units.
+
+Stages know each other only through artifacts: a step holds the folders of its inputs, its resolved settings and the
+folder to fill. Steps and units are plain data that can be sent to another process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.artifact import ArtifactBuilder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One stage on one domain. `config` and `sources` enter the key; `locations` (where things lie here) do not."""
+
+    stage: str
+    stage_version: int
+    domain: str
+    key: str
+    path: Path
+    config: dict[str, Any]
+    inputs: dict[str, Path] = field(default_factory=dict)
+    sources: tuple[dict[str, Any], ...] = ()
+    locations: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """A piece of a stage's work that is committed whole: items `start` to `stop` of `group`."""
+
+    name: str
+    start: int
+    stop: int
+    group: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """What a stage made: the names of all its units, its counts, and what it was made with."""
+
+    units: list[str]
+    counts: dict[str, Any]
+    produced_with: dict[str, str] = field(default_factory=dict)
+
+
+class Progress(Protocol):
+    """Shows how far a step is."""
+
+    def start(self, label: str, total: int) -> None: ...
+
+    def advance(self, amount: int) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class Worker(Protocol):
+    """Does units, one after the other, in the process that opened it."""
+
+    def prepare(self, unit: Unit) -> Any:
+        """Reads what the unit needs; may run in a thread while another unit is being committed."""
+
+    def commit(self, unit: Unit, prepared: Any) -> None:
+        """Computes the unit and commits it."""
+
+
+class Work(Protocol):
+    """What a stage has to do to units; picklable, so that any process can open it."""
+
+    def open(self) -> Worker:
+        """Loads what all units share (a model, memory maps), once per process."""
+
+
+class Executor(Protocol):
+    """Runs units. Units must not know who runs them, nor how many do."""
+
+    def run(self, work: Work, units: Sequence[Unit], progress: Progress) -> None: ...
+
+
+class InlineExecutor:
+    """Runs units in this process, one after the other, reading the next while one is computed."""
+
+    def run(self, work: Work, units: Sequence[Unit], progress: Progress) -> None:
+        if not units:
+            return
+        worker = work.open()
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prepare") as reader:
+            upcoming = reader.submit(worker.prepare, units[0])
+            for unit, following in zip(units, [*units[1:], None], strict=True):
+                prepared = upcoming.result()
+                if following is not None:
+                    upcoming = reader.submit(worker.prepare, following)
+                worker.commit(unit, prepared)
+                progress.advance(unit.stop - unit.start)
+
+
+def run_pending(
+    builder: ArtifactBuilder, executor: Executor, work: Work, units: Sequence[Unit], progress: Progress, label: str
+) -> list[str]:
+    """Runs the units that are not committed yet; returns the names of all."""
+    pending = [unit for unit in units if not builder.committed(unit.name)]
+    progress.start(label, sum(unit.stop - unit.start for unit in pending))
+    try:
+        executor.run(work, pending, progress)
+    finally:
+        progress.finish()
+    return [unit.name for unit in units]
+
+
+Stage = Callable[[Step, ArtifactBuilder, Executor, Progress], Built]
