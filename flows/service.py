@@ -1,9 +1,7 @@
 """The local Prefect service, a server and a process worker: `python -m flows.service up|down|status`.
 
-Everything lives in `.prefect/` of the project (database, logs, the record of the processes) and ends with `down`.
-A process of the service is known by its pid and start time, its descent, or the token in its environment: a flow
-run has a session of its own, and outlives a worker that was killed. While the service is up, `prefect.toml` in the
-project's root tells Prefect's commands where the server is.
+All it keeps is in `.prefect/` of the project: database, logs, the record of its processes. While it is up,
+`prefect.toml` in the project's root tells Prefect's commands where the server is.
 """
 
 from __future__ import annotations
@@ -21,9 +19,11 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flows.processes import Process, end, is_alive, start
 from pipeline.errors import ConfigError, HardbatchError, LockedError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,117 +31,111 @@ HOME = ROOT / ".prefect"
 RECORD = HOME / "service.json"
 SETTINGS = ROOT / "prefect.toml"
 SETTINGS_MARK = "# Written by flows/service.py while the service is up; `make down` removes it.\n"
-TOKEN = "HARDBATCH_SERVICE"
 START_TIMEOUT_S = 120.0
-GRACE_S = 20.0
 
-Processes = dict[int, tuple[int, str]]
-"""pid -> (pid of the parent, start time in a form that only compares equal)."""
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """What was started: the server's address, the token that marks its processes, the processes by role."""
+
+    url: str
+    token: str
+    processes: dict[str, Process] = field(default_factory=dict)
+
+    def is_alive(self, role: str) -> bool:
+        return is_alive(self.processes.get(role))
 
 
 def up() -> None:
-    """Start server and worker and register the deployments of prefect.yaml; nothing if they are up."""
-    record = _read_record()
-    if all(_is_alive(record, role) for role in ("server", "worker")):
-        print(f"already up: {record['url']}")
+    """Start server and worker and register the deployments of prefect.yaml; nothing if both are alive."""
+    if (service := _read_record()) and service.is_alive("server") and service.is_alive("worker"):
+        print(f"already up: {service.url}")
         return
     down()
     if SETTINGS.exists():
-        raise ConfigError(f"{SETTINGS} is not of this service, which needs that name: move its settings elsewhere.")
+        raise ConfigError(f"{SETTINGS} is not of this service, which needs that name: keep its settings elsewhere.")
     port = _free_port()
-    url = f"http://127.0.0.1:{port}"
-    record = {"url": url, "token": secrets.token_hex(8), "processes": {}}
-    prefect = [sys.executable, "-m", "prefect", "--no-prompt"]
+    service = Service(url=f"http://127.0.0.1:{port}", token=secrets.token_hex(8))
     try:
         server = ["server", "start", "--host", "127.0.0.1", "--port", str(port), "--analytics-off"]
-        _start(record, "server", [*prefect, *server])
-        _wait_until("server", lambda: _get(f"{url}/api/health") is True, record)
+        _start(service, "server", server, is_ready=lambda: _ask(f"{service.url}/api/health") is True)
         worker = ["worker", "start", "--pool", "local", "--type", "process", "--install-policy", "never"]
-        _start(record, "worker", [*prefect, *worker, "--name", record["token"]])
-        _wait_until("worker", lambda: _has_worker(record), record)
-        _deploy([*prefect, "deploy", "--all"], record)
-        SETTINGS.write_text(f'{SETTINGS_MARK}home = "{HOME}"\n[api]\nurl = "{url}/api"\n', encoding="utf-8")
+        _start(service, "worker", [*worker, "--name", service.token], is_ready=lambda: _has_worker(service))
+        _deploy(service)
+        settings = f"home = {json.dumps(str(HOME))}\n[api]\nurl = {json.dumps(service.url + '/api')}\n"
+        SETTINGS.write_text(SETTINGS_MARK + settings, encoding="utf-8")
     except BaseException:
         down()
         raise
-    print(f"up: {url}")
+    print(f"up: {service.url}")
 
 
 def down() -> bool:
-    """End the service and the flow runs of its worker; False if there was nothing to end."""
+    """End the service and the flow runs of its worker; False if none of it was alive."""
     if SETTINGS.exists() and SETTINGS.read_text(encoding="utf-8").startswith(SETTINGS_MARK):
         SETTINGS.unlink()
-    record = _read_record()
-    if not record:
+    if (service := _read_record()) is None:
         return False
-    found = [_end(record, role) for role in ("worker", "server")]  # the server last: it notes how runs ended
+    server, worker = service.processes.get("server"), service.processes.get("worker")
+    # Flow runs first, the server last: runs, and the worker for those that cannot, tell it how they ended.
+    if worker is not None:
+        end(worker, f"{service.token}-worker", spare_leader=True)
+    ended = [end(worker, f"{service.token}-worker"), end(server, f"{service.token}-server")]
     RECORD.unlink()
-    return any(found)
+    return any(ended)
 
 
 def status() -> bool:
-    """Print what runs; False unless server and worker both do."""
-    record = _read_record()
-    alive = {role: _is_alive(record, role) for role in ("server", "worker")}
-    for role, is_alive in alive.items():
-        print(f"{role}: {'up, pid ' + str(record['processes'][role]['pid']) if is_alive else 'down'}")
-    if all(alive.values()):
-        print(record["url"])
-    return all(alive.values())
+    """Print what is alive; False unless server and worker both are."""
+    service = _read_record()
+    alive = [role for role in ("server", "worker") if service and service.is_alive(role)]
+    for role in ("server", "worker"):
+        print(f"{role}: {'up' if role in alive else 'down'}")
+    if service and alive:
+        print(service.url)
+    return len(alive) == 2
 
 
-def _start(record: dict[str, Any], role: str, command: list[str]) -> None:
-    """Start `command` in a session of its own and enter it in the record, logging to .prefect/<role>.log."""
-    _write_record(record)  # the token first: it finds the process should we die before the pid is noted
-    with open(HOME / f"{role}.log", "wb") as log:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=_environment(record, role),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    started = _processes().get(process.pid, (0, "gone"))[1]
-    record["processes"][role] = {"pid": process.pid, "started": started}
-    _write_record(record)
+def _start(service: Service, role: str, arguments: list[str], *, is_ready: Callable[[], bool]) -> None:
+    """Start a Prefect command in the background, enter it in the record, wait until it is ready."""
+    _write_record(service)  # the token comes first: it finds the process if we die before the pid is noted
+    log = HOME / f"{role}.log"
+    command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
+    mark = f"{service.token}-{role}"
+    process = start(command, mark=mark, folder=ROOT, environment=_environment(service), log=log)
+    service.processes[role] = process
+    _write_record(service)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not is_ready():
+        if not is_alive(process) or time.monotonic() > deadline:
+            said = _last_line(log.read_text(encoding="utf-8", errors="replace"))
+            raise ConfigError(f"the Prefect {role} did not start: {said} (more in {log})")
+        time.sleep(0.2)
 
 
-def _deploy(command: list[str], record: dict[str, Any]) -> None:
+def _deploy(service: Service) -> None:
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     result = subprocess.run(
-        command, cwd=ROOT, env=_environment(record, "server"), capture_output=True, text=True, check=False
+        command, cwd=ROOT, env=_environment(service), capture_output=True, text=True, check=False
     )
     if result.returncode != 0:
         raise ConfigError(f"prefect.yaml could not be deployed: {_last_line(result.stdout + result.stderr)}")
 
 
-def _environment(record: dict[str, Any], role: str) -> dict[str, str]:
-    """Ours without the caller's Prefect settings, which may point elsewhere, and without telemetry."""
+def _environment(service: Service) -> dict[str, str]:
+    """Our environment without the caller's Prefect settings, which may point elsewhere, and without telemetry."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    return {
-        **inherited,
-        TOKEN: f"{record['token']}-{role}",
-        "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1"])),
+    return inherited | {
         "DO_NOT_TRACK": "1",
+        "NO_PROXY": ",".join([*filter(None, [os.environ.get("NO_PROXY")]), "127.0.0.1"]),
         "PREFECT_HOME": str(HOME),
-        "PREFECT_API_URL": f"{record['url']}/api",
+        "PREFECT_API_URL": f"{service.url}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_WORKER_QUERY_SECONDS": "2",
     }
 
 
-def _wait_until(role: str, is_ready: Callable[[], bool], record: dict[str, Any]) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while not is_ready():
-        if not _is_alive(record, role) or time.monotonic() > deadline:
-            log = HOME / f"{role}.log"
-            last = _last_line(log.read_text(encoding="utf-8", errors="replace"))
-            raise ConfigError(f"the Prefect {role} did not start: {last} (all of it: {log})")
-        time.sleep(0.2)
-
-
-def _get(url: str, body: object = None) -> Any:
+def _ask(url: str, body: object = None) -> Any:
     """The JSON that the server answers, None if it does not."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
@@ -152,9 +146,9 @@ def _get(url: str, body: object = None) -> Any:
         return None
 
 
-def _has_worker(record: dict[str, Any]) -> bool:
-    workers = _get(f"{record['url']}/api/work_pools/local/workers/filter", {}) or []
-    return any(worker["name"] == record["token"] for worker in workers)
+def _has_worker(service: Service) -> bool:
+    workers = _ask(f"{service.url}/api/work_pools/local/workers/filter", {}) or []
+    return any(worker["name"] == service.token for worker in workers)
 
 
 def _free_port() -> int:
@@ -166,72 +160,22 @@ def _free_port() -> int:
         try:
             probe.bind(("127.0.0.1", int(given)))
         except OSError as error:
-            raise ConfigError(
-                f"port {given} cannot be used ({error.strerror}): set HARDBATCH_PREFECT_PORT to a free one."
-            ) from None
+            message = f"port {given} cannot be used ({error.strerror}): set HARDBATCH_PREFECT_PORT to a free one."
+            raise ConfigError(message) from None
     return int(given)
 
 
-def _end(record: dict[str, Any], role: str) -> bool:
-    """End the process of `role` and all that it started: TERM, and KILL after `GRACE_S` seconds."""
-    known: dict[int, str] = {}
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        deadline = time.monotonic() + GRACE_S
-        signalled: set[int] = set()
-        while family := _family(record, role, known):
-            known |= family
-            for pid in family.keys() - signalled:
-                signalled.add(pid)
-                try:
-                    os.kill(pid, number)
-                except ProcessLookupError:
-                    pass
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.1)
-    return bool(known)
+def _read_record() -> Service | None:
+    if not RECORD.exists():
+        return None
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    processes = {role: Process(**process) for role, process in record["processes"].items()}
+    return Service(url=record["url"], token=record["token"], processes=processes)
 
 
-def _family(record: dict[str, Any], role: str, known: dict[int, str]) -> dict[int, str]:
-    """pid -> start time of the living processes of `role`, `known` ones among them."""
-    living = _processes()
-    mark = f"\0{TOKEN}={record['token']}-{role}\0".encode()
-    family = {pid for pid, (_, started) in living.items() if known.get(pid) == started or _carries(pid, mark)}
-    if _is_alive(record, role):
-        family.add(record["processes"][role]["pid"])
-    while children := {pid for pid, (parent, _) in living.items() if parent in family} - family:
-        family |= children
-    return {pid: living[pid][1] for pid in family if pid in living}
-
-
-def _carries(pid: int, mark: bytes) -> bool:
-    """Whether the environment of a process holds `mark`; False where the system does not tell."""
-    try:
-        return mark in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
-    except OSError:
-        return False
-
-
-def _is_alive(record: dict[str, Any], role: str) -> bool:
-    entry = record.get("processes", {}).get(role)
-    return entry is not None and _processes().get(entry["pid"], (0, ""))[1] == entry["started"]
-
-
-def _processes() -> Processes:
-    """All living processes (no zombies), from `ps`, which Linux and macOS have."""
-    command = ["ps", "-A", "-o", "pid=,ppid=,stat=,lstart="]
-    listing = subprocess.run(command, env={**os.environ, "LC_ALL": "C"}, capture_output=True, text=True, check=True)
-    fields = (line.split(maxsplit=3) for line in listing.stdout.splitlines())
-    return {int(pid): (int(parent), started) for pid, parent, state, started in fields if state[0] != "Z"}
-
-
-def _read_record() -> dict[str, Any]:
-    return json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
-
-
-def _write_record(record: dict[str, Any]) -> None:
+def _write_record(service: Service) -> None:
     temporary = RECORD.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    temporary.write_text(json.dumps(asdict(service), indent=1), encoding="utf-8")
     temporary.replace(RECORD)
 
 
