@@ -3,7 +3,7 @@
 Prefect schedules, retries and shows; what is already done is decided by the artifacts alone, so no result is
 persisted or cached here. Tasks carry paths and digests, never data.
 
-`python -m flows.cluster_corpus MANIFEST` runs the flow without a service, on a temporary server of its own.
+`python -m flows.cluster_corpus MANIFEST` runs the flow without a worker, and needs no service.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -23,13 +25,15 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
+from flows import service
 from pipeline.errors import HardbatchError
 
 if TYPE_CHECKING:
     from pipeline.run import Step
 
-ROOT = Path(__file__).resolve().parents[1]
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_S = 20.0
+SERVER_GRACE_S = 5.0
 
 
 @flow(name="cluster-corpus", persist_result=False)
@@ -55,12 +59,13 @@ def cluster_corpus(
     )
     for step in plan.steps:
         complete_step.with_options(name=step.stage, task_run_name=f"{step.stage} of {step.domain}")(step)
-    create_markdown_artifact(summary_markdown(plan.shards), key="cluster-corpus", description=str(plan.shards))
-    return str(plan.shards)
+    shards = str(plan.shards)
+    create_markdown_artifact(summary_markdown(plan.shards), key="cluster-corpus", description=shards)
+    return shards
 
 
 def is_worth_retrying(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
-    """Whether a failed task met an I/O error that may pass: no mistake of the user's, no full disk or quota."""
+    """Whether a failed task met an I/O error that may pass: no mistake of the user, no full disk."""
     error = state.data
     if not isinstance(error, OSError) or isinstance(error, HardbatchError):
         return False
@@ -84,10 +89,10 @@ def complete_step(step: Step) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the flow without a service and return the exit code (130 and 143 for signals).
+    """Run the flow without a worker and return the exit code (128 + number for a signal).
 
-    Prefect starts a server as a child that outlives a killed flow. So the flow runs in a process group of its
-    own, and whatever way the flow ends, this process ends the group.
+    It runs on the server of the service if that is up, otherwise on a temporary one. Prefect starts that as a
+    child that outlives a killed flow; so the flow gets a process group, and this process ends all of it.
     """
     parser = argparse.ArgumentParser(prog="python -m flows.cluster_corpus", description="Run cluster-corpus.")
     parser.add_argument("manifest")
@@ -100,26 +105,27 @@ def main(argv: list[str] | None = None) -> int:
     if options.pop("inside"):
         return _run_inside(options)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+    service.forget_if_dead()
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, _stop)
     defaults = {
-        "PREFECT_API_URL": "",
-        "PREFECT_HOME": str(ROOT / ".prefect" / "embedded"),
+        "PREFECT_HOME": str(service.HOME / "embedded"),
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
     }
     command = [sys.executable, "-m", "flows.cluster_corpus", "--inside", *arguments]
-    flow_process = subprocess.Popen(command, env={**defaults, **os.environ}, start_new_session=True)
+    leader = subprocess.Popen(command, env={**defaults, **os.environ}, start_new_session=True)
     try:
-        return_code = flow_process.wait()
+        return_code = leader.wait()
         return return_code if return_code >= 0 else 128 - return_code
     finally:
-        _end_group(flow_process)
+        _end_group(leader)
 
 
 def _run_inside(options: dict[str, Any]) -> int:
-    """Run the flow in this process, on the server that the environment names or on a temporary one."""
+    """Run the flow in this process; the last line printed is the shards folder."""
     try:
         print(cluster_corpus(**options))
     except HardbatchError as error:
@@ -133,17 +139,19 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _end_group(leader: subprocess.Popen[bytes]) -> None:
-    """End every process of the group that `leader` founded: TERM, then KILL after `GRACE_S` seconds."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """End the flow, then what is left of its group: TERM first, KILL when that has not helped in time."""
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    try:
-        os.killpg(leader.pid, signal.SIGTERM)
+    leader.terminate()  # alone, as it still has to tell the server
+    with suppress(subprocess.TimeoutExpired):
         leader.wait(GRACE_S)
+    with suppress(ProcessLookupError):
+        os.killpg(leader.pid, signal.SIGTERM)
+        deadline = time.monotonic() + SERVER_GRACE_S
+        while time.monotonic() < deadline:
+            time.sleep(0.1)
+            os.killpg(leader.pid, 0)
         os.killpg(leader.pid, signal.SIGKILL)
-    except subprocess.TimeoutExpired:
-        os.killpg(leader.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     leader.wait()
 
 

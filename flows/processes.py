@@ -1,7 +1,7 @@
 """Processes that outlive their starter, and how to find and end exactly them and all that they started.
 
-A process is known by pid and start time. Its family is itself, its descendants, and on Linux every process that
-carries its mark in the environment: what a killed parent leaves behind has no other link to it.
+A process is known by pid and start time. Its family is itself, its descendants, and on Linux every process
+that carries its mark in the environment: what a killed parent leaves behind has no other link to it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ class Process:
     started: str
 
 
-def start(command: list[str], *, mark: str, folder: Path, environment: Mapping[str, str], log: Path) -> Process:
+def start(
+    command: list[str], *, mark: str, folder: Path, environment: Mapping[str, str], log: Path
+) -> Process:
     """Start `command` in a session of its own, with `mark` and its output in `log`."""
     with open(log, "wb") as output:
-        started = subprocess.Popen(
+        pid = subprocess.Popen(
             command,
             cwd=folder,
             env={**environment, MARK: mark},
@@ -38,8 +40,8 @@ def start(command: list[str], *, mark: str, folder: Path, environment: Mapping[s
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-        )
-    return next((process for process in _living() if process.pid == started.pid), Process(started.pid, "gone"))
+        ).pid
+    return next((process for process in _living() if process.pid == pid), Process(pid, "gone"))
 
 
 def is_alive(process: Process | None) -> bool:
@@ -48,7 +50,7 @@ def is_alive(process: Process | None) -> bool:
 
 
 def end(leader: Process | None, mark: str, *, spare_leader: bool = False) -> bool:
-    """End a family, or all of it but the leader: TERM to each, KILL after `GRACE_S` seconds; False if none lived.
+    """End a family, or all of it but the leader: TERM to each, KILL after `GRACE_S`; False if none lived.
 
     `leader` is None where its start was never noted; its mark finds it then.
     """
@@ -58,7 +60,7 @@ def end(leader: Process | None, mark: str, *, spare_leader: bool = False) -> boo
         deadline = time.monotonic() + GRACE_S
         signalled: set[Process] = set()
         while time.monotonic() < deadline:
-            family = _family(known, mark) - ({leader} if spare_leader else set())
+            family = {process for process in _family(known, mark) if process != leader or not spare_leader}
             if not family:
                 break
             found = True
@@ -99,12 +101,13 @@ def _living() -> dict[Process, int]:
             ["ps", "-A", "-o", "pid=,ppid=,stat=,lstart="], capture_output=True, text=True, check=True
         ).stdout
         rows = [line.split(maxsplit=3) for line in listing.splitlines()]
-        return {Process(int(pid), started): int(parent) for pid, parent, state, started in rows if state[0] != "Z"}
+        rows = [row for row in rows if row[2][0] != "Z"]
+        return {Process(int(pid), started): int(parent) for pid, parent, _, started in rows}
 
     boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
     living = {}
     for entry in Path("/proc").glob("[0-9]*"):
-        try:  # after the name in parentheses: state, parent, ..., and as the 20th the start in ticks since boot
+        try:  # after the name in parentheses: state, parent, ..., the 20th is the start in ticks since boot
             fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
         except OSError:
             continue  # ended while we looked

@@ -53,7 +53,7 @@ def up() -> None:
         return
     down()
     if SETTINGS.exists():
-        raise ConfigError(f"{SETTINGS} is not of this service, which needs that name: keep its settings elsewhere.")
+        raise ConfigError(f"{SETTINGS} is not of this service, which needs that name: move it away.")
     port = _free_port()
     service = Service(url=f"http://127.0.0.1:{port}", token=secrets.token_hex(8))
     try:
@@ -72,8 +72,7 @@ def up() -> None:
 
 def down() -> bool:
     """End the service and the flow runs of its worker; False if none of it was alive."""
-    if SETTINGS.exists() and SETTINGS.read_text(encoding="utf-8").startswith(SETTINGS_MARK):
-        SETTINGS.unlink()
+    _remove_settings()
     if (service := _read_record()) is None:
         return False
     server, worker = service.processes.get("server"), service.processes.get("worker")
@@ -94,6 +93,13 @@ def status() -> bool:
     if service and alive:
         print(service.url)
     return len(alive) == 2
+
+
+def forget_if_dead() -> None:
+    """Remove what would send Prefect to a server that died without `down`, as at a reboot."""
+    service = _read_record()
+    if service is None or not service.is_alive("server"):
+        _remove_settings()
 
 
 def _start(service: Service, role: str, arguments: list[str], *, is_ready: Callable[[], bool]) -> None:
@@ -123,7 +129,7 @@ def _deploy(service: Service) -> None:
 
 
 def _environment(service: Service) -> dict[str, str]:
-    """Our environment without the caller's Prefect settings, which may point elsewhere, and without telemetry."""
+    """The caller's environment without its Prefect settings, which may point elsewhere; no telemetry."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     return inherited | {
         "DO_NOT_TRACK": "1",
@@ -139,8 +145,9 @@ def _ask(url: str, body: object = None) -> Any:
     """The JSON that the server answers, None if it does not."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
+    without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=5) as response:
+        with without_proxy.open(request, timeout=5) as response:
             return json.load(response)
     except (OSError, ValueError):
         return None
@@ -160,9 +167,14 @@ def _free_port() -> int:
         try:
             probe.bind(("127.0.0.1", int(given)))
         except OSError as error:
-            message = f"port {given} cannot be used ({error.strerror}): set HARDBATCH_PREFECT_PORT to a free one."
-            raise ConfigError(message) from None
+            advice = "set HARDBATCH_PREFECT_PORT to a free one."
+            raise ConfigError(f"port {given} cannot be used ({error.strerror}): {advice}") from None
     return int(given)
+
+
+def _remove_settings() -> None:
+    if SETTINGS.exists() and SETTINGS.read_text(encoding="utf-8").startswith(SETTINGS_MARK):
+        SETTINGS.unlink()
 
 
 def _read_record() -> Service | None:
@@ -180,7 +192,7 @@ def _write_record(service: Service) -> None:
 
 
 def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.splitlines() if line.strip() not in ("", "Server stopped!")]
     return lines[-1] if lines else "it said nothing"
 
 

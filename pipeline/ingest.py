@@ -84,7 +84,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
     `max_quarantined_fraction` of the rows are broken.
     """
     files = [
-        SourceFile(source["name"], step.locations[source["name"]], source["format"], source["bytes"], source["sha256"])
+        SourceFile(source["name"], step.local[source["name"]], source["format"], source["bytes"], source["sha256"])
         for source in step.sources
     ]
     units = _staging_units(files, step.config["limit"])
@@ -216,7 +216,7 @@ def _refuse_if_broken(step: Step, counts: Counter[str], files: list[SourceFile])
         names = ", ".join(file.name for file in files[:5])
         raise InputError(f"dataset '{step.domain}': no rows in {names}; check the source, or remove the dataset")
     broken = {reason: counts[reason] for reason in BROKEN_REASONS if counts[reason]}
-    allowed = step.config["max_quarantined_fraction"]
+    allowed = step.local["max_quarantined_fraction"]
     if sum(broken.values()) > allowed * counts["rows"]:
         raise QuarantineError(
             f"dataset '{step.domain}': {sum(broken.values())} of {counts['rows']} rows are broken "
@@ -327,7 +327,7 @@ def _is_repeat(query_codes: np.ndarray[Any, Any], document_codes: np.ndarray[Any
 def _contaminated(numbers: pa.Table, step: Step) -> np.ndarray[Any, Any]:
     texts: set[bytes] = set()
     for folder in step.config["decontaminate"]:
-        for path in sorted(Path(step.locations[f"decontaminate/{folder}"]).glob("*.parquet")):
+        for path in sorted(Path(step.local[f"decontaminate/{folder}"]).glob("*.parquet")):
             if path.stem not in ("corpus", "queries"):
                 continue
             for row in pq.read_table(path).to_pylist():

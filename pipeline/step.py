@@ -17,7 +17,7 @@ from pipeline.artifact import ArtifactBuilder
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One stage on one domain. `config` and `sources` enter the key; `locations` (where things lie here) do not."""
+    """One stage on one domain. `config` and `sources` enter the key; `local` (where things lie here, limits) does not."""
 
     stage: str
     stage_version: int
@@ -27,7 +27,7 @@ class Step:
     config: dict[str, Any]
     inputs: dict[str, Path] = field(default_factory=dict)
     sources: tuple[dict[str, Any], ...] = ()
-    locations: dict[str, str] = field(default_factory=dict)
+    local: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -134,11 +134,32 @@ class Vectors:
         """Marks the pairs (bool, n) that have no vector for their query or their document."""
         return np.isin(pairs.query_row, self.invalid_queries) | np.isin(pairs.document_row, self.invalid_documents)
 
-    def folded(self, pairs: Pairs, pair_ids: Array) -> Array:
-        """s = d + q of the given pairs, not renormalised: float32 (len(pair_ids), D), norm at most 2."""
-        folded = self.documents.take(pairs.document_row[pair_ids])
-        folded += self.queries.take(pairs.query_row[pair_ids])
-        return folded
+
+@dataclass(frozen=True, kw_only=True)
+class FoldedPoints:
+    """s = d + q of the given pairs, not renormalised, streamed from memory maps; see `kmeans.Points`."""
+
+    vectors: Vectors
+    pairs: Pairs
+    pair_ids: Array
+
+    def __len__(self) -> int:
+        return len(self.pair_ids)
+
+    @property
+    def dimension(self) -> int:
+        return self.vectors.dimension
+
+    def take(self, rows: Array) -> Array:
+        documents, queries = self.sides(rows)
+        documents += queries
+        return documents
+
+    def sides(self, rows: Array) -> tuple[Array, Array]:
+        """d and q of the pairs at `rows`, each float32 (len(rows), D)."""
+        pair_ids = self.pair_ids[rows]
+        documents = self.vectors.documents.take(self.pairs.document_row[pair_ids])
+        return documents, self.vectors.queries.take(self.pairs.query_row[pair_ids])
 
 
 def open_vectors(path: Path) -> Vectors:

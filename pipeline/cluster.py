@@ -1,0 +1,115 @@
+"""cluster: asymmetric K-Means of the pairs of a domain (Eq. 3), `folded` by default, `doubled` to the letter.
+
+`doubled` clusters the two points d⊕q and q⊕d of each pair with FAISS, spherical as the reference does, all points
+trained on, and gives a pair the cluster of its d⊕q. It holds 2n points of 2·D in memory; `folded` streams.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import schemas
+from pipeline.artifact import ArtifactBuilder, read_artifact, write_unit
+from pipeline.kmeans import Clustering, kmeans, means_of_labels, two_level_kmeans
+from pipeline.step import Built, Executor, Progress, Step
+from pipeline.vectors import Array, FoldedPoints, load_pairs, open_vectors
+
+VERSION = 1
+
+
+def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> Built:
+    """Builds the `clusters` artifact of one domain; pairs without a vector get no cluster."""
+    if not builder.committed("clusters"):
+        progress.start(f"cluster {step.domain}", 1)
+        pairs = load_pairs(read_artifact(step.inputs["pairs"]))
+        vectors = open_vectors(step.inputs["vectors"])
+        pair_ids = np.flatnonzero(~vectors.invalid_pairs(pairs))
+        points = FoldedPoints(vectors=vectors, pairs=pairs, pair_ids=pair_ids)
+        clustering = cluster(points, step.config)
+        _write(builder, pair_ids, clustering)
+        progress.advance(1)
+        progress.finish()
+    versions = {name: importlib.metadata.version(name) for name in ("numpy", "scipy", "torch")}
+    if step.config["method"] == "doubled":
+        versions["faiss-cpu"] = _faiss_version()
+    return Built(units=["clusters"], counts=builder.unit_record("clusters").counts, produced_with=versions)
+
+
+def cluster(points: FoldedPoints, config: dict[str, object]) -> Clustering:
+    """Clusters the pairs behind `points` by the settings of `ClusterConfig`; k = ceil(n / cluster_size)."""
+    cluster_size = int(str(config["cluster_size"]))
+    num_clusters = -(-len(points) // cluster_size)
+    seed, iterations = int(str(config["seed"])), int(str(config["iterations"]))
+    if num_clusters == 0:
+        empty = np.zeros((0, points.dimension), dtype=np.float32)
+        return Clustering(labels=np.zeros(0, dtype=np.int32), centroids=empty, objective=[])
+    if config["method"] == "doubled":
+        return _doubled(points, num_clusters, iterations=iterations, restarts=int(str(config["restarts"])), seed=seed)
+    tolerance = float(str(config["tolerance"]))
+    if num_clusters > int(str(config["two_level_above"])):
+        return two_level_kmeans(points, cluster_size, iterations=iterations, tolerance=tolerance, seed=seed)
+    return kmeans(points, num_clusters, iterations=iterations, tolerance=tolerance, seed=seed)
+
+
+def _doubled(points: FoldedPoints, num_clusters: int, *, iterations: int, restarts: int, seed: int) -> Clustering:
+    import faiss
+
+    documents, queries = points.sides(np.arange(len(points)))
+    forward = np.concatenate([documents, queries], axis=1)
+    doubled = np.concatenate([forward, np.concatenate([queries, documents], axis=1)])
+    doubled /= np.linalg.norm(doubled, axis=1, keepdims=True)
+    trainer = faiss.Kmeans(
+        doubled.shape[1],
+        num_clusters,
+        niter=iterations,
+        nredo=restarts,
+        seed=seed,
+        spherical=True,
+        gpu=faiss.get_num_gpus() > 0,
+        min_points_per_centroid=1,
+        max_points_per_centroid=len(doubled),  # in the constructor: set later it has no effect, and 256 are trained on
+    )
+    trainer.train(doubled)
+    _, labels = trainer.index.search(np.ascontiguousarray(doubled[: len(points)]), 1)
+    used, compact = np.unique(labels[:, 0], return_inverse=True)
+    compact = compact.astype(np.int32)
+    return Clustering(
+        labels=compact,
+        centroids=means_of_labels(points, compact, len(used)),
+        objective=[float(stats["obj"]) for stats in trainer.iteration_stats],
+        levels=[1] * len(trainer.iteration_stats),
+    )
+
+
+def _write(builder: ArtifactBuilder, pair_ids: Array, clustering: Clustering) -> None:
+    sizes = np.bincount(clustering.labels, minlength=1)
+    with write_unit(builder.path, "clusters") as writer:
+        table = pa.table({"pair_id": pair_ids, "cluster_id": clustering.labels}, schema=schemas.CLUSTERS)
+        pq.write_table(table, writer.add_file("clusters.parquet", rows=len(table)), compression="zstd")
+        with writer.add_file("centroids.npy", rows=len(clustering.centroids)).open("wb") as file:
+            np.save(file, clustering.centroids)
+        objective = pa.table(
+            {
+                "level": clustering.levels,
+                "iteration": np.arange(len(clustering.objective), dtype=np.int32),
+                "objective": clustering.objective,
+            },
+            schema=schemas.OBJECTIVE,
+        )
+        pq.write_table(objective, writer.add_file("objective.parquet", rows=len(objective)))
+        writer.counts = {
+            "pairs": len(pair_ids),
+            "clusters": len(clustering.centroids),
+            "iterations": len(clustering.objective),
+            "largest_cluster": int(sizes.max()),
+        }
+
+
+def _faiss_version() -> str:
+    import faiss
+
+    return str(faiss.__version__)
+

@@ -1,0 +1,128 @@
+"""flows.cluster_corpus, on real Prefect servers: a tiny corpus to the end, retries, exit codes, no orphans."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.states import Failed
+from prefect.testing.utilities import prefect_test_harness
+
+from flows.cluster_corpus import cluster_corpus, complete_step, is_worth_retrying
+from flows.processes import MARK, end
+from pipeline.errors import NoSpaceError
+
+ROOT = Path(__file__).resolve().parents[1]
+MANIFEST = """
+corpus = "tiny"
+[[dataset]]
+name = "numbers"
+source = "pairs.jsonl"
+[embed]
+model = "lexical"
+surrogate_model = "lexical"
+"""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    pairs = [
+        {"query": f"what is {i} and {i + 1}", "document": f"{i} and {i + 1} are numbers"} for i in range(64)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)) + "\n")
+    path = tmp_path / "tiny.toml"
+    path.write_text(MANIFEST)
+    return path
+
+
+class DiskError(NoSpaceError, OSError):
+    """A mistake of the user's that is an OSError too."""
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(errno.EIO, "broken"), True),
+        (ConnectionResetError(errno.ECONNRESET, "reset"), True),
+        (OSError(errno.ENOSPC, "full"), False),
+        (OSError(errno.EDQUOT, "quota"), False),
+        (DiskError("full"), False),
+        (ValueError("bug"), False),
+    ],
+)
+def test_only_io_errors_that_may_pass_are_worth_retrying(error: Exception, expected: bool) -> None:
+    assert is_worth_retrying(complete_step, None, Failed(data=error)) is expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("number", "num_attempts"), [(errno.EIO, 2), (errno.ENOSPC, 1)])
+def test_a_step_is_tried_again_after_an_io_error(
+    server: None, monkeypatch: pytest.MonkeyPatch, number: int, num_attempts: int
+) -> None:
+    attempts = []
+
+    def run_step(step: SimpleNamespace) -> bool:
+        attempts.append(step.path)
+        if len(attempts) == 1:
+            raise OSError(number, "first attempt")
+        return True
+
+    monkeypatch.setitem(sys.modules, "pipeline.run", SimpleNamespace(run_step=run_step))
+    state = complete_step(SimpleNamespace(stage="embed", path="somewhere"), return_state=True)  # type: ignore
+    assert len(attempts) == num_attempts
+    assert state.is_completed() is (number == errno.EIO)
+
+
+def test_the_flow_writes_shards_and_a_summary(server: None, manifest: Path, tmp_path: Path) -> None:
+    workspace = str(tmp_path / "workspace")
+    shards = cluster_corpus(str(manifest), workspace, overrides=["pack.batch_size=8"])
+    assert list((Path(shards) / "data").glob("*.parquet"))
+    assert cluster_corpus(str(manifest), workspace, overrides=["pack.batch_size=8"]) == shards
+    assert cluster_corpus(str(manifest), workspace, overrides=["pack.batch_size=16"]) != shards
+
+    with get_client(sync_client=True) as client:
+        names = {run.name for run in client.read_task_runs()}
+        key = ArtifactFilter(key=ArtifactFilterKey(any_=["cluster-corpus"]))
+        artifacts = client.read_artifacts(artifact_filter=key)
+    assert {"ingest of numbers", "cluster of numbers", "pack of numbers"} <= names
+    assert len(artifacts) == 3
+    assert shards in {artifact.description for artifact in artifacts}
+    assert all("|" in str(artifact.data) for artifact in artifacts)
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="orphans are found through /proc")
+@pytest.mark.parametrize("number", [None, signal.SIGTERM])
+def test_the_command_leaves_no_process(tmp_path: Path, number: int | None) -> None:
+    mark = secrets.token_hex(8)
+    command = [sys.executable, "-m", "flows.cluster_corpus", str(tmp_path / "none.toml")]
+    environment = {**os.environ, MARK: mark, "PREFECT_HOME": str(tmp_path)}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        if number is not None:
+            assert any("temporary server" in line for line in process.stderr)
+            time.sleep(0.5)
+            process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == (2 if number is None else 128 + number)
+        assert number is not None or "none.toml" in errors
+    finally:
+        left = end(None, mark)
+    assert not left
