@@ -11,7 +11,6 @@ from pipeline.hardness import measure_bounds
 from pipeline.step import Built, Executor, Progress, Step
 from pipeline.vectors import FoldedPoints, load_pairs, open_vectors
 
-VERSION = 1
 
 
 def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> Built:

@@ -17,7 +17,6 @@ from pipeline.kmeans import Clustering, kmeans, means_of_labels, two_level_kmean
 from pipeline.step import Built, Executor, Progress, Step
 from pipeline.vectors import Array, FoldedPoints, load_pairs, open_vectors
 
-VERSION = 1
 
 
 def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> Built:

@@ -21,7 +21,6 @@ from pipeline.encoders import Encoder, ModelSpec, open_encoder
 from pipeline.step import Built, Executor, Progress, Step, Unit, run_pending
 from pipeline.vectors import Array, Texts
 
-VERSION = 1
 _TEXTS_PER_READ = 8_192
 
 

@@ -30,7 +30,6 @@ from pipeline.errors import InputError, QuarantineError
 from pipeline.sources import RawRow, SourceFile, read_rows
 from pipeline.step import Built, Executor, Progress, Step, Unit, run_pending
 
-VERSION = 1
 BROKEN_REASONS = (
     "null", "wrong_type", "invalid_utf8", "nul_character", "empty", "broken_json", "broken_csv", "wrong_field_count",
 )  # fmt: skip

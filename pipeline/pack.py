@@ -23,7 +23,6 @@ from pipeline.tour import greedy_tour
 from pipeline.vectors import FoldedPoints, load_pairs, open_vectors
 
 Array = np.ndarray[Any, Any]
-VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)

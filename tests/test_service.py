@@ -34,9 +34,7 @@ def project(tmp_path: Path) -> Iterator[Path]:
     for package in ("flows", "pipeline"):
         shutil.copytree(ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "prefect.yaml", root)
-    pairs = [
-        {"query": f"what is {i} and {i + 1}", "document": f"{i} and {i + 1} are numbers"} for i in range(64)
-    ]
+    pairs = [{"query": f"what is {i} of {i % 7}", "document": f"{i} is of {i % 7}"} for i in range(64)]
     (root / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)) + "\n")
     (root / "tiny.toml").write_text(MANIFEST)
     yield root

@@ -1,0 +1,73 @@
+"""How far a step is: a bar with rate and time left on a terminal, plain lines otherwise."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, TextIO
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class SilentProgress:
+    """Shows nothing."""
+
+    def start(self, label: str, total: int) -> None:
+        pass
+
+    def advance(self, amount: int) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+class LineProgress:
+    """A line when a step takes longer than some seconds, and one when it ends."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def start(self, label: str, total: int) -> None:
+        self._label, self._total, self._done = label, total, 0
+        self._started = self._shown = time.monotonic()
+
+    def advance(self, amount: int) -> None:
+        self._done += amount
+        now = time.monotonic()
+        if now - self._shown >= _SECONDS_BETWEEN_LINES and self._done < self._total:
+            self._shown = now
+            rate = self._done / (now - self._started)
+            left = (self._total - self._done) / rate
+            self._print(f"{self._label}: {self._done:,} of {self._total:,}, {rate:,.0f}/s, {left:,.0f} s left")
+
+    def finish(self) -> None:
+        if self._total:
+            self._print(f"{self._label}: {self._done:,} in {time.monotonic() - self._started:.1f} s")
+
+    def _print(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)
+
+
+class BarProgress:
+    """A bar with rate and estimated time left."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def start(self, label: str, total: int) -> None:
+        from tqdm import tqdm
+
+        self._bar: Any = tqdm(total=total, desc=label, file=self._stream, unit_scale=True, leave=total > 0)
+
+    def advance(self, amount: int) -> None:
+        self._bar.update(amount)
+
+    def finish(self) -> None:
+        self._bar.close()
+
+
+def choose_progress(stream: TextIO | None = None) -> BarProgress | LineProgress:
+    """Bars where `stream` (default: standard error) is a terminal, lines where it is not."""
+    stream = stream or sys.stderr
+    return BarProgress(stream) if stream.isatty() else LineProgress(stream)

@@ -1,0 +1,230 @@
+"""run: from a manifest to the steps that make its shards, and doing them.
+
+The key of every step follows from settings and digests alone, so the whole plan is known before anything runs. A step
+whose artifact is complete is a look-up. Prefect flows and the command line both come through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import DigestCache, as_user_error, content_key, find_artifact, open_builder
+from pipeline.config import CorpusManifest, Dataset, load_manifest
+from pipeline.errors import ConfigError
+from pipeline.schemas import MIXED_DOMAIN
+from pipeline.step import InlineExecutor, Progress, Stage, Step
+
+_STAGES = {  # stage → the module and function that build it; imported only when the stage runs
+    "pairs": ("pipeline.ingest", "build"),
+    "vectors": ("pipeline.embed", "build"),
+    "clusters": ("pipeline.cluster", "build"),
+    "hardness": ("pipeline.bounds", "build"),
+    "batches": ("pipeline.pack", "build"),
+    "mixed": ("pipeline.pack", "build_mixed"),
+    "shards": ("pipeline.write", "build"),
+}
+_VERSIONS = {"pairs": 1, "vectors": 1, "clusters": 1, "hardness": 1, "batches": 1, "shards": 1}
+_ITERATIONS = {"folded": 30, "doubled": 100}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The steps of a run, inputs before what needs them; the last one makes the shards."""
+
+    steps: tuple[Step, ...]
+
+    @property
+    def shards(self) -> Path:
+        """The folder of the shards artifact."""
+        return self.steps[-1].path
+
+
+def plan_corpus(
+    manifest: Path, workspace: Path, *, data_root: Path | None = None, overrides: Sequence[str] = ()
+) -> Plan:
+    """The steps from the manifest at `manifest` to its shards below `workspace`.
+
+    Reads the sources' digests (cached in the workspace) and the model's; runs and writes nothing else. `overrides` are
+    strings `stage.field=value`. Raises ConfigError or InputError, naming what is wrong.
+    """
+    settings = load_manifest(manifest, overrides)
+    root = data_root or manifest.parent
+    if not root.is_dir():
+        raise ConfigError(f"--data-root {root}: no such folder")
+    _require_writable(workspace)
+    digests = DigestCache(workspace / "digests.json")
+    steps = _Planner(settings, workspace / settings.corpus, root, digests).steps()
+    digests.save()
+    return Plan(steps=tuple(steps))
+
+
+def run_step(step: Step, progress: Progress | None = None) -> bool:
+    """Makes the artifact of a step; returns False where it was complete already and nothing was done.
+
+    Raises LockedError where another process is making it, NoSpaceError where the disk is full; committed units stay
+    and the next run goes on from them.
+    """
+    if find_artifact(step.path) is not None:
+        return False
+    from pipeline.progress import SilentProgress
+
+    module, function = _STAGES["mixed" if (step.stage, step.domain) == ("batches", MIXED_DOMAIN) else step.stage]
+    stage: Stage = getattr(import_module(module), function)
+    try:
+        with open_builder(step.path) as builder:
+            if find_artifact(step.path) is not None:  # finished by another process while we came to the lock
+                return False
+            built = stage(step, builder, InlineExecutor(), progress or SilentProgress())
+            builder.finish(
+                units=built.units,
+                stage=step.stage,
+                stage_version=step.stage_version,
+                domain=step.domain,
+                key=step.key,
+                config=step.config,
+                inputs={name: path.name for name, path in step.inputs.items()},
+                sources=step.sources,
+                counts=built.counts,
+                produced_with=built.produced_with,
+            )
+    except OSError as error:
+        user_error = as_user_error(error)
+        if user_error is None:
+            raise
+        raise user_error from None
+    return True
+
+
+class _Planner:
+    def __init__(self, settings: CorpusManifest, root: Path, data_root: Path, digests: DigestCache) -> None:
+        self._settings = settings
+        self._root = root
+        self._data_root = data_root
+        self._digests = digests
+        self._steps: list[Step] = []
+
+    def steps(self) -> list[Step]:
+        from pipeline.encoders import resolve_model
+
+        embed = self._settings.embed
+        models = {
+            role: resolve_model(embed, role, self._data_root, self._digests) for role in ("cluster", "surrogate")
+        }
+        inputs: dict[str, Path] = {}
+        for dataset in self._settings.dataset:
+            inputs.update(self._domain(dataset, {role: asdict(model) for role, model in models.items()}))
+        pack = self._settings.pack
+        if pack.remainder == "mix":
+            packed = {name: path for name, path in inputs.items() if name.startswith("batches/")}
+            mixed = self._add("batches", MIXED_DOMAIN, {"batch_size": pack.batch_size}, packed)
+            inputs[f"batches/{MIXED_DOMAIN}"] = mixed
+        datasets = {
+            dataset.name: dataset.model_dump(include={"query_prompt", "document_prompt", "licence", "weight"})
+            for dataset in self._settings.dataset
+        }
+        write = {**self._settings.write.model_dump(), "batch_size": pack.batch_size, "datasets": datasets}
+        self._add("shards", self._settings.corpus, write, inputs)
+        return self._steps
+
+    def _domain(self, dataset: Dataset, models: dict[str, dict[str, Any]]) -> dict[str, Path]:
+        """Adds the steps of a domain; returns the inputs that writing needs."""
+        settings = self._settings
+        name = dataset.name
+        pairs = self._pairs(dataset)
+        vectors = {}
+        for role, model in models.items():
+            config = {field: value for field, value in model.items() if field != "location"}
+            config["unit_rows"] = settings.embed.unit_rows
+            local = {"model": model["location"]}
+            vectors[role] = self._add("vectors", name, config, {"pairs": pairs}, local=local)
+        cluster = settings.cluster.model_dump()
+        cluster["cluster_size"] = cluster["cluster_size"] or settings.pack.batch_size
+        cluster["iterations"] = cluster["iterations"] or _ITERATIONS[cluster["method"]]
+        for field in ("tolerance", "two_level_above") if cluster["method"] == "doubled" else ("restarts",):
+            del cluster[field]  # the other method's: a change of it changes nothing
+        both = {"pairs": pairs, "vectors": vectors["cluster"]}
+        clusters = self._add("clusters", name, cluster, both)
+        measure = {**settings.hardness.model_dump(), "batch_size": settings.pack.batch_size}
+        hardness = self._add("hardness", name, measure, both)
+        packed = {**both, "surrogate": vectors["surrogate"], "clusters": clusters}
+        batches = self._add("batches", name, settings.pack.model_dump(), packed)
+        return {
+            f"pairs/{name}": pairs,
+            f"vectors/{name}": vectors["cluster"],
+            f"surrogate/{name}": vectors["surrogate"],
+            f"clusters/{name}": clusters,
+            f"hardness/{name}": hardness,
+            f"batches/{name}": batches,
+        }
+
+    def _pairs(self, dataset: Dataset) -> Path:
+        from pipeline.sources import list_source_files, local_path
+
+        ingest = self._settings.ingest
+        files = list_source_files(dataset, self._data_root, self._digests)
+        config: dict[str, Any] = {
+            "columns": dataset.columns.model_dump(),
+            "limit": dataset.limit,
+            "holdout": dataset.holdout,
+            "holdout_seed": ingest.holdout_seed,
+            "max_characters": ingest.max_characters,
+            "decontaminate": ingest.decontaminate,
+        }
+        local: dict[str, Any] = {file.name: file.location for file in files}
+        local["max_quarantined_fraction"] = ingest.max_quarantined_fraction
+        texts = {}
+        for name in ingest.decontaminate:
+            folder = local_path(name, self._data_root, "ingest.decontaminate")
+            if not (folder / "corpus.parquet").is_file() or not (folder / "queries.parquet").is_file():
+                raise ConfigError(f"ingest.decontaminate: {folder} has no corpus.parquet and queries.parquet")
+            local[f"decontaminate/{name}"] = str(folder)
+            texts.update({f"{name}/{part}": self._digests.digest(folder / f"{part}.parquet") for part in ("corpus", "queries")})
+        config["decontaminate_sha256"] = texts
+        sources = tuple(
+            {"name": file.name, "format": file.format, "bytes": file.num_bytes, "sha256": file.sha256} for file in files
+        )
+        return self._add("pairs", dataset.name, config, {}, sources=sources, local=local)
+
+    def _add(
+        self,
+        stage: str,
+        domain: str,
+        config: dict[str, Any],
+        inputs: dict[str, Path],
+        *,
+        sources: tuple[dict[str, Any], ...] = (),
+        local: dict[str, Any] | None = None,
+    ) -> Path:
+        version = _VERSIONS[stage]
+        keys = {name: path.name for name, path in inputs.items()}
+        key = content_key(stage=stage, version=version, domain=domain, config=config, inputs=keys, sources=sources)
+        folder = self._root / stage if stage == "shards" else self._root / stage / domain
+        step = Step(
+            stage=stage,
+            stage_version=version,
+            domain=domain,
+            key=key,
+            path=folder / key,
+            config=config,
+            inputs=inputs,
+            sources=sources,
+            local=local or {},
+        )
+        if all(known.path != step.path for known in self._steps):  # one vectors artifact may serve both roles
+            self._steps.append(step)
+        return step.path
+
+
+def _require_writable(workspace: Path) -> None:
+    import os
+
+    try:
+        workspace.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--workspace {workspace}: cannot be made: {error.strerror}; choose another folder") from None
+    if not os.access(workspace, os.W_OK | os.X_OK):
+        raise ConfigError(f"--workspace {workspace}: cannot be written; choose another folder")

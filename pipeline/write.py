@@ -1,0 +1,302 @@
+"""write: batches → shards. One row group is one batch, one row is one slot; texts, prompts and equivalence sets inside.
+
+A unit is a part file of at most 1,024 batches of one domain. Beside `data/` lie `index.parquet` (a row per batch, with
+the byte range and digest of its row group), the manifest and the data card.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import schemas
+from pipeline.artifact import ArtifactBuilder, read_artifact, write_unit
+from pipeline.card import data_card
+from pipeline.equivalence import equal_texts, keeps_negative, surrogate_mask
+from pipeline.errors import InputError
+from pipeline.hardness import Bounds, measure_batch
+from pipeline.step import Built, Executor, Progress, Step, Unit, run_pending
+from pipeline.vectors import Array, Texts, load_pairs, open_vectors
+
+
+
+def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> Built:
+    """Builds the `shards` artifact of a corpus. Raises InputError where no domain fills a batch."""
+    domains = list(step.config["datasets"])
+    packed = [name.removeprefix("batches/") for name in step.inputs if name.startswith("batches/")]
+    counts = {domain: read_artifact(step.inputs[f"batches/{domain}"]).manifest.counts for domain in packed}
+    num_batches = {domain: count["batches"] for domain, count in counts.items()}
+    if sum(num_batches.values()) == 0:
+        _refuse_empty(step, counts)
+    work = _Writing(
+        path=builder.path,
+        inputs=step.inputs,
+        datasets=step.config["datasets"],
+        margin=step.config["margin"],
+        first_batch_id={
+            domain: sum(num_batches[other] for other in packed[: packed.index(domain)]) for domain in packed
+        },
+        with_negatives=any(
+            read_artifact(step.inputs[f"pairs/{domain}"]).manifest.counts["negatives"] for domain in domains
+        ),
+    )
+    units: list[Unit] = []
+    for domain in packed:
+        for start in range(0, num_batches[domain], step.config["batches_per_part"]):
+            stop = min(start + step.config["batches_per_part"], num_batches[domain])
+            units.append(Unit(name=f"part-{len(units):05d}", group=domain, start=start, stop=stop))
+    names = run_pending(builder, executor, work, units, progress, "write shards")
+    index = pa.concat_tables([pq.read_table(_index_piece(builder.path, name)) for name in names])
+    summary = _summarise(step, index, counts)
+    for name in ("negatives_removed_known", "negatives_removed_equivalent", "negatives_kept"):
+        summary[name] = sum(builder.unit_record(unit).counts[name] for unit in names)
+    with write_unit(builder.path, "index") as writer:
+        pq.write_table(index, writer.add_file("index.parquet", rows=len(index)), compression="zstd")
+        card = data_card(step.domain, step.key, step.config["datasets"], summary, work.with_negatives)
+        writer.add_file("README.md").write_text(card, encoding="utf-8")
+    return Built(units=[*names, "index"], counts=summary)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Writing:
+    path: Path
+    inputs: dict[str, Path]
+    datasets: dict[str, dict[str, Any]]
+    margin: float
+    first_batch_id: dict[str, int]
+    with_negatives: bool
+
+    def open(self) -> _WritingWorker:
+        return _WritingWorker(self)
+
+
+class _Domain:
+    """What writing needs of one domain, by memory map where it is large."""
+
+    def __init__(self, inputs: dict[str, Path], domain: str) -> None:
+        pairs = read_artifact(inputs[f"pairs/{domain}"])
+        self.pairs = load_pairs(pairs)
+        self.texts = {side: Texts(pairs, side) for side in schemas.SIDES}
+        self.vectors = open_vectors(inputs[f"vectors/{domain}"])
+        self.surrogate = open_vectors(inputs[f"surrogate/{domain}"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """Columns of one batch, by slot, and the vectors of both models (B × D)."""
+
+    columns: dict[str, Any]
+    vectors: tuple[Array, Array]
+    surrogate: tuple[Array, Array]
+
+
+class _WritingWorker:
+    def __init__(self, work: _Writing) -> None:
+        self._work = work
+        self._schema = schemas.SHARDS_WITH_NEGATIVES if work.with_negatives else schemas.SHARDS
+        self._domain = lru_cache(maxsize=len(work.datasets))(lambda name: _Domain(work.inputs, name))
+        self._batches = lru_cache(maxsize=1)(lambda name: _read_batches(work.inputs[f"batches/{name}"]))
+
+    def prepare(self, unit: Unit) -> None:
+        return None
+
+    def commit(self, unit: Unit, prepared: None) -> None:
+        if unit.group != schemas.MIXED_DOMAIN and self._domain.cache_info().currsize:
+            self._domain.cache_clear()  # domains come one after the other: hold one
+        name = f"data/{unit.name}.parquet"
+        with write_unit(self._work.path, unit.name) as writer:
+            num_batches = unit.stop - unit.start
+            batches, domain_of = self._batches(unit.group)
+            path = writer.add_file(name, rows=num_batches * batches.shape[1])
+            counts = {"negatives_removed_known": 0, "negatives_removed_equivalent": 0, "negatives_kept": 0}
+            measured = []
+            with pq.ParquetWriter(
+                path,
+                self._schema,
+                compression="zstd",
+                use_dictionary=["domain", "query_prompt", "document_prompt"],
+                write_statistics=["batch_id", "pair_id"],
+            ) as parquet:
+                for number in range(unit.start, unit.stop):
+                    table, figures = self._batch(unit.group, number, batches, domain_of, counts)
+                    parquet.write_table(table, row_group_size=len(table))
+                    measured.append(figures)
+            index = _index_rows(path, name, self._work.first_batch_id[unit.group] + unit.start, unit.group, measured)
+            piece = writer.add_file(_index_piece(Path(), unit.name).as_posix(), rows=num_batches)
+            pq.write_table(pa.Table.from_pylist(index, schemas.INDEX), piece, compression="zstd")
+            writer.counts = counts
+
+    def _batch(
+        self, group: str, number: int, batches: Array, domain_of: Array | None, counts: dict[str, int]
+    ) -> tuple[pa.Table, dict[str, Any]]:
+        rows = batches[number]
+        if domain_of is None:
+            parts = [(group, np.arange(len(rows)))]
+        else:
+            parts = [(str(name), np.flatnonzero(domain_of[number] == name)) for name in np.unique(domain_of[number])]
+        batch, known = self._gather(rows, parts)
+        queries, documents = batch.surrogate
+        mask = surrogate_mask(queries, documents, margin=self._work.margin) | known
+        mask |= equal_texts(batch.columns["document"])
+        np.fill_diagonal(mask, False)
+        columns = batch.columns
+        columns["batch_id"] = np.full(len(rows), self._work.first_batch_id[group] + number)
+        columns["slot"] = np.arange(len(rows), dtype=np.int32)
+        columns["equivalent_slots"] = [np.flatnonzero(row).astype(np.uint16) for row in mask]
+        if self._work.with_negatives:
+            columns["negatives"] = self._negatives(rows, parts, queries, documents, counts)
+        figures = measure_batch(*batch.vectors, mask, queries, documents)
+        table = pa.table({name: columns[name] for name in self._schema.names}, schema=self._schema)
+        return table, vars(figures)
+
+    def _gather(self, rows: Array, parts: list[tuple[str, Array]]) -> tuple[_Batch, Array]:
+        size = len(rows)
+        columns: dict[str, Any] = {"cluster_id": rows["cluster_id"], "pair_id": rows["pair_id"]}
+        for name in ("query", "document", "query_prompt", "document_prompt", "domain"):
+            columns[name] = [""] * size
+        for name in ("query_id", "document_id"):
+            columns[name] = np.empty(size, dtype=np.int64)
+        known = np.zeros((size, size), dtype=bool)
+        found: dict[str, Array] = {}
+        for name, slots in parts:
+            domain: _Domain = self._domain(name)
+            query_rows = domain.pairs.query_row[rows["pair_id"][slots]]
+            document_rows = domain.pairs.document_row[rows["pair_id"][slots]]
+            columns["query_id"][slots], columns["document_id"][slots] = query_rows, document_rows
+            texts = domain.texts["queries"].take(query_rows), domain.texts["documents"].take(document_rows)
+            prompts = self._work.datasets[name]
+            for slot, query, document in zip(slots, *texts, strict=True):
+                columns["domain"][slot] = name
+                columns["query"][slot], columns["document"][slot] = query, document
+                columns["query_prompt"][slot] = prompts["query_prompt"]
+                columns["document_prompt"][slot] = prompts["document_prompt"]
+            several = domain.pairs.documents_per_query[query_rows] > 1  # else its only document is its own
+            if several.any():
+                pairs_of = domain.pairs.is_known(query_rows[several][:, None], document_rows[None, :])
+                known[np.ix_(slots[several], slots)] = pairs_of
+            for role, vectors in (("vectors", domain.vectors), ("surrogate", domain.surrogate)):
+                for side, row in (("queries", query_rows), ("documents", document_rows)):
+                    into = found.setdefault(f"{role}/{side}", np.zeros((size, vectors.dimension), dtype=np.float32))
+                    into[slots] = getattr(vectors, side).take(row)
+        batch = _Batch(
+            columns=columns,
+            vectors=(found["vectors/queries"], found["vectors/documents"]),
+            surrogate=(found["surrogate/queries"], found["surrogate/documents"]),
+        )
+        return batch, known
+
+    def _negatives(
+        self, rows: Array, parts: list[tuple[str, Array]], queries: Array, documents: Array, counts: dict[str, int]
+    ) -> list[list[str]]:
+        """Hard negatives of each slot, without known pairs of its query and without likely answers."""
+        kept: list[list[str]] = [[] for _ in range(len(rows))]
+        for name, slots in parts:
+            domain: _Domain = self._domain(name)
+            for slot in slots:
+                pair_id = rows["pair_id"][slot]
+                negative_rows = domain.pairs.negatives_of(pair_id)
+                if len(negative_rows) == 0:
+                    continue
+                is_known = domain.pairs.is_known(domain.pairs.query_row[pair_id], negative_rows)
+                counts["negatives_removed_known"] += int(is_known.sum())
+                negative_rows = negative_rows[~is_known]
+                vectors = domain.surrogate.documents.take(negative_rows)
+                keeps = keeps_negative(queries[slot], documents[slot], vectors, margin=self._work.margin)
+                counts["negatives_removed_equivalent"] += int((~keeps).sum())
+                counts["negatives_kept"] += int(keeps.sum())
+                kept[slot] = domain.texts["documents"].take(negative_rows[keeps])
+        return kept
+
+
+def _read_batches(path: Path) -> tuple[Array, Array | None]:
+    """(pair_id, cluster_id) by batch and slot, and the domains where there are several."""
+    read_artifact(path)
+    table = pq.read_table(path / "batches.parquet", columns=["slot", "pair_id", "cluster_id", "domain"])
+    size = int(table["slot"].to_numpy().max()) + 1
+    rows = np.empty(len(table), dtype=[("pair_id", np.int64), ("cluster_id", np.int32)])
+    rows["pair_id"], rows["cluster_id"] = table["pair_id"].to_numpy(), table["cluster_id"].to_numpy()
+    domains = None
+    if len(table["domain"].unique()) > 1:
+        domains = np.array(table["domain"].to_pylist()).reshape(-1, size)
+    elif table["domain"][0].as_py() != path.parent.name:
+        domains = np.full((len(table) // size, size), table["domain"][0].as_py())
+    return rows.reshape(-1, size), domains
+
+
+def _index_piece(path: Path, unit: str) -> Path:
+    return path / "units" / f"{unit}.index.parquet"
+
+
+def _index_rows(path: Path, name: str, first_batch_id: int, domain: str, measured: list[dict[str, Any]]) -> list[Any]:
+    metadata = pq.read_metadata(path)
+    rows = []
+    with path.open("rb") as file:
+        for group in range(metadata.num_row_groups):
+            columns = [metadata.row_group(group).column(i) for i in range(metadata.num_columns)]
+            starts = [column.dictionary_page_offset or column.data_page_offset for column in columns]
+            offset = min(starts)
+            length = max(start + column.total_compressed_size for start, column in zip(starts, columns, strict=True)) - offset
+            file.seek(offset)
+            rows.append(
+                {
+                    "batch_id": first_batch_id + group,
+                    "packing": 0,
+                    "domain": domain,
+                    "file": name,
+                    "row_group": group,
+                    "byte_offset": offset,
+                    "byte_length": length,
+                    "sha256": hashlib.sha256(file.read(length)).hexdigest(),
+                    **measured[group],
+                }
+            )
+    return rows
+
+
+def _summarise(step: Step, index: pa.Table, packed: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Counts of the corpus, and of each domain: from source rows to batches, and its hardness."""
+    summary: dict[str, Any] = {
+        "batch_size": step.config["batch_size"],
+        "batches": len(index),
+        "packings": 1,
+        "domains": {},
+    }
+    for domain, counts in packed.items():
+        rows = index.filter(pa.compute.equal(index["domain"], domain))
+        figures: dict[str, Any] = {"batches": counts["batches"], "leftover": counts["leftover"]}
+        if domain != schemas.MIXED_DOMAIN:
+            read = read_artifact(step.inputs[f"pairs/{domain}"]).manifest.counts
+            figures.update({name: read[name] for name in ("rows", "pairs", "held_out", "quarantined", "texts_cut")})
+            figures["clusters"] = read_artifact(step.inputs[f"clusters/{domain}"]).manifest.counts["clusters"]
+        if counts["batches"]:
+            hardness = float(np.mean(rows["hardness"].to_numpy()))
+            unmasked = 1 - rows["mask_rate"].to_numpy()
+            masked_values = np.nan_to_num(rows["masked_hardness"].to_numpy().astype(np.float64))
+            masked = float((masked_values * unmasked).sum() / unmasked.sum()) if unmasked.any() else None
+            figures["hardness"] = round(hardness, 4)
+            figures["masked_hardness"] = None if masked is None else round(masked, 4)
+            figures["mask_rate"] = round(float(np.mean(rows["mask_rate"].to_numpy())), 4)
+            figures["surrogate_loss"] = round(float(np.mean(rows["surrogate_loss"].to_numpy())), 4)
+            if domain != schemas.MIXED_DOMAIN:
+                bounds = Bounds(**read_artifact(step.inputs[f"hardness/{domain}"]).manifest.counts)
+                figures["hardness_random"], figures["hardness_knn"] = bounds.random, bounds.knn
+                figures["share"] = round(bounds.share(hardness), 4)
+                figures["masked_share"] = None if masked is None else round(bounds.share(masked), 4)
+        summary["domains"][domain] = figures
+    return summary
+
+
+def _refuse_empty(step: Step, counts: dict[str, dict[str, Any]]) -> None:
+    size = step.config["batch_size"]
+    found = ", ".join(f"{domain} {sum(count['leftover'].values())}" for domain, count in counts.items())
+    raise InputError(
+        f"no domain fills a batch of {size} pairs (pairs that came through: {found}); lower pack.batch_size, "
+        "add data, or set pack.remainder to mix"
+    )
