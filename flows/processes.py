@@ -27,9 +27,7 @@ class Process:
     started: str
 
 
-def start(
-    command: list[str], *, mark: str, folder: Path, environment: Mapping[str, str], log: Path
-) -> Process:
+def start(command: list[str], *, mark: str, folder: Path, environment: Mapping[str, str], log: Path) -> Process:
     """Start `command` in a session of its own, with `mark` and its output in `log`."""
     with open(log, "wb") as output:
         pid = subprocess.Popen(

@@ -121,9 +121,7 @@ def _start(service: Service, role: str, arguments: list[str], *, is_ready: Calla
 
 def _deploy(service: Service) -> None:
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    result = subprocess.run(
-        command, cwd=ROOT, env=_environment(service), capture_output=True, text=True, check=False
-    )
+    result = subprocess.run(command, cwd=ROOT, env=_environment(service), capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise ConfigError(f"prefect.yaml could not be deployed: {_last_line(result.stdout + result.stderr)}")
 

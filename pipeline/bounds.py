@@ -12,7 +12,6 @@ from pipeline.step import Built, Executor, Progress, Step
 from pipeline.vectors import FoldedPoints, load_pairs, open_vectors
 
 
-
 def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> Built:
     """Builds the `hardness` artifact of one domain: its counts hold `random` and `knn`, or nothing below B pairs."""
     if not builder.committed("bounds"):

@@ -38,8 +38,8 @@ def data_card(
         [
             f"# {corpus}: batches of {summary['batch_size']} pairs",
             "",
-            f"{summary['batches']:,} hard, false-negative-masked batches made by hardbatch, key `{key}`. In `data/`, one",
-            "Parquet row group is one batch and one row is one slot.",
+            f"{summary['batches']:,} hard, false-negative-masked batches made by hardbatch, key `{key}`.",
+            "In `data/`, one Parquet row group is one batch and one row is one slot.",
             "",
             "```python",
             "import polars as pl",

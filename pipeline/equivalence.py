@@ -8,11 +8,10 @@ Shape letters: B slots of a batch, D dimension.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-Array = np.ndarray[Any, Any]
+from pipeline.vectors import Array
+
 _NEAR_TIE = 1e-5  # float32 scores closer than this to the bound are decided in float64
 
 
@@ -21,7 +20,7 @@ def surrogate_mask(queries_BD: Array, documents_BD: Array, *, margin: float) -> 
     scores_BB = queries_BD @ documents_BD.T
     own_B = np.einsum("bd,bd->b", queries_BD, documents_BD, dtype=np.float64)
     above_BB = scores_BB - (own_B - margin)[:, None]
-    mask_BB = above_BB >= 0
+    mask_BB: Array = above_BB >= 0
     near_BB = np.abs(above_BB) < _NEAR_TIE
     np.fill_diagonal(near_BB, False)
     for i in np.flatnonzero(near_BB.any(1)):
@@ -36,7 +35,7 @@ def equal_texts(texts: list[str]) -> Array:
     """Whether the texts of slots i and j are the same (bool, B × B); the diagonal is False."""
     number: dict[str, int] = {}
     numbers = np.array([number.setdefault(text, len(number)) for text in texts])
-    equal_BB = numbers[:, None] == numbers[None, :]
+    equal_BB: Array = numbers[:, None] == numbers[None, :]
     np.fill_diagonal(equal_BB, False)
     return equal_BB
 

@@ -11,14 +11,12 @@ Shape letters: n pairs of the domain, B slots of a batch, A anchors, D dimension
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline.vectors import FoldedPoints
+from pipeline.vectors import Array, FoldedPoints
 
-Array = np.ndarray[Any, Any]
 TEMPERATURE = 0.02  # the paper's
 _BLOCK_ROWS = 4_096
 _DECIMALS = 6

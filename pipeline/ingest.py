@@ -179,20 +179,26 @@ class _Staging:
                 where = {"source_file": file_number, "source_row": raw.row}
                 if clean.reason is not None:
                     counts[clean.reason] += 1
-                    yield {**where, "reason": clean.reason, "detail": clean.detail.encode(errors="replace").decode()}, False
+                    yield (
+                        {**where, "reason": clean.reason, "detail": clean.detail.encode(errors="replace").decode()},
+                        False,
+                    )
                     continue
                 counts["texts_cut"] += clean.num_cut
                 counts["negatives"] += len(clean.negatives)
                 counts["negatives_dropped"] += clean.num_negatives_dropped
-                yield {
-                    **where,
-                    "query": clean.query,
-                    "document": clean.document,
-                    "negatives": clean.negatives,
-                    "query_hash": _hash(clean.query),
-                    "document_hash": _hash(clean.document),
-                    "negative_hashes": [_hash(negative) for negative in clean.negatives],
-                }, True
+                yield (
+                    {
+                        **where,
+                        "query": clean.query,
+                        "document": clean.document,
+                        "negatives": clean.negatives,
+                        "query_hash": _hash(clean.query),
+                        "document_hash": _hash(clean.document),
+                        "negative_hashes": [_hash(negative) for negative in clean.negatives],
+                    },
+                    True,
+                )
 
 
 def _chunks(rows: Iterable[tuple[dict[str, Any], bool]]) -> Iterator[tuple[list[Any], list[Any]]]:
@@ -219,8 +225,9 @@ def _refuse_if_broken(step: Step, counts: Counter[str], files: list[SourceFile])
     if sum(broken.values()) > allowed * counts["rows"]:
         raise QuarantineError(
             f"dataset '{step.domain}': {sum(broken.values())} of {counts['rows']} rows are broken "
-            f"({', '.join(f'{reason} {count}' for reason, count in broken.items())}), allowed is a fraction of {allowed}; "
-            f"look at {step.path / 'staged'}/*.quarantine.parquet, mend the source or raise ingest.max_quarantined_fraction"
+            f"({', '.join(f'{reason} {count}' for reason, count in broken.items())}), "
+            f"allowed is a fraction of {allowed}; look at {step.path / 'staged'}/*.quarantine.parquet, mend the source "
+            "or raise ingest.max_quarantined_fraction"
         )
 
 
@@ -287,7 +294,9 @@ def cut_holdout(
 
     num_queries = int(query_codes.max()) + 1
     num_nodes = num_queries + int(document_codes.max()) + 1
-    edges = coo_array((np.ones(num_pairs, dtype=np.int8), (query_codes, document_codes + num_queries)), (num_nodes,) * 2)
+    edges = coo_array(
+        (np.ones(num_pairs, dtype=np.int8), (query_codes, document_codes + num_queries)), (num_nodes,) * 2
+    )
     _, component_of_node = connected_components(edges.tocsr(), directed=False)
     component = component_of_node[query_codes]
     sizes = np.bincount(component)
@@ -456,16 +465,18 @@ def _write_holdout(
         pq.write_table(table, path, compression="zstd")
 
 
-def _final_counts(counts: Counter[str], fate: np.ndarray[Any, Any], num_queries: int, num_documents: int) -> dict[str, Any]:
+def _final_counts(
+    counts: Counter[str], fate: np.ndarray[Any, Any], num_queries: int, num_documents: int
+) -> dict[str, Any]:
     totals = ("rows", "texts_cut", "negatives", "negatives_dropped")
     quarantined = {reason: count for reason, count in sorted(counts.items()) if reason not in totals and count}
-    final = {
+    num_kept, num_held_out = int((fate == 0).sum()), int((fate == 3).sum())
+    assert counts["rows"] == num_kept + num_held_out + sum(quarantined.values()), "a row is unaccounted for"
+    return {
         **{name: counts[name] for name in totals},
-        "pairs": int((fate == 0).sum()),
-        "held_out": int((fate == 3).sum()),
+        "pairs": num_kept,
+        "held_out": num_held_out,
         "quarantined": quarantined,
         "queries": num_queries,
         "documents": num_documents,
     }
-    assert final["rows"] == final["pairs"] + final["held_out"] + sum(quarantined.values()), "a row is unaccounted for"
-    return final

@@ -10,12 +10,13 @@ Shape letters: n points, k clusters, D dimension.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
-Array = np.ndarray[Any, Any]
+from pipeline.vectors import Array
+
 _PARTITION_ROWS = 16_384
 _SCORES_HELD = 2**24  # float32 scores of a block of points: 64 MiB
 _MIN_BLOCK_ROWS = 64
@@ -25,7 +26,8 @@ _NEAR_TIE = 1e-4  # scores are dot products of vectors of norm up to 2 in float3
 class Points(Protocol):
     """Points to cluster, read by row."""
 
-    dimension: int
+    @property
+    def dimension(self) -> int: ...
 
     def __len__(self) -> int: ...
 
@@ -76,9 +78,7 @@ def kmeans(points: Points, num_clusters: int, *, iterations: int, tolerance: flo
     return _compact(labels, centroids, objective)
 
 
-def two_level_kmeans(
-    points: Points, cluster_size: int, *, iterations: int, tolerance: float, seed: int
-) -> Clustering:
+def two_level_kmeans(points: Points, cluster_size: int, *, iterations: int, tolerance: float, seed: int) -> Clustering:
     """K-Means within the clusters of a coarse K-Means of √k clusters: n·√k·D work an iteration instead of n·k·D."""
     n = len(points)
     num_coarse = max(1, round((n / cluster_size) ** 0.5))
@@ -113,7 +113,10 @@ def two_level_kmeans(
 class _Subset:
     def __init__(self, points: Points, rows: Array) -> None:
         self._points, self._rows = points, rows
-        self.dimension = points.dimension
+
+    @property
+    def dimension(self) -> int:
+        return self._points.dimension
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -135,7 +138,9 @@ def nearest(points_nD: Array, centroids_kD: Array) -> Array:
         near = scores >= (best - _NEAR_TIE)[:, None]
         for row in torch.nonzero(near.sum(1) > 1).flatten().tolist():
             candidates = torch.nonzero(near[row]).flatten().numpy()
-            exact = np.einsum("kd,d->k", centroids_kD[candidates].astype(np.float64), points_nD[start + row].astype(np.float64))
+            exact = np.einsum(
+                "kd,d->k", centroids_kD[candidates].astype(np.float64), points_nD[start + row].astype(np.float64)
+            )
             chosen[row] = int(candidates[np.argmax(exact + offsets.numpy()[candidates])])
         labels[start : start + block] = chosen.numpy()
     return labels

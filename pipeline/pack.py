@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,9 +19,7 @@ from pipeline.artifact import ArtifactBuilder, read_artifact, write_unit
 from pipeline.kmeans import Points
 from pipeline.step import Built, Executor, Progress, Step
 from pipeline.tour import greedy_tour
-from pipeline.vectors import FoldedPoints, load_pairs, open_vectors
-
-Array = np.ndarray[Any, Any]
+from pipeline.vectors import Array, FoldedPoints, load_pairs, open_vectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +45,7 @@ def pack(points: Points, labels: Array, centroids: Array, *, batch_size: int, se
 
 
 def lay_out(points: Points, labels: Array, centroids: Array, tour: Array) -> Array:
-    """All places in the order of the tour, and within a cluster along the line from the centroid before it to the next."""
+    """All places in the order of the tour; in a cluster along the line from the centroid before it to the next."""
     members = np.argsort(labels, kind="stable")
     starts = np.searchsorted(labels[members], np.arange(len(centroids) + 1))
     norms = np.linalg.norm(centroids, axis=1, keepdims=True)
@@ -95,7 +92,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
 
 
 def build_mixed(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> Built:
-    """Builds the `batches` artifact of domain `mixed`: the remainders of all domains, one after the other, cut again."""
+    """Builds the `batches` of domain `mixed`: the remainders of all domains, one after the other, cut again."""
     if not builder.committed("batches"):
         progress.start("pack mixed", 1)
         tables = [pq.read_table(path / "leftover.parquet") for name, path in step.inputs.items() if name != "mixed"]

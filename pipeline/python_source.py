@@ -15,7 +15,7 @@ from pathlib import Path
 from pipeline.errors import ConfigError, InputError
 
 _SKIPPED_FOLDERS = {
-    "test", "tests", "testing", "_vendor", "_vendored", "vendor", "vendored", "extern", "externals", "_externals",
+    "test", "tests", "testing", "_vendor", "_vendored", "vendor", "vendored", "extern", "external", "_external", "externals", "_externals",
     "third_party", "thirdparty", "__pycache__",
 }  # fmt: skip
 _MIN_LINES = 3
@@ -69,4 +69,6 @@ def read_functions(path: Path) -> Iterator[tuple[int, str, str, None]]:
 def _source_without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:
     docstring = node.body[0]
     kept = lines[node.lineno - 1 : docstring.lineno - 1] + lines[docstring.end_lineno : node.end_lineno]
-    return "\n".join(line[node.col_offset :] if line[: node.col_offset].isspace() else line for line in kept if line.strip())
+    return "\n".join(
+        line[node.col_offset :] if line[: node.col_offset].isspace() else line for line in kept if line.strip()
+    )

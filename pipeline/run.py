@@ -6,6 +6,7 @@ whose artifact is complete is a look-up. Prefect flows and the command line both
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -111,9 +112,7 @@ class _Planner:
         from pipeline.encoders import resolve_model
 
         embed = self._settings.embed
-        models = {
-            role: resolve_model(embed, role, self._data_root, self._digests) for role in ("cluster", "surrogate")
-        }
+        models = {role: resolve_model(embed, role, self._data_root, self._digests) for role in ("cluster", "surrogate")}
         inputs: dict[str, Path] = {}
         for dataset in self._settings.dataset:
             inputs.update(self._domain(dataset, {role: asdict(model) for role, model in models.items()}))
@@ -182,7 +181,9 @@ class _Planner:
             if not (folder / "corpus.parquet").is_file() or not (folder / "queries.parquet").is_file():
                 raise ConfigError(f"ingest.decontaminate: {folder} has no corpus.parquet and queries.parquet")
             local[f"decontaminate/{name}"] = str(folder)
-            texts.update({f"{name}/{part}": self._digests.digest(folder / f"{part}.parquet") for part in ("corpus", "queries")})
+            texts.update(
+                {f"{name}/{part}": self._digests.digest(folder / f"{part}.parquet") for part in ("corpus", "queries")}
+            )
         config["decontaminate_sha256"] = texts
         sources = tuple(
             {"name": file.name, "format": file.format, "bytes": file.num_bytes, "sha256": file.sha256} for file in files
@@ -220,8 +221,6 @@ class _Planner:
 
 
 def _require_writable(workspace: Path) -> None:
-    import os
-
     try:
         workspace.mkdir(parents=True, exist_ok=True)
     except OSError as error:

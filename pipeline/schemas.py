@@ -57,7 +57,13 @@ BATCHES = pa.schema(
     ]
 )
 LEFTOVER = pa.schema(
-    [("packing", pa.int32()), ("domain", pa.utf8()), ("pair_id", pa.int64()), ("cluster_id", pa.int32()), ("reason", pa.utf8())]
+    [
+        ("packing", pa.int32()),
+        ("domain", pa.utf8()),
+        ("pair_id", pa.int64()),
+        ("cluster_id", pa.int32()),
+        ("reason", pa.utf8()),
+    ]
 )
 SHARDS = pa.schema(
     [
@@ -75,7 +81,9 @@ SHARDS = pa.schema(
         ("equivalent_slots", pa.list_(pa.uint16())),
     ]
 )
-SHARDS_WITH_NEGATIVES = SHARDS.insert(SHARDS.get_field_index("equivalent_slots"), pa.field("negatives", pa.list_(pa.large_utf8())))
+SHARDS_WITH_NEGATIVES = SHARDS.insert(
+    SHARDS.get_field_index("equivalent_slots"), pa.field("negatives", pa.list_(pa.large_utf8()))
+)
 INDEX = pa.schema(
     [
         ("batch_id", pa.int64()),

@@ -21,7 +21,14 @@ from pipeline.artifact import DigestCache, content_key, sha256_file
 from pipeline.config import Columns, Dataset
 from pipeline.errors import ConfigError, InputError
 
-_FORMATS = {".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv"}
+_FORMATS = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+}
 _ROWS_PER_READ = 4_096
 
 
@@ -120,7 +127,9 @@ def _list_local(source: str, dataset: Dataset, root: Path, digests: DigestCache)
 def _list_remote(source: str, dataset: Dataset) -> list[SourceFile]:
     where = f"dataset '{dataset.name}'"
     if "::" in source or source.split("://")[0] in ("file", "local"):
-        raise ConfigError(f"{where}: '{source}': give a local file as a path below the data root, a remote one as one URL")
+        raise ConfigError(
+            f"{where}: '{source}': give a local file as a path below the data root, a remote one as one URL"
+        )
     import fsspec
 
     try:
@@ -348,7 +357,9 @@ def _open_binary(path: Path) -> io.BufferedIOBase | Any:
 
 def _no_column(file: SourceFile, field: str, name: str, names: list[str]) -> InputError:
     seen = ", ".join(map(str, names[:20]))
-    return InputError(f"{file.name}: no column '{name}' for {field}; it has: {seen}. Map it in the manifest: columns.{field}")
+    return InputError(
+        f"{file.name}: no column '{name}' for {field}; it has: {seen}. Map it in the manifest: columns.{field}"
+    )
 
 
 def _first_line(error: BaseException) -> str:

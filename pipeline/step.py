@@ -17,7 +17,7 @@ from pipeline.artifact import ArtifactBuilder
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One stage on one domain. `config` and `sources` enter the key; `local` (where things lie here, limits) does not."""
+    """One stage on one domain. `config` and `sources` enter the key; `local` (paths here, limits) does not."""
 
     stage: str
     stage_version: int

@@ -8,11 +8,10 @@ Shape letters: k centroids, D dimension.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-Array = np.ndarray[Any, Any]
+from pipeline.vectors import Array
+
 _NUM_NEIGHBOURS = 32
 _NEAR_TIE = 1e-5
 

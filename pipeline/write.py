@@ -26,7 +26,6 @@ from pipeline.step import Built, Executor, Progress, Step, Unit, run_pending
 from pipeline.vectors import Array, Texts, load_pairs, open_vectors
 
 
-
 def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> Built:
     """Builds the `shards` artifact of a corpus. Raises InputError where no domain fills a batch."""
     domains = list(step.config["datasets"])
@@ -242,7 +241,10 @@ def _index_rows(path: Path, name: str, first_batch_id: int, domain: str, measure
             columns = [metadata.row_group(group).column(i) for i in range(metadata.num_columns)]
             starts = [column.dictionary_page_offset or column.data_page_offset for column in columns]
             offset = min(starts)
-            length = max(start + column.total_compressed_size for start, column in zip(starts, columns, strict=True)) - offset
+            length = (
+                max(start + column.total_compressed_size for start, column in zip(starts, columns, strict=True))
+                - offset
+            )
             file.seek(offset)
             rows.append(
                 {

@@ -112,16 +112,20 @@ def test_the_command_leaves_no_process(tmp_path: Path, number: int | None) -> No
     mark = secrets.token_hex(8)
     command = [sys.executable, "-m", "flows.cluster_corpus", str(tmp_path / "none.toml")]
     environment = {**os.environ, MARK: mark, "PREFECT_HOME": str(tmp_path)}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
+    log = tmp_path / "log"
+    with open(log, "w") as output:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
     try:
         if number is not None:
-            assert any("temporary server" in line for line in process.stderr)
-            time.sleep(0.5)
+            while "temporary server" not in log.read_text():
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.1)
             process.send_signal(number)
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == (2 if number is None else 128 + number)
-        assert number is not None or "none.toml" in errors
+        return_code = process.wait(timeout=120)
     finally:
         left = end(None, mark)
     assert not left
+    if number is None:
+        assert return_code == 2 and "none.toml" in log.read_text()
+    else:
+        assert return_code == 128 + number

@@ -72,12 +72,15 @@ def test_the_mark_finds_what_a_dead_parent_left(tmp_path: Path) -> None:
 
 
 def test_a_stranger_with_the_pid_is_left_alone() -> None:
-    with subprocess.Popen(SLEEPER) as stranger:
+    stranger = subprocess.Popen(SLEEPER)
+    try:
         recorded = Process(stranger.pid, "long ago")
         assert not is_alive(recorded)
         assert not end(recorded, "no such mark")
         assert stranger.poll() is None
+    finally:
         stranger.kill()
+        stranger.wait()
 
 
 def test_term_is_followed_by_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,41 @@
+# The README's two commands are `make demo` and `make test`; each makes its own environment in a fresh clone.
+PYTHON ?= python3
+export HF_HUB_OFFLINE ?= 1
+export DO_NOT_TRACK = 1
+export PREFECT_SERVER_ANALYTICS_ENABLED = false
+BIN = .venv/bin
+
+.PHONY: demo test lint check up down clean
+
+demo: .venv/.installed-demo
+	@$(BIN)/hardbatch demo
+
+test: .venv/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test
+
+up: .venv/.installed-demo
+	@$(BIN)/python -m flows.service up
+
+down: .venv/.installed-demo
+	@$(BIN)/python -m flows.service down
+
+clean:
+	rm -rf workspace build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "hardbatch needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3 ..."; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/.installed-%: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,$*]'
+	@touch $@

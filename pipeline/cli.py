@@ -1,0 +1,158 @@
+"""The command line: `hardbatch run|plan|inspect|verify|demo`. Heavy imports come late, so that --help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from pipeline.errors import HardbatchError, IntegrityError
+
+_EXIT_CODES = """exit codes: 0 done, 2 usage or settings, 3 bad input, 4 integrity, 5 locked by another process,
+6 no space, 7 too many broken rows, 130 and 143 interrupted"""
+_DEMO_SLOTS = 16
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code. A user's mistake ends in one clear line, never in a traceback."""
+    options = _parser().parse_args(arguments)
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return int(options.command(options))
+    except HardbatchError as error:
+        print(f"hardbatch: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("hardbatch: interrupted; committed work stays, run the same command to go on", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # the reader of our output has left: nothing to tell it
+        return 0
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hardbatch",
+        description="Turns a corpus of (query, document) pairs into hard, false-negative-masked training batches.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, command: object, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command)
+        return sub
+
+    for name, command, text in (
+        ("run", _run, "make the shards of a manifest; the last line printed is their folder"),
+        ("plan", _plan, "show what a run would do, what it would reuse and why, without doing it"),
+    ):
+        sub = add(name, command, text)
+        sub.add_argument("manifest", type=Path, help="TOML file that names the datasets, see data_manifests/")
+        _add_common(sub)
+    inspect = add("inspect", _inspect, "show the batches of a shards folder")
+    inspect.add_argument("shards", type=Path, help="folder printed by `hardbatch run`")
+    inspect.add_argument("--batch", type=int, metavar="N", help="show the pairs of batch N and what is masked")
+    inspect.add_argument("--limit", type=int, default=20, metavar="N", help="rows of the table (default 20)")
+    verify = add("verify", _verify, "read every byte of the artifacts at or below a folder against their digests")
+    verify.add_argument("path", type=Path, help="a shards folder, any artifact, or a whole workspace")
+    demo = add("demo", _demo, "make batches from the docstrings of installed Python packages, and show one")
+    _add_common(demo)
+    return parser
+
+
+def _add_common(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--workspace", type=Path, default=Path("workspace"), help="where artifacts go (default: workspace)"
+    )
+    sub.add_argument("--data-root", type=Path, help="folder that local paths are relative to (default: the manifest's)")
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="STAGE.FIELD=VALUE", help="override a setting of the manifest"
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    from pipeline.progress import choose_progress
+    from pipeline.report import summary_text
+    from pipeline.run import plan_corpus, run_step
+
+    plan = plan_corpus(options.manifest, options.workspace, data_root=options.data_root, overrides=options.set)
+    progress = choose_progress()
+    num_run = sum(run_step(step, progress) for step in plan.steps)
+    print(f"{num_run} steps run, {len(plan.steps) - num_run} reused", file=sys.stderr)
+    print(summary_text(plan.shards))
+    print(plan.shards)
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from pipeline.report import plan_text
+    from pipeline.run import plan_corpus
+
+    plan = plan_corpus(options.manifest, options.workspace, data_root=options.data_root, overrides=options.set)
+    print(plan_text(plan.steps, plan.shards))
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from pipeline.report import batch_text, batches_text
+
+    if options.batch is None:
+        print(batches_text(options.shards, limit=options.limit))
+    else:
+        print(batch_text(options.shards, options.batch))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from pipeline.artifact import iter_artifact_paths, verify_artifact
+
+    paths = list(iter_artifact_paths(options.path))
+    if not paths:
+        raise IntegrityError(f"{options.path}: no complete artifact here (no manifest.json at or below it)")
+    faults = [fault for path in paths for fault in verify_artifact(path)]
+    for fault in faults:
+        print(f"hardbatch: {fault}", file=sys.stderr)
+    print(f"{len(paths)} artifacts read, {len(faults)} faults")
+    return IntegrityError.exit_code if faults else 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from importlib.resources import files
+
+    from pipeline.report import batch_text
+    from pipeline.run import plan_corpus
+
+    options.manifest = Path(str(files("pipeline"))).parent / "data_manifests" / "demo.toml"
+    code = _run(options)
+    plan = plan_corpus(options.manifest, options.workspace, data_root=options.data_root, overrides=options.set)
+    example = batch_text(plan.shards, _typical_batch(plan.shards), num_slots=_DEMO_SLOTS)
+    print(f"\nOne batch, as a person reads it:\n{example}")
+    print(plan.shards)
+    return code
+
+
+def _typical_batch(shards: Path) -> int:
+    """The batch of median masked hardness."""
+    import polars as pl
+
+    index = pl.read_parquet(shards / "index.parquet").sort("masked_hardness", "batch_id")
+    return int(index["batch_id"][len(index) // 2])
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    print("hardbatch: terminated; committed work stays, run the same command to go on", file=sys.stderr)
+    sys.exit(128 + signum)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

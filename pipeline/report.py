@@ -1,0 +1,271 @@
+"""What a person reads: the summary of a run, the plan, the table of batches, one batch as text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import MANIFEST, Artifact, find_artifact, read_artifact
+from pipeline.errors import ConfigError, InputError
+from pipeline.step import Step
+
+_TEXT_CHARACTERS = 110
+_SLOTS_LISTED = 16
+
+
+def summary_text(shards: Path) -> str:
+    """The summary of a shards artifact as a table for the terminal, with the line to look at it with polars."""
+    artifact = _read_shards(shards)
+    counts = artifact.manifest.counts
+    warnings = [
+        f"warning: {domain} has no full batch of {counts['batch_size']}: its pairs are left over in the ledger"
+        for domain, figures in counts["domains"].items()
+        if figures["batches"] == 0 and domain != "mixed"
+    ]
+    negatives = []
+    if counts["negatives_kept"] or counts["negatives_removed_known"] or counts["negatives_removed_equivalent"]:
+        negatives = [
+            f"hard negatives: {counts['negatives_kept']:,} kept, removed {counts['negatives_removed_known']:,} known "
+            f"pairs and {counts['negatives_removed_equivalent']:,} likely answers"
+        ]
+    return "\n".join(
+        [
+            _table(*_summary_rows(counts)),
+            "share: hardness of the batches, 0 for random ones, 1 for every pair among its nearest of the domain",
+            *negatives,
+            *warnings,
+            "",
+            f"{counts['batches']:,} batches of {counts['batch_size']} pairs, {artifact.bytes / 2**20:.1f} MiB; look at them:",
+            f"  hardbatch inspect {artifact.path}",
+            f"  python -c \"import polars as pl; print(pl.read_parquet('{artifact.path / 'data'}'))\"",
+        ]
+    )
+
+
+def summary_markdown(shards: Path) -> str:
+    """The summary of a shards artifact as a markdown table."""
+    artifact = _read_shards(shards)
+    header, rows = _summary_rows(artifact.manifest.counts)
+    lines = [header, ["---"] * len(header), *rows]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"# {artifact.manifest.domain}\n\n{table}\n\nShards: `{artifact.path}`\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedStep:
+    """What a run would do with a step, and why; rows and bytes where they are known."""
+
+    step: Step
+    reused: bool
+    why: str
+    rows: int | None
+    bytes: int | None
+
+
+def explain_plan(steps: Sequence[Step]) -> list[PlannedStep]:
+    """For each step whether its artifact is reused, and if not, what differs from the nearest one that is there."""
+    rerun: set[Path] = set()
+    planned = []
+    for step in steps:
+        artifact = find_artifact(step.path)
+        if artifact is not None:
+            rows = sum(
+                record.rows or 0 for name, record in artifact.manifest.files.items() if name.split("/")[0] != "units"
+            )
+            planned.append(PlannedStep(step=step, reused=True, why="complete", rows=rows, bytes=artifact.bytes))
+            continue
+        rerun.add(step.path)
+        rows_known = {"pairs": sum(_source_rows(step) or [0])}.get(step.stage)
+        planned.append(
+            PlannedStep(
+                step=step,
+                reused=False,
+                why=_difference(step, rerun),
+                rows=rows_known or None,
+                bytes=_source_bytes(step),
+            )
+        )
+    return planned
+
+
+def plan_text(steps: Sequence[Step], shards: Path) -> str:
+    """The plan as a table for the terminal."""
+    planned = explain_plan(steps)
+    header = ["stage", "domain", "", "rows", "bytes", "why"]
+    rows = [
+        [
+            item.step.stage,
+            item.step.domain,
+            "reuse" if item.reused else "run",
+            "" if item.rows is None else f"{item.rows:,}",
+            "" if item.bytes is None else f"{item.bytes:,}",
+            item.why,
+        ]
+        for item in planned
+    ]
+    num_run = sum(not item.reused for item in planned)
+    table = _table(header, rows, left=(0, 1, 2, 5))
+    return f"{table}\n{num_run} steps to run, {len(planned) - num_run} reused; shards: {shards}"
+
+
+def batches_text(shards: Path, *, limit: int = 20) -> str:
+    """The table of batches of a shards artifact: the first `limit`, and those with the highest mask rate are marked."""
+    import polars as pl
+
+    artifact = _read_shards(shards)
+    index = pl.read_parquet(artifact.path / "index.parquet")
+    header = ["batch", "domain", "hardness", "masked", "mask rate", "loss", "file", "row group"]
+    rows = [
+        [
+            str(row["batch_id"]),
+            row["domain"],
+            f"{row['hardness']:.4f}",
+            "" if row["masked_hardness"] is None else f"{row['masked_hardness']:.4f}",
+            f"{row['mask_rate']:.4f}",
+            f"{row['surrogate_loss']:.3f}",
+            row["file"],
+            str(row["row_group"]),
+        ]
+        for row in index.head(limit).iter_rows(named=True)
+    ]
+    more = f"\n{len(index) - limit:,} more batches; show one with --batch N" if len(index) > limit else ""
+    return f"{summary_text(shards)}\n\n{_table(header, rows, left=(1, 6))}{more}"
+
+
+def batch_text(shards: Path, batch_id: int, *, num_slots: int | None = None) -> str:
+    """One batch as text: each pair with the slots whose documents are no negatives of its query.
+
+    `num_slots` shows that many slots from its middle and the line that shows the rest; None shows all.
+    """
+    import polars as pl
+    import pyarrow.parquet as pq
+
+    artifact = _read_shards(shards)
+    index = pl.read_parquet(artifact.path / "index.parquet")
+    chosen = index.filter(pl.col("batch_id") == batch_id)
+    if len(chosen) == 0:
+        raise ConfigError(f"--batch {batch_id}: these shards have batches 0 to {len(index) - 1}")
+    entry = chosen.row(0, named=True)
+    with pq.ParquetFile(artifact.path / entry["file"]) as file:
+        rows = file.read_row_group(entry["row_group"]).to_pylist()
+    lines = [
+        f"batch {batch_id} of {entry['domain']}: {len(rows)} pairs, hardness {entry['hardness']:.4f}, "
+        f"mask rate {entry['mask_rate']:.4f}, surrogate loss {entry['surrogate_loss']:.3f}"
+    ]
+    shown = rows if num_slots is None else rows[(len(rows) - num_slots) // 2 :][:num_slots]
+    for row in shown:
+        masked = row["equivalent_slots"]
+        lines.append(
+            f"[{row['slot']:>3}] cluster {row['cluster_id']}  pair {row['pair_id']}  {row['query_prompt']}".rstrip()
+        )
+        lines.append(f"      q: {_shorten(row['query'])}")
+        lines.append(f"      d: {_shorten(row['document'])}")
+        lines += [f"      hard negative: {_shorten(negative)}" for negative in row.get("negatives") or []]
+        if masked:
+            some = ", ".join(map(str, masked[:_SLOTS_LISTED])) + (", …" if len(masked) > _SLOTS_LISTED else "")
+            lines.append(f"      no negatives of it: {len(masked)} of {len(rows) - 1} (slots {some})")
+    if len(shown) < len(rows):
+        lines.append(f"… {len(rows) - len(shown)} more: hardbatch inspect {artifact.path} --batch {batch_id}")
+    return "\n".join(lines)
+
+
+def _read_shards(path: Path) -> Artifact:
+    artifact = find_artifact(path)
+    if artifact is None and path.is_dir():
+        below = [found.parent for found in path.rglob(MANIFEST) if found.parent.parent.name == "shards"]
+        if len(below) == 1:
+            artifact = read_artifact(below[0])
+        elif below:
+            raise InputError(f"{path}: holds several shards folders, name one: {', '.join(map(str, sorted(below)))}")
+    if artifact is None:
+        raise InputError(f"{path}: no complete shards here; give the folder that `hardbatch run` printed last")
+    if artifact.manifest.stage != "shards":
+        raise InputError(f"{path}: is a '{artifact.manifest.stage}' artifact; give a shards folder")
+    return artifact
+
+
+def _summary_rows(counts: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    header = ["domain", "rows", "quarantined", "held out", "pairs", "clusters", "batches", "left over"]
+    header += ["hardness", "share", "masked share", "mask rate"]
+    rows = []
+    totals = dict.fromkeys(("rows", "quarantined", "held_out", "pairs", "clusters", "batches", "leftover"), 0)
+    for domain, figures in counts["domains"].items():
+        quarantined = sum(figures.get("quarantined", {}).values())
+        leftover = sum(figures["leftover"].values())
+        numbers = {**figures, "quarantined": quarantined, "leftover": leftover}
+        for name in totals:
+            totals[name] += numbers.get(name, 0)
+        rows.append(
+            [domain]
+            + [f"{numbers[name]:,}" if name in numbers else "" for name in totals]
+            + [_figure(figures.get(name)) for name in ("hardness", "share", "masked_share", "mask_rate")]
+        )
+    rows.append(["all"] + [f"{value:,}" for value in totals.values()] + [""] * 4)
+    return header, rows
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _source_rows(step: Step) -> list[int]:
+    import pyarrow.parquet as pq
+
+    paths = [Path(step.local[source["name"]]) for source in step.sources if source["format"] == "parquet"]
+    rows = [pq.read_metadata(path).num_rows for path in paths if path.is_file()]
+    limit = step.config.get("limit")
+    return [min(sum(rows), limit)] if limit and rows else rows
+
+
+def _source_bytes(step: Step) -> int | None:
+    return sum(source["bytes"] for source in step.sources) if step.sources else None
+
+
+def _difference(step: Step, rerun: set[Path]) -> str:
+    """How the step differs from the artifact of the same stage and domain that differs least."""
+    stale = [name for name, path in step.inputs.items() if path in rerun]
+    if stale:
+        return f"its input {stale[0].split('/')[0]} is made anew"
+    differences: list[list[str]] = []
+    for path in sorted(step.path.parent.glob(f"*/{MANIFEST}")):
+        manifest = json.loads(path.read_bytes())
+        changed = [
+            f"{name} {_short(manifest['config'].get(name))} → {_short(value)}"
+            for name, value in step.config.items()
+            if manifest["config"].get(name) != json.loads(json.dumps(value))
+        ]
+        if manifest["sources"] != [dict(source) for source in step.sources]:
+            changed.append("source files differ")
+        if manifest["inputs"] != {name: path.name for name, path in step.inputs.items()}:
+            changed.append("other inputs")
+        if manifest["stage_version"] != step.stage_version:
+            changed.append(f"stage version {manifest['stage_version']} → {step.stage_version}")
+        differences.append(changed)
+    if not differences:
+        return "not made yet"
+    return "; ".join(sorted(differences, key=len)[0]) or "not made yet"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _shorten(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _TEXT_CHARACTERS else line[: _TEXT_CHARACTERS - 1] + "…"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
