@@ -78,12 +78,14 @@ def is_worth_retrying(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
     retry_condition_fn=is_worth_retrying,
     persist_result=False,
     cache_policy=NO_CACHE,
+    log_prints=True,
 )
 def complete_step(step: Step) -> bool:
     """Make the artifact of `step` complete; False if it already was."""
+    from pipeline.progress import LineProgress
     from pipeline.run import run_step
 
-    worked = run_step(step)
+    worked = run_step(step, LineProgress(sys.stdout))  # which `log_prints` turns into lines of the run's log
     get_run_logger().info("%s %s", "built" if worked else "already complete:", step.path)
     return worked
 

@@ -95,7 +95,7 @@ def build_mixed(step: Step, builder: ArtifactBuilder, executor: Executor, progre
     """Builds the `batches` of domain `mixed`: the remainders of all domains, one after the other, cut again."""
     if not builder.committed("batches"):
         progress.start("pack mixed", 1)
-        tables = [pq.read_table(path / "leftover.parquet") for name, path in step.inputs.items() if name != "mixed"]
+        tables = [pq.read_table(step.inputs[f"batches/{name}"] / "leftover.parquet") for name in step.config["domains"]]
         left = pa.concat_tables(tables)
         left = left.filter(pa.compute.equal(left["reason"], "mixed"))
         batch_size = step.config["batch_size"]

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import MANIFEST, Artifact, find_artifact, read_artifact
+from pipeline.artifact import MANIFEST, Artifact, Manifest, find_artifact, read_artifact
 from pipeline.errors import ConfigError, InputError
+from pipeline.schemas import MIXED_DOMAIN
 from pipeline.step import Step
 
 _TEXT_CHARACTERS = 110
@@ -23,7 +24,7 @@ def summary_text(shards: Path) -> str:
     warnings = [
         f"warning: {domain} has no full batch of {counts['batch_size']}: its pairs are left over in the ledger"
         for domain, figures in counts["domains"].items()
-        if figures["batches"] == 0 and domain != "mixed"
+        if figures["batches"] == 0 and domain != MIXED_DOMAIN
     ]
     negatives = []
     if counts["negatives_kept"] or counts["negatives_removed_known"] or counts["negatives_removed_equivalent"]:
@@ -33,7 +34,7 @@ def summary_text(shards: Path) -> str:
         ]
     return "\n".join(
         [
-            _table(*_summary_rows(counts)),
+            _table(*_summary_rows(artifact.manifest)),
             "share: hardness of the batches, 0 for random ones, 1 for every pair among its nearest of the domain",
             *negatives,
             *warnings,
@@ -48,7 +49,7 @@ def summary_text(shards: Path) -> str:
 def summary_markdown(shards: Path) -> str:
     """The summary of a shards artifact as a markdown table."""
     artifact = _read_shards(shards)
-    header, rows = _summary_rows(artifact.manifest.counts)
+    header, rows = _summary_rows(artifact.manifest)
     lines = [header, ["---"] * len(header), *rows]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"# {artifact.manifest.domain}\n\n{table}\n\nShards: `{artifact.path}`\n"
@@ -72,13 +73,11 @@ def explain_plan(steps: Sequence[Step]) -> list[PlannedStep]:
     for step in steps:
         artifact = find_artifact(step.path)
         if artifact is not None:
-            rows = sum(
-                record.rows or 0 for name, record in artifact.manifest.files.items() if name.split("/")[0] != "units"
-            )
+            rows = _artifact_rows(artifact)
             planned.append(PlannedStep(step=step, reused=True, why="complete", rows=rows, bytes=artifact.bytes))
             continue
         rerun.add(step.path)
-        rows_known = {"pairs": sum(_source_rows(step) or [0])}.get(step.stage)
+        rows_known = sum(_source_rows(step)) if step.stage == "pairs" else None
         planned.append(
             PlannedStep(
                 step=step,
@@ -187,12 +186,15 @@ def _read_shards(path: Path) -> Artifact:
     return artifact
 
 
-def _summary_rows(counts: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _summary_rows(manifest: Manifest) -> tuple[list[str], list[list[str]]]:
+    found = manifest.counts["domains"]
+    domains = [name for name in [*manifest.config["domains"], MIXED_DOMAIN] if name in found]
     header = ["domain", "rows", "quarantined", "held out", "pairs", "clusters", "batches", "left over"]
     header += ["hardness", "share", "masked share", "mask rate"]
     rows = []
     totals = dict.fromkeys(("rows", "quarantined", "held_out", "pairs", "clusters", "batches", "leftover"), 0)
-    for domain, figures in counts["domains"].items():
+    for domain in domains:
+        figures = found[domain]
         quarantined = sum(figures.get("quarantined", {}).values())
         leftover = sum(figures["leftover"].values())
         numbers = {**figures, "quarantined": quarantined, "leftover": leftover}
@@ -209,6 +211,16 @@ def _summary_rows(counts: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
+
+
+def _artifact_rows(artifact: Artifact) -> int | None:
+    """Pairs of an artifact, or texts where it holds vectors."""
+    counts = artifact.manifest.counts
+    if artifact.manifest.stage == "vectors":
+        return int(counts["queries"] + counts["documents"])
+    if artifact.manifest.stage == "shards":
+        return int(counts["batches"] * counts["batch_size"])
+    return counts.get("pairs")
 
 
 def _source_rows(step: Step) -> list[int]:

@@ -117,15 +117,22 @@ class _Planner:
         for dataset in self._settings.dataset:
             inputs.update(self._domain(dataset, {role: asdict(model) for role, model in models.items()}))
         pack = self._settings.pack
+        names = [dataset.name for dataset in self._settings.dataset]  # in a list: their order numbers the batches
         if pack.remainder == "mix":
             packed = {name: path for name, path in inputs.items() if name.startswith("batches/")}
-            mixed = self._add("batches", MIXED_DOMAIN, {"batch_size": pack.batch_size}, packed)
+            mix = {"batch_size": pack.batch_size, "domains": names}
+            mixed = self._add("batches", MIXED_DOMAIN, mix, packed)
             inputs[f"batches/{MIXED_DOMAIN}"] = mixed
         datasets = {
             dataset.name: dataset.model_dump(include={"query_prompt", "document_prompt", "licence", "weight"})
             for dataset in self._settings.dataset
         }
-        write = {**self._settings.write.model_dump(), "batch_size": pack.batch_size, "datasets": datasets}
+        write = {
+            **self._settings.write.model_dump(),
+            "batch_size": pack.batch_size,
+            "domains": names,
+            "datasets": datasets,
+        }
         self._add("shards", self._settings.corpus, write, inputs)
         return self._steps
 

@@ -28,8 +28,8 @@ from pipeline.vectors import Array, Texts, load_pairs, open_vectors
 
 def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> Built:
     """Builds the `shards` artifact of a corpus. Raises InputError where no domain fills a batch."""
-    domains = list(step.config["datasets"])
-    packed = [name.removeprefix("batches/") for name in step.inputs if name.startswith("batches/")]
+    domains = step.config["domains"]
+    packed = [*domains, schemas.MIXED_DOMAIN] if f"batches/{schemas.MIXED_DOMAIN}" in step.inputs else domains
     counts = {domain: read_artifact(step.inputs[f"batches/{domain}"]).manifest.counts for domain in packed}
     num_batches = {domain: count["batches"] for domain, count in counts.items()}
     if sum(num_batches.values()) == 0:

@@ -77,7 +77,7 @@ def test_a_step_is_tried_again_after_an_io_error(
 ) -> None:
     attempts = []
 
-    def run_step(step: SimpleNamespace) -> bool:
+    def run_step(step: SimpleNamespace, progress: object) -> bool:
         attempts.append(step.path)
         if len(attempts) == 1:
             raise OSError(number, "first attempt")
@@ -100,7 +100,7 @@ def test_the_flow_writes_shards_and_a_summary(server: None, manifest: Path, tmp_
         names = {run.name for run in client.read_task_runs()}
         key = ArtifactFilter(key=ArtifactFilterKey(any_=["cluster-corpus"]))
         artifacts = client.read_artifacts(artifact_filter=key)
-    assert {"ingest of numbers", "cluster of numbers", "pack of numbers"} <= names
+    assert {"pairs of numbers", "vectors of numbers", "batches of numbers", "shards of tiny"} <= names
     assert len(artifacts) == 3
     assert shards in {artifact.description for artifact in artifacts}
     assert all("|" in str(artifact.data) for artifact in artifacts)

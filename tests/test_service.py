@@ -72,7 +72,6 @@ def pids_in(root: Path) -> list[int]:
     return found
 
 
-@pytest.mark.slow
 def test_up_run_down(project: Path) -> None:
     port = free_port()
     first = service(project, "up", port)
@@ -87,7 +86,7 @@ def test_up_run_down(project: Path) -> None:
     result = run(project, prefect + line, {})
     log = (project / ".prefect" / "worker.log").read_text()
     assert result.returncode == 0, result.stdout + log
-    assert list((project / "workspace").glob("tiny/shards/**/data/part-00000.parquet")), log
+    assert list((project / "workspace").glob("tiny/shards/*/data/part-00000.parquet")), log
 
     assert service(project, "down", port).stdout == "down\n"
     assert pids_in(project) == []
