@@ -29,7 +29,7 @@ from flows import service
 from pipeline.errors import HardbatchError
 
 if TYPE_CHECKING:
-    from pipeline.run import Step
+    from pipeline.step import Step
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_S = 20.0
@@ -53,7 +53,7 @@ def cluster_corpus(
 
     plan = plan_corpus(
         Path(manifest),
-        Path(workspace),
+        Path(workspace).absolute(),
         data_root=Path(data_root) if data_root is not None else None,
         overrides=overrides or (),
     )

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import ConfigError
-from pipeline.schemas import MAX_BATCH_SIZE, MIXED_DOMAIN
+from pipeline.schemas import MAX_BATCH_SIZE, MAX_BATCHES_PER_PART, MIXED_DOMAIN
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,99}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -39,11 +39,13 @@ class Dataset(_Table):
 
     name: Name = Field(description="the domain's name")
     source: str | list[str] = Field(description="paths, globs, fsspec URLs, or python:PACKAGE")
-    format: Literal["auto", "parquet", "jsonl", "csv", "tsv"] = "auto"
-    columns: Columns = Columns()
+    format: Literal["auto", "parquet", "jsonl", "csv", "tsv"] = Field(
+        "auto", description="auto tells by the name; .gz and .zst of text formats are read as they are"
+    )
+    columns: Columns = Field(Columns(), description="which columns hold query, document and (optional) negatives")
     query_prompt: str = Field("", description="put before a query in training, e.g. 'search_query: '")
     document_prompt: str = Field("", description="put before a document in training")
-    licence: str = ""
+    licence: str = Field("", description="written to the data card")
     revision: str | None = Field(None, description="revision of the source, written into {revision} of its URL")
     sha256: dict[str, Digest] = Field({}, description="expected digest per file name")
     limit: int | None = Field(None, ge=1, description="read at most this many rows, the first ones")
@@ -65,7 +67,7 @@ class IngestConfig(_Table):
     max_quarantined_fraction: float = Field(
         0.1, ge=0.0, le=1.0, strict=False, description="more broken rows than this stop the run with exit code 7"
     )
-    holdout_seed: int = Field(0, ge=0)
+    holdout_seed: int = Field(0, ge=0, description="draws the texts that are held out")
     decontaminate: list[str] = Field([], description="folders of corpus/queries Parquet whose texts are quarantined")
 
 
@@ -74,15 +76,17 @@ class EmbedConfig(_Table):
 
     model: str = Field("minilm", description="minilm, lexical, a local folder, or a hub name of sentence-transformers")
     revision: str | None = Field(None, description="commit of a hub model")
-    surrogate_model: str = "minilm"
-    surrogate_revision: str | None = None
+    surrogate_model: str = Field("minilm", description="likewise; nomic-ai/nomic-embed-text-v1 in the paper")
+    surrogate_revision: str | None = Field(None, description="commit of a hub model")
     query_prompt: str = Field("", description="prompt of the clustering model")
-    document_prompt: str = ""
-    surrogate_query_prompt: str | None = Field(None, description="default: search_query: for nomic-embed, else none")
-    surrogate_document_prompt: str | None = None
+    document_prompt: str = Field("", description="prompt of the clustering model")
+    surrogate_query_prompt: str | None = Field(None, description="default: 'search_query: ' for nomic-embed")
+    surrogate_document_prompt: str | None = Field(None, description="default: 'search_document: ' for nomic-embed")
     max_length_tokens: int | None = Field(None, ge=4, description="default: the model's own limit")
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="cpu, mps, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: bfloat16 where the hardware has it, else float32 (float16 on older GPUs)"
+    )
     token_budget: int | None = Field(None, ge=64, description="padded tokens of a forward pass; default by device")
     unit_rows: int = Field(8_192, ge=16, description="texts of a unit, the piece of work that is committed whole")
     trust_remote_code: bool = Field(False, description="run code of the model's repository; needs a full commit")
@@ -91,20 +95,22 @@ class EmbedConfig(_Table):
 class ClusterConfig(_Table):
     """Asymmetric K-Means (Eq. 3)."""
 
-    method: Literal["folded", "doubled"] = "folded"
+    method: Literal["folded", "doubled"] = Field(
+        "folded", description="folded: K-Means on d + q, streamed; doubled: the paper's 2n points, on FAISS, in memory"
+    )
     cluster_size: int | None = Field(None, ge=2, description="mean pairs of a cluster; default: pack.batch_size")
     iterations: int | None = Field(None, ge=1, description="default: 30 for folded, 100 for doubled")
     restarts: int = Field(3, ge=1, description="doubled only: the best of so many runs is kept")
     tolerance: float = Field(1e-4, ge=0.0, strict=False, description="folded: stop when the relative gain is below")
     two_level_above: int = Field(1_024, ge=1, description="folded: more clusters than this are found in two levels")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="draws the first centroids")
 
 
 class PackConfig(_Table):
     """Cutting clusters into batches of exactly `batch_size` pairs."""
 
-    batch_size: int = Field(64, ge=2, le=MAX_BATCH_SIZE)
-    seed: int = Field(0, ge=0)
+    batch_size: int = Field(64, ge=2, le=MAX_BATCH_SIZE, description="pairs of every batch, B")
+    seed: int = Field(0, ge=0, description="draws the cluster where the tour starts")
     exact_tour_below: int = Field(8_192, ge=1, description="fewer clusters than this: exact greedy tour")
     remainder: Literal["drop", "mix"] = Field("drop", description="pairs that fill no batch: drop, or mix domains")
 
@@ -112,15 +118,17 @@ class PackConfig(_Table):
 class HardnessConfig(_Table):
     """Measuring: the bounds that `share` is relative to."""
 
-    anchors: int = Field(4_096, ge=1)
-    seed: int = Field(0, ge=0)
+    anchors: int = Field(4_096, ge=1, description="pairs whose nearest are looked up among all of the domain")
+    seed: int = Field(0, ge=0, description="draws the anchors")
 
 
 class WriteConfig(_Table):
     """Equivalence sets and shards."""
 
     margin: float = Field(0.0, ge=0.0, strict=False, description="mask d' where f(q,d') >= f(q,d) - margin")
-    batches_per_part: int = Field(1_024, ge=1, le=1_024)
+    batches_per_part: int = Field(
+        MAX_BATCHES_PER_PART, ge=1, le=MAX_BATCHES_PER_PART, description="batches of a Parquet file, the unit"
+    )
 
 
 class CorpusManifest(_Table):

@@ -15,8 +15,8 @@ from pathlib import Path
 from pipeline.errors import ConfigError, InputError
 
 _SKIPPED_FOLDERS = {
-    "test", "tests", "testing", "_vendor", "_vendored", "vendor", "vendored", "extern", "external", "_external", "externals", "_externals",
-    "third_party", "thirdparty", "__pycache__",
+    "test", "tests", "testing", "__pycache__", "third_party", "thirdparty",
+    "_vendor", "_vendored", "vendor", "vendored", "extern", "external", "_external", "externals", "_externals",
 }  # fmt: skip
 _MIN_LINES = 3
 _MIN_QUERY_CHARACTERS = 10

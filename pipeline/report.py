@@ -39,7 +39,7 @@ def summary_text(shards: Path) -> str:
             *negatives,
             *warnings,
             "",
-            f"{counts['batches']:,} batches of {counts['batch_size']} pairs, {artifact.bytes / 2**20:.1f} MiB; look at them:",
+            f"{counts['batches']:,} batches of {counts['batch_size']} pairs, {artifact.bytes / 2**20:.1f} MiB; look:",
             f"  hardbatch inspect {artifact.path}",
             f"  python -c \"import polars as pl; print(pl.read_parquet('{artifact.path / 'data'}'))\"",
         ]
@@ -77,13 +77,13 @@ def explain_plan(steps: Sequence[Step]) -> list[PlannedStep]:
             planned.append(PlannedStep(step=step, reused=True, why="complete", rows=rows, bytes=artifact.bytes))
             continue
         rerun.add(step.path)
-        rows_known = sum(_source_rows(step)) if step.stage == "pairs" else None
+        rows_known = _source_rows(step) if step.stage == "pairs" else None
         planned.append(
             PlannedStep(
                 step=step,
                 reused=False,
                 why=_difference(step, rerun),
-                rows=rows_known or None,
+                rows=rows_known,
                 bytes=_source_bytes(step),
             )
         )
@@ -223,13 +223,15 @@ def _artifact_rows(artifact: Artifact) -> int | None:
     return counts.get("pairs")
 
 
-def _source_rows(step: Step) -> list[int]:
+def _source_rows(step: Step) -> int | None:
+    """Rows of the sources where they can be told without reading: from Parquet footers, or from the manifest."""
     import pyarrow.parquet as pq
 
     paths = [Path(step.local[source["name"]]) for source in step.sources if source["format"] == "parquet"]
-    rows = [pq.read_metadata(path).num_rows for path in paths if path.is_file()]
-    limit = step.config.get("limit")
-    return [min(sum(rows), limit)] if limit and rows else rows
+    rows: int | None = sum(pq.read_metadata(path).num_rows for path in paths if path.is_file())
+    rows = rows or step.local["num_pairs"]
+    limit: int | None = step.config["limit"]
+    return min(rows, limit) if limit and rows else rows or limit
 
 
 def _source_bytes(step: Step) -> int | None:

@@ -182,6 +182,7 @@ class _Planner:
         }
         local: dict[str, Any] = {file.name: file.location for file in files}
         local["max_quarantined_fraction"] = ingest.max_quarantined_fraction
+        local["num_pairs"] = dataset.num_pairs
         texts = {}
         for name in ingest.decontaminate:
             folder = local_path(name, self._data_root, "ingest.decontaminate")

@@ -115,6 +115,16 @@ def test_a_server_that_dies_at_start(project: Path) -> None:
     assert not (project / "prefect.toml").exists()
 
 
+def test_nothing_is_left_up_when_deploying_fails(project: Path) -> None:
+    deployments = project / "prefect.yaml"
+    deployments.write_text(deployments.read_text().replace(":cluster_corpus", ":no_such_flow"))
+    result = service(project, "up", free_port())
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and "no_such_flow" in result.stderr
+    assert pids_in(project) == []
+    assert not (project / "prefect.toml").exists()
+
+
 def test_settings_of_the_user_are_kept(project: Path) -> None:
     settings = project / "prefect.toml"
     settings.write_text("[logging]\nlevel = 'DEBUG'\n")

@@ -1,0 +1,90 @@
+"""Fixtures that several test files share: tiny corpora, their manifests, and runs from manifest to shards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.run import Plan, plan_corpus, run_step
+
+LEXICAL = """
+[embed]
+model = "lexical"
+surrogate_model = "lexical"
+"""
+Row = Mapping[str, Any]
+
+
+def make_rows(num_rows: int, start: int = 0, num_topics: int = 7) -> list[dict[str, Any]]:
+    """Distinct pairs about a few topics; no text occurs twice on a side."""
+    return [
+        {"query": f"what is number {i} of topic {i % num_topics}", "document": f"number {i} lies in {i % num_topics}"}
+        for i in range(start, start + num_rows)
+    ]
+
+
+@pytest.fixture
+def rows() -> Callable[..., list[dict[str, Any]]]:
+    """`rows(n, start=0)`: n distinct pairs."""
+    return make_rows
+
+
+@pytest.fixture
+def write_jsonl(tmp_path: Path) -> Callable[[str, Iterable[Row]], Path]:
+    """`write_jsonl(name, rows)`: a JSON Lines file below tmp_path."""
+
+    def write(name: str, rows: Iterable[Row]) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def write_manifest(tmp_path: Path) -> Callable[..., Path]:
+    """`write_manifest(text, name="corpus.toml")`: a manifest below tmp_path; lexical models unless it has [embed]."""
+
+    def write(text: str, name: str = "corpus.toml") -> Path:
+        path = tmp_path / name
+        path.write_text(text if "[embed]" in text else text + LEXICAL, encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def small_manifest(write_jsonl: Callable[..., Path], write_manifest: Callable[..., Path]) -> Path:
+    """The manifest of a corpus of one domain, 48 pairs in batches of 8."""
+    write_jsonl("pairs.jsonl", make_rows(48))
+    return write_manifest(
+        'corpus = "small"\n[[dataset]]\nname = "numbers"\nsource = "pairs.jsonl"\n[pack]\nbatch_size = 8\n'
+    )
+
+
+@pytest.fixture
+def run_corpus(tmp_path: Path, write_manifest: Callable[..., Path]) -> Callable[..., Plan]:
+    """`run_corpus(manifest_text, overrides=(), workspace=None, stages=None)`: runs in this process, returns the plan.
+
+    `stages` limits the run to some stages, for example ("pairs",). The workspace is tmp_path/"workspace".
+    """
+
+    def run(
+        text: str,
+        *,
+        overrides: Sequence[str] = (),
+        workspace: Path | None = None,
+        stages: Sequence[str] | None = None,
+    ) -> Plan:
+        plan = plan_corpus(write_manifest(text), workspace or tmp_path / "workspace", overrides=overrides)
+        for step in plan.steps:
+            if stages is None or step.stage in stages:
+                run_step(step)
+        return plan
+
+    return run
