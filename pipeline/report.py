@@ -196,7 +196,7 @@ def _summary_rows(manifest: Manifest) -> tuple[list[str], list[list[str]]]:
     for domain in domains:
         figures = found[domain]
         quarantined = sum(figures.get("quarantined", {}).values())
-        leftover = sum(figures["leftover"].values())
+        leftover = sum(count for reason, count in figures["leftover"].items() if reason != "mixed")
         numbers = {**figures, "quarantined": quarantined, "leftover": leftover}
         for name in totals:
             totals[name] += numbers.get(name, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 
 from flows.processes import Process, end, is_alive, start
 
+pytestmark = pytest.mark.skipif(shutil.which("ps") is None, reason="looks at processes with ps")
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(300)"]
 PARENT = """
 import pathlib, subprocess, sys, time

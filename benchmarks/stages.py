@@ -1,0 +1,108 @@
+"""Seconds, peak memory and bytes per pair of every stage on real domains, with the lexical embedder.
+
+    HARDBATCH_DATA=DIR python benchmarks/stages.py domains     # each domain of DIR/train as a domain of one corpus
+    HARDBATCH_DATA=DIR python benchmarks/stages.py growth      # one domain of 24k, 96k, 384k pairs, domains merged
+
+Each step runs in a process of its own, so that its peak memory is its own; the peak of a process that only imports
+what the stages import is printed first, and subtracted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import resource
+import shutil
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import polars as pl
+
+from pipeline.artifact import read_artifact
+from pipeline.run import plan_corpus, run_step
+from pipeline.step import Step
+
+SETTINGS = '[embed]\nmodel = "lexical"\nsurrogate_model = "lexical"\n'
+GROWTH = (24_000, 96_000, 384_000)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("domains", "growth"))
+    options = parser.parse_args()
+    data = Path(os.environ["HARDBATCH_DATA"]) / "train"
+    folder = Path(tempfile.mkdtemp())
+    baseline = in_own_process(only_import, None)[1]
+    print(f"peak of a process that only imports: {baseline:.0f} MiB, subtracted below")
+    if options.what == "domains":
+        names = sorted(path.stem for path in data.glob("*.parquet"))
+        datasets = "".join(f'[[dataset]]\nname = "{name}"\nsource = "{name}.parquet"\n' for name in names)
+        measure("domains", datasets, data, folder, baseline)
+    else:
+        columns = [pl.scan_parquet(path).select("query", "document") for path in sorted(data.glob("*.parquet"))]
+        merged = pl.concat(columns).collect().sample(fraction=1.0, shuffle=True, seed=0)
+        for num_pairs in GROWTH:
+            merged.head(num_pairs).write_parquet(folder / f"merged-{num_pairs}.parquet")
+            dataset = f'[[dataset]]\nname = "merged-{num_pairs}"\nsource = "merged-{num_pairs}.parquet"\n'
+            measure(f"merged-{num_pairs}", dataset, folder, folder, baseline)
+    shutil.rmtree(folder)
+
+
+def measure(corpus: str, datasets: str, data: Path, folder: Path, baseline: float) -> None:
+    """Runs a corpus step by step and prints a line per stage, over all its domains."""
+    manifest = folder / f"{corpus}.toml"
+    manifest.write_text(f'corpus = "{corpus}"\n{SETTINGS}{datasets}')
+    plan = plan_corpus(manifest, folder / "workspace", data_root=data)
+    seconds: dict[str, float] = defaultdict(float)
+    peak: dict[str, float] = defaultdict(float)
+    num_bytes: dict[str, int] = defaultdict(int)
+    num_pairs = 0
+    for step in plan.steps:
+        taken, memory = in_own_process(run, step)
+        seconds[step.stage] += taken
+        peak[step.stage] = max(peak[step.stage], memory - baseline)
+        artifact = read_artifact(step.path)
+        num_bytes[step.stage] += artifact.bytes
+        num_pairs += artifact.manifest.counts["pairs"] if step.stage == "pairs" else 0
+    print(
+        f"\n{corpus}: {num_pairs:,} pairs\n{'stage':<10}{'seconds':>9}{'µs/pair':>9}{'peak MiB':>10}{'bytes/pair':>12}"
+    )
+    for stage, taken in seconds.items():
+        row = f"{stage:<10}{taken:>9.1f}{taken / num_pairs * 1e6:>9.1f}{peak[stage]:>10.0f}"
+        print(f"{row}{num_bytes[stage] / num_pairs:>12.1f}", flush=True)
+
+
+def run(step: Step) -> None:
+    """A step, as a run would do it."""
+    assert run_step(step), f"{step.path} was there already"
+
+
+def only_import(_: None) -> None:
+    """Loads what the stages load."""
+    import pipeline.bounds
+    import pipeline.cluster
+    import pipeline.embed
+    import pipeline.ingest
+    import pipeline.pack
+    import pipeline.write  # noqa: F401
+
+
+def in_own_process(function: object, argument: object) -> tuple[float, float]:
+    """Seconds and peak MiB of `function(argument)` in a fresh process, imports left out of the seconds."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_measured, (function, argument))
+
+
+def _measured(function: object, argument: object) -> tuple[float, float]:
+    only_import(None)
+    start = time.perf_counter()
+    function(argument)  # type: ignore[operator]
+    seconds = time.perf_counter() - start
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main()

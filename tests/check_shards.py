@@ -1,0 +1,108 @@
+"""Checks shards against their source files with code that shares nothing with the pipeline's writer.
+
+`python tests/check_shards.py SHARDS DATA_ROOT` prints what it counted; tests call `check`. It reads Parquet sources
+with columns query and document, the ledger, the quarantine and the surrogate vectors by their documented formats.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+TIE = 1e-6
+
+
+def check(shards: Path, data_root: Path) -> dict[str, dict[str, float]]:
+    """Figures per domain; raises AssertionError where a pair is lost, doubled or wrongly masked."""
+    manifest = json.loads((shards / "manifest.json").read_text())
+    size = manifest["config"]["batch_size"]
+    rows = pl.scan_parquet(shards / "data" / "*.parquet")
+    sizes = rows.group_by("batch_id").agg(pl.len(), pl.col("slot").n_unique().alias("slots")).collect()
+    assert (sizes["len"] == size).all() and (sizes["slots"] == size).all()
+    return {
+        domain: _check_domain(rows.filter(pl.col("domain") == domain).collect(), domain, manifest, shards, data_root)
+        for domain in manifest["config"]["domains"]
+    }
+
+
+def _check_domain(rows: pl.DataFrame, domain: str, manifest: dict, shards: Path, data_root: Path) -> dict[str, float]:
+    corpus = shards.parent.parent
+    keys = manifest["inputs"]
+    pairs_folder = corpus / "pairs" / domain / keys[f"pairs/{domain}"]
+    pairs_manifest = json.loads((pairs_folder / "manifest.json").read_text())
+    source = pl.concat(
+        pl.read_parquet(data_root / item["name"], columns=["query", "document"])
+        .with_row_index("source_row")
+        .with_columns(source_file=pl.lit(number, pl.Int32), source_row=pl.col("source_row").cast(pl.Int64))
+        for number, item in enumerate(pairs_manifest["sources"])
+    )
+    if pairs_manifest["config"]["limit"]:
+        source = source.head(pairs_manifest["config"]["limit"])
+    quarantine = pl.read_parquet(pairs_folder / "quarantine.parquet")
+    leftover = pl.read_parquet(corpus / "batches" / domain / keys[f"batches/{domain}"] / "leftover.parquet")
+    left = leftover.filter(pl.col("reason") != "mixed")
+    if "batches/mixed" in keys:
+        mixed = pl.read_parquet(corpus / "batches" / "mixed" / keys["batches/mixed"] / "leftover.parquet")
+        left = pl.concat([left, mixed.filter(pl.col("domain") == domain)])
+    held_out = 0
+    if (pairs_folder / "holdout" / "qrels.parquet").exists():
+        held_out = len(pl.read_parquet(pairs_folder / "holdout" / "qrels.parquet"))
+    assert len(source) == len(rows) + len(left) + len(quarantine) + held_out, domain
+    assert rows["pair_id"].n_unique() == len(rows) and not set(left["pair_id"]) & set(rows["pair_id"])
+    pairs = pl.read_parquet(pairs_folder / "pairs.parquet").join(source, on=["source_file", "source_row"], how="left")
+    joined = rows.join(pairs, on="pair_id", how="left", suffix="_source")
+    assert (joined["query"] == joined["query_source"]).all() and (joined["document"] == joined["document_source"]).all()
+    known = set(zip(pairs["query"].to_list(), pairs["document"].to_list(), strict=True))
+    vectors = {
+        side: np.concatenate(
+            [
+                np.load(file)
+                for file in sorted(
+                    (corpus / "vectors" / domain / keys[f"surrogate/{domain}"] / "vectors").glob(f"{side}-*.npy")
+                )
+            ]
+        ).astype(np.float64)
+        for side in ("queries", "documents")
+    }
+    size = manifest["config"]["batch_size"]
+    wrong = ties = masked = num_batches = 0
+    for batch in rows.sort("batch_id", "slot").partition_by("batch_id"):
+        if len(batch) < size:
+            continue  # a batch of several domains
+        num_batches += 1
+        scores = vectors["queries"][batch["query_id"]] @ vectors["documents"][batch["document_id"]].T
+        above = scores - np.diag(scores)[:, None]
+        queries, documents = batch["query"].to_list(), batch["document"].to_list()
+        for i in range(len(batch)):
+            written = set(batch["equivalent_slots"][i].to_list())
+            for j in range(len(batch)):
+                if i == j:
+                    wrong += j in written
+                    continue
+                sure = (queries[i], documents[j]) in known or documents[i] == documents[j]
+                if not sure and abs(above[i, j]) < TIE:
+                    ties += 1
+                    continue
+                wrong += (j in written) != (sure or above[i, j] >= 0)
+            masked += len(written)
+    assert wrong == 0, f"{domain}: {wrong} slots masked wrongly"
+    repeats = len(source) - source["document"].n_unique() + len(source) - source["query"].n_unique()
+    return {
+        "rows": len(source),
+        "in_batches": len(rows),
+        "left_over": len(left),
+        "quarantined": len(quarantine),
+        "held_out": held_out,
+        "repeated_texts": repeats,
+        "mask_rate": masked / (num_batches * size * (size - 1)) if num_batches else 0.0,
+        "ties": ties,
+    }
+
+
+if __name__ == "__main__":
+    for name, figures in check(Path(sys.argv[1]), Path(sys.argv[2])).items():
+        print(name, figures)
