@@ -16,7 +16,7 @@ from pipeline import schemas
 from pipeline.artifact import ArtifactBuilder, read_artifact, write_unit
 from pipeline.kmeans import Clustering, kmeans, means_of_labels, two_level_kmeans
 from pipeline.step import Built, Executor, Progress, Step
-from pipeline.vectors import Array, FoldedPoints, load_pairs, open_vectors
+from pipeline.vectors import Array, FoldedPoints, load_pairs, open_vectors, write_array
 
 
 def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> Built:
@@ -89,8 +89,7 @@ def _write(builder: ArtifactBuilder, pair_ids: Array, clustering: Clustering) ->
     with write_unit(builder.path, "clusters") as writer:
         table = pa.table({"pair_id": pair_ids, "cluster_id": clustering.labels}, schema=schemas.CLUSTERS)
         pq.write_table(table, writer.add_file("clusters.parquet", rows=len(table)), compression="zstd")
-        with writer.add_file("centroids.npy", rows=len(clustering.centroids)).open("wb") as file:
-            np.save(file, clustering.centroids)
+        write_array(writer.add_file("centroids.npy", rows=len(clustering.centroids)), clustering.centroids)
         objective = pa.table(
             {
                 "level": clustering.levels,

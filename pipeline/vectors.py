@@ -162,6 +162,13 @@ class FoldedPoints:
         return documents, self.vectors.queries.take(self.pairs.query_row[pair_ids])
 
 
+def write_array(path: Path, array: Array) -> None:
+    """Writes an .npy file so that a full disk is told by its errno: `np.save` to a file leaves it out."""
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(np.ascontiguousarray(array).data)
+
+
 def open_vectors(path: Path) -> Vectors:
     """The vectors artifact at `path`."""
     return Vectors(read_artifact(path))

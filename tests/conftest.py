@@ -88,3 +88,18 @@ def run_corpus(tmp_path: Path, write_manifest: Callable[..., Path]) -> Callable[
         return plan
 
     return run
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """(manifest, workspace, shards) of a finished run: 48 pairs, 6 batches of 8. Read only: copy what you change."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(48)))
+    manifest = folder / "small.toml"
+    manifest.write_text(
+        'corpus = "small"\n[[dataset]]\nname = "numbers"\nsource = "pairs.jsonl"\n[pack]\nbatch_size = 8\n' + LEXICAL
+    )
+    plan = plan_corpus(manifest, folder / "workspace")
+    for step in plan.steps:
+        run_step(step)
+    return manifest, folder / "workspace", plan.shards

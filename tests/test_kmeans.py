@@ -62,7 +62,8 @@ def test_nearest_is_the_float64_brute_force(num_clusters):
     distances = squared_distances(points, centroids)
     labels = nearest(points, centroids)
     assert labels.dtype == np.int32
-    clear = np.sort(distances, axis=1)[:, :2].ptp(axis=1) > 1e-9 if num_clusters > 1 else np.ones(700, bool)
+    second = np.sort(distances, axis=1)[:, min(1, num_clusters - 1)]
+    clear = (second - distances.min(1) > 1e-9) | (num_clusters == 1)
     assert clear.mean() > 0.9
     assert np.array_equal(labels[clear], distances.argmin(1)[clear])
 
@@ -178,6 +179,14 @@ def test_empty_clusters_are_filled_again():
     assert len(clustering.centroids) == 25
 
 
+@pytest.mark.xfail(strict=True, reason="seeds that are equal are dropped and never drawn again")
+def test_many_duplicates_do_not_cost_clusters():
+    points = np.concatenate([np.tile(folded_points(1), (900, 1)), folded_points(300, seed=1)])
+    clustering = run(points, 60)
+    assert_sound(clustering, 1_200, 16)
+    assert len(clustering.centroids) >= 50
+
+
 def test_one_dimension():
     points = np.concatenate([np.full((10, 1), -1.0), np.full((10, 1), 2.0)]) + np.arange(20)[:, None] * 1e-3
     clustering = min((run(points, 2, seed=seed) for seed in range(4)), key=lambda found: found.objective[-1])
@@ -199,14 +208,14 @@ def restored_threads():
 
 
 def test_threads_and_block_size_change_nothing(monkeypatch, restored_threads):
-    points = folded_points(1_500, dimension=48)
+    points = folded_points(400, dimension=48)
     points[::7] = points[0]
     found = []
     for threads, held, rows in ((1, 2**24, 64), (2, 2**24, 64), (1, 1, 16), (2, 1, 17), (1, 40 * 333, 16)):
         torch.set_num_threads(threads)
         monkeypatch.setattr(module, "_SCORES_HELD", held)
         monkeypatch.setattr(module, "_MIN_BLOCK_ROWS", rows)
-        found.append(run(points, 40))
+        found.append(run(points, 40, iterations=4))
     for other in found[1:]:
         assert np.array_equal(other.labels, found[0].labels)
         assert np.array_equal(other.centroids, found[0].centroids)
