@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,3 +104,11 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, 
     for step in plan.steps:
         run_step(step)
     return manifest, folder / "workspace", plan.shards
+
+
+@pytest.fixture
+def copied_run(finished_run: tuple[Path, Path, Path], tmp_path: Path) -> tuple[Path, Path, Path]:
+    """The finished run, copied, to be changed."""
+    manifest, _, shards = finished_run
+    folder = shutil.copytree(manifest.parent, tmp_path / "copy")
+    return folder / manifest.name, folder / "workspace", folder / shards.relative_to(manifest.parent)

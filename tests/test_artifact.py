@@ -112,7 +112,9 @@ def test_the_same_work_gives_the_same_bytes(tmp_path: Path) -> None:
     make_artifact(tmp_path / "a")
     make_artifact(tmp_path / "b")
     assert visible(tmp_path / "a") == visible(tmp_path / "b")
-    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in visible(tmp_path / "a"))
+    assert all(
+        (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in visible(tmp_path / "a")
+    )
 
 
 def test_nothing_is_visible_before_the_commit_nor_after_an_error(tmp_path: Path) -> None:

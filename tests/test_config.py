@@ -306,7 +306,7 @@ def to_toml(value: Any) -> str:
     return repr(value)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=MANIFESTS, overrides=st.lists(st.text("pack.seed=[]{}1'\" \n", max_size=12), max_size=2))
 @example(content={"corpus": "c", "dataset": [{"name": {}, "source": []}, {"name": 3}]}, overrides=[])
 @example(content={"corpus": "c", "dataset": {"0": {}}}, overrides=["pack.seed=1"])
@@ -320,7 +320,7 @@ def test_no_manifest_raises_anything_but_a_config_error(load: Load, content: Any
         assert manifest.corpus and manifest.dataset
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(raw=st.binary(max_size=60) | st.text("corpus=[]{}\"'#\n.1-:TZe+_ ", max_size=40).map(str.encode))
 def test_no_bytes_raise_anything_but_a_config_error(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "m.toml").write_bytes(raw)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -76,7 +78,7 @@ def test_a_document_a_little_below_the_bound_is_left_out():
 def test_a_larger_margin_only_adds():
     queries, documents = unit_vectors(50, 16, 5), unit_vectors(50, 16, 6)
     masks = [surrogate_mask(queries, documents, margin=margin) for margin in (0.0, 0.1, 0.3, 3.0)]
-    for small, large in zip(masks, masks[1:], strict=False):
+    for small, large in itertools.pairwise(masks):
         assert not (small & ~large).any()
         assert large.sum() > small.sum()
     assert masks[-1].sum() == 50 * 49

@@ -46,7 +46,9 @@ def naive_batch(queries, documents, mask, surrogate_queries, surrogate_documents
     for i in range(size):
         logits = []
         for j in range(size):
-            f = math.fsum(float(a) * float(b) for a, b in zip(surrogate_queries[i], surrogate_documents[j], strict=True))
+            f = math.fsum(
+                float(a) * float(b) for a, b in zip(surrogate_queries[i], surrogate_documents[j], strict=True)
+            )
             if i == j:
                 own = f / TEMPERATURE
                 logits.append(own)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 
+from pipeline.errors import HardbatchError
 from pipeline.tour import greedy_tour
 
 
@@ -103,3 +106,15 @@ def test_centroids_are_left_as_they_were(exact_below):
     before = centroids.copy()
     greedy_tour(centroids, 0, exact_below=exact_below)
     assert np.array_equal(centroids, before)
+
+
+@pytest.mark.xfail(strict=True, reason="FAISS is an optional extra, but every domain of 8,192 clusters needs it")
+def test_many_clusters_need_no_optional_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    centroids = random_centroids(60)
+    try:
+        tour = greedy_tour(centroids, 0, exact_below=50)
+    except HardbatchError as error:
+        assert "hardbatch[cpu]" in str(error)
+    else:
+        assert sorted(tour.tolist()) == list(range(60))

@@ -134,7 +134,10 @@ def test_pairs_without_negatives(build_artifact):
 def domain(build_artifact):
     """Vectors of 5 queries and 6 documents in units of 4, query row 1 and document row 4 without one; 6 pairs."""
     generator = np.random.default_rng(1)
-    sides = {name: generator.standard_normal((rows, 3)).astype(np.float16) for name, rows in (("queries", 5), ("documents", 6))}
+    sides = {
+        name: generator.standard_normal((rows, 3)).astype(np.float16)
+        for name, rows in (("queries", 5), ("documents", 6))
+    }
     invalid = {"queries": [1], "documents": [4]}
 
     def write(writer):
@@ -142,7 +145,9 @@ def domain(build_artifact):
             for number, start in enumerate(range(0, len(vectors), 4)):
                 with writer.add_file(f"vectors/{side}-{number:05d}.npy").open("wb") as file:
                     np.save(file, vectors[start : start + 4])
-            table = pa.Table.from_pylist([{"row": row, "reason": "nan_vector"} for row in invalid[side]], schemas.INVALID_ROWS)
+            table = pa.Table.from_pylist(
+                [{"row": row, "reason": "nan_vector"} for row in invalid[side]], schemas.INVALID_ROWS
+            )
             pq.write_table(table, writer.add_file(f"invalid-{side}.parquet"))
 
     artifact = build_artifact(write, config={"unit_rows": 4}, counts={"dimension": 3})
