@@ -20,13 +20,13 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import InputError, IntegrityError, LockedError, NoSpaceError
+from pipeline.errors import ConfigError, HardbatchError, InputError, IntegrityError, LockedError, NoSpaceError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -142,11 +142,25 @@ def verify_artifact(path: Path) -> list[str]:
             faults.append(f"{file}: {file.stat().st_size} bytes, the manifest says {record.bytes}")
         elif sha256_file(file) != record.sha256:
             faults.append(f"{file}: its bytes are not those that were written (sha256 differs)")
-    folders = {file.parent for file in (path / name for name in manifest.files)} - {path, path / "units"}
-    for file in sorted(file for folder in folders if folder.is_dir() for file in folder.iterdir()):
+    folders = {path / name.split("/")[0] for name in manifest.files if "/" in name} - {path / "units"}
+    for file in sorted(file for folder in folders for file in folder.rglob("*")):
         if file.is_file() and file.relative_to(path).as_posix() not in manifest.files:
             faults.append(f"{file}: not a file of this artifact")
     return faults
+
+
+@contextmanager
+def blame_damage(paths: Iterable[Path]) -> Iterator[None]:
+    """Tells an error of its body as IntegrityError where it comes from damaged artifacts at `paths`: reads them all."""
+    try:
+        yield
+    except HardbatchError:
+        raise
+    except Exception as error:
+        faults = [fault for path in paths for fault in verify_artifact(path)]
+        if faults:
+            raise IntegrityError("\n".join(faults)) from error
+        raise
 
 
 class ArtifactBuilder:
@@ -216,7 +230,7 @@ class ArtifactBuilder:
             files = {name: FileRecord(**record) for name, record in content["files"].items()}
             if all((self.path / name).stat().st_size == record.bytes for name, record in files.items()):
                 return UnitRecord(files=files, counts=content["counts"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass
         return None
 
@@ -227,7 +241,10 @@ def open_builder(path: Path) -> Iterator[ArtifactBuilder]:
 
     Raises LockedError (who holds it, since when) where a live process builds it.
     """
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"{error.filename}: is a file, a folder has to be made here; choose another workspace") from None
     with _lock(path.parent / f".{path.name}.lock"):
         for leftover in path.rglob(".*.tmp"):
             leftover.unlink(missing_ok=True)
@@ -311,17 +328,19 @@ class DigestCache:
         self._path = path
         self._changed = False
         try:
-            self._entries: dict[str, list[Any]] = json.loads(path.read_bytes())
-        except (OSError, ValueError):
-            self._entries = {}
+            entries = json.loads(path.read_bytes())
+            self._entries = {str(name): [int(size), int(mtime), str(known)] for name, (size, mtime, known) in entries.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            self._entries: dict[str, list[Any]] = {}
 
     def digest(self, path: Path) -> str:
         """SHA-256 of the file at `path`; raises InputError where it cannot be read."""
         try:
             stat = path.stat()
-            known = self._entries.get(str(path))
+            name = str(path.absolute())
+            known = self._entries.get(name)
             if known is None or known[:2] != [stat.st_size, stat.st_mtime_ns]:
-                self._entries[str(path)] = known = [stat.st_size, stat.st_mtime_ns, sha256_file(path)]
+                self._entries[name] = known = [stat.st_size, stat.st_mtime_ns, sha256_file(path)]
                 self._changed = True
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from None
@@ -376,18 +395,18 @@ def _acquire(path: Path) -> int:
 def _parse_manifest(raw: bytes, path: Path) -> Manifest:
     try:
         content = json.loads(raw)
-        version = content["format_version"]
+        version = int(content["format_version"])
+        if version > FORMAT_VERSION:
+            raise IntegrityError(
+                f"{path}: format version {version}, this hardbatch reads up to {FORMAT_VERSION}; use a newer hardbatch"
+            )
         digest = content.pop("digest")
-    except (ValueError, KeyError, TypeError, AttributeError):
+        if hashlib.sha256(_canonical_json(content)).hexdigest() != digest:
+            raise IntegrityError(f"{path}: damaged (its content is not what its digest says)")
+        content["files"] = {name: FileRecord(**record) for name, record in content["files"].items()}
+        return Manifest(**content)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise IntegrityError(f"{path}: not a manifest of hardbatch, or damaged") from None
-    if version > FORMAT_VERSION:
-        raise IntegrityError(
-            f"{path}: format version {version}, this hardbatch reads up to {FORMAT_VERSION}; use a newer hardbatch"
-        )
-    if hashlib.sha256(_canonical_json(content)).hexdigest() != digest:
-        raise IntegrityError(f"{path}: damaged (its content is not what its digest says)")
-    content["files"] = {name: FileRecord(**record) for name, record in content["files"].items()}
-    return Manifest(**content)
 
 
 def _damaged(path: Path, name: str, what: str) -> str:

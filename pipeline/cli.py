@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -22,6 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code. A user's mistake ends in one clear line, never in a traceback."""
     options = _parser().parse_args(arguments)
     os.environ.setdefault("DO_NOT_TRACK", "1")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a sign of a text still gets the rest
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         return int(options.command(options))

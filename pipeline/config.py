@@ -19,11 +19,11 @@ from pipeline.schemas import MAX_BATCH_SIZE, MAX_BATCHES_PER_PART, MIXED_DOMAIN
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,99}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0, strict=False)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Columns(_Table):
@@ -38,7 +38,7 @@ class Dataset(_Table):
     """One dataset, which is one domain: clusters and batches never mix domains unless asked."""
 
     name: Name = Field(description="the domain's name")
-    source: str | list[str] = Field(description="paths, globs, fsspec URLs, or python:PACKAGE")
+    source: str | Annotated[list[str], Field(min_length=1)] = Field(description="paths, globs, fsspec URLs, or python:PACKAGE")
     format: Literal["auto", "parquet", "jsonl", "csv", "tsv"] = Field(
         "auto", description="auto tells by the name; .gz and .zst of text formats are read as they are"
     )
@@ -50,7 +50,7 @@ class Dataset(_Table):
     sha256: dict[str, Digest] = Field({}, description="expected digest per file name")
     limit: int | None = Field(None, ge=1, description="read at most this many rows, the first ones")
     num_pairs: int | None = Field(None, ge=1, description="pairs the source is known to hold, for `plan`")
-    weight: float = Field(1.0, ge=0.0, strict=False, description="how often an epoch of training reads its batches")
+    weight: float = Field(1.0, ge=0.0, description="how often an epoch of training reads its batches")
     holdout: Fraction = Field(0.0, description="fraction of the pairs held out for evaluation")
 
     @property
@@ -65,7 +65,7 @@ class IngestConfig(_Table):
 
     max_characters: int = Field(32_768, ge=1, description="longer texts are cut, and counted")
     max_quarantined_fraction: float = Field(
-        0.1, ge=0.0, le=1.0, strict=False, description="more broken rows than this stop the run with exit code 7"
+        0.1, ge=0.0, le=1.0, description="more broken rows than this stop the run with exit code 7"
     )
     holdout_seed: int = Field(0, ge=0, description="draws the texts that are held out")
     decontaminate: list[str] = Field([], description="folders of corpus/queries Parquet whose texts are quarantined")
@@ -101,7 +101,7 @@ class ClusterConfig(_Table):
     cluster_size: int | None = Field(None, ge=2, description="mean pairs of a cluster; default: pack.batch_size")
     iterations: int | None = Field(None, ge=1, description="default: 30 for folded, 100 for doubled")
     restarts: int = Field(3, ge=1, description="doubled only: the best of so many runs is kept")
-    tolerance: float = Field(1e-4, ge=0.0, strict=False, description="folded: stop when the relative gain is below")
+    tolerance: float = Field(1e-4, ge=0.0, description="folded: stop when the relative gain is below")
     two_level_above: int = Field(1_024, ge=1, description="folded: more clusters than this are found in two levels")
     seed: int = Field(0, ge=0, description="draws the first centroids")
 
@@ -125,7 +125,7 @@ class HardnessConfig(_Table):
 class WriteConfig(_Table):
     """Equivalence sets and shards."""
 
-    margin: float = Field(0.0, ge=0.0, strict=False, description="mask d' where f(q,d') >= f(q,d) - margin")
+    margin: float = Field(0.0, ge=0.0, description="mask d' where f(q,d') >= f(q,d) - margin")
     batches_per_part: int = Field(
         MAX_BATCHES_PER_PART, ge=1, le=MAX_BATCHES_PER_PART, description="batches of a Parquet file, the unit"
     )
@@ -169,7 +169,7 @@ def load_manifest(path: Path, overrides: Sequence[str] = ()) -> CorpusManifest:
         raise ConfigError(f"{path}: is not UTF-8 text; a manifest is a TOML file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, or numbers and nesting beyond any use
         raise ConfigError(f"{path}: is not valid TOML: {error}") from None
     for override in overrides:
         _apply_override(content, override)
@@ -190,8 +190,8 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: no stage '{stage}'{_suggest(stage, stages)}; stages: {', '.join(stages)}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word such as folded
+    except (ValueError, RecursionError):
+        value = text.strip()  # a bare word such as folded
     table = content.setdefault(stage, {})
     if not isinstance(table, dict):
         raise ConfigError(f"--set {override}: '{stage}' is not a table in the manifest")
@@ -210,7 +210,7 @@ def _explain(item: Any, content: dict[str, Any]) -> str:
         return f"{where}: is required"
     if item["type"] == "value_error":
         return (f"{where}: " if where else "") + str(item["ctx"]["error"])
-    given = repr(item["input"])
+    given = ascii(item["input"])
     return f"{where}: {item['msg'][0].lower()}{item['msg'][1:]}, given {given[:80]}"
 
 

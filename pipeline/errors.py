@@ -11,6 +11,7 @@ class HardbatchError(Exception):
     """A mistake or a state of the world that the user can mend; never shown with a traceback."""
 
     exit_code = 1
+    may_pass = False  # whether trying again later may help
 
 
 class ConfigError(HardbatchError):
@@ -23,6 +24,12 @@ class InputError(HardbatchError):
     """A source file or a corpus that cannot be used."""
 
     exit_code = 3
+
+
+class UnreachableError(InputError):
+    """A remote source that does not answer now."""
+
+    may_pass = True
 
 
 class IntegrityError(HardbatchError):

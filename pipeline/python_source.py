@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import tokenize
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,10 @@ def list_modules(package: str) -> list[tuple[str, Path]]:
     if not all(part.isidentifier() for part in package.split(".")):
         raise ConfigError(f"source 'python:{package}': give the import name of a package, for example python:numpy")
     top, *rest = package.split(".")
-    spec = importlib.util.find_spec(top)  # finds a top-level package without importing it
+    try:
+        spec = importlib.util.find_spec(top)  # finds a top-level package without importing it
+    except ValueError:  # a module that was not imported from a file, such as __main__
+        spec = None
     if spec is None:
         raise ConfigError(f"source 'python:{package}': no package '{top}' is installed here; pip install it")
     roots = [Path(root).joinpath(*rest) for root in spec.submodule_search_locations or []]
@@ -48,17 +52,18 @@ def list_modules(package: str) -> list[tuple[str, Path]]:
 def read_functions(path: Path) -> Iterator[tuple[int, str, str, None]]:
     """(line, query, document, None) of each function of a module that has a docstring."""
     try:
-        source = path.read_text(encoding="utf-8")
+        with tokenize.open(path) as file:  # heeds a coding line and a byte order mark
+            source = file.read()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's docstrings are none of our user's
             tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return  # a template or a module for another Python: no functions to read
-    lines = source.splitlines()
+    lines = source.split("\n")  # as `ast` counts them: a form feed ends no line
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = ast.get_docstring(node)
-            if docstring is None or len(node.body) < 2:
+            if docstring is None or len(node.body) < 2 or node.body[1].lineno == node.body[0].end_lineno:
                 continue
             query = " ".join(docstring.split("\n\n")[0].split())
             document = _source_without_docstring(node, lines)

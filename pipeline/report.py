@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import MANIFEST, Artifact, Manifest, find_artifact, read_artifact
-from pipeline.errors import ConfigError, InputError
+from pipeline.artifact import MANIFEST, Artifact, Manifest, blame_damage, find_artifact, read_artifact
+from pipeline.errors import ConfigError, InputError, IntegrityError
 from pipeline.schemas import MIXED_DOMAIN
 from pipeline.step import Step
 
@@ -115,7 +115,8 @@ def batches_text(shards: Path, *, limit: int = 20) -> str:
     import polars as pl
 
     artifact = _read_shards(shards)
-    index = pl.read_parquet(artifact.path / "index.parquet")
+    with blame_damage([artifact.path]):
+        index = pl.read_parquet(artifact.path / "index.parquet")
     header = ["batch", "domain", "hardness", "masked", "mask rate", "loss", "file", "row group"]
     rows = [
         [
@@ -143,18 +144,19 @@ def batch_text(shards: Path, batch_id: int, *, num_slots: int | None = None) -> 
     import pyarrow.parquet as pq
 
     artifact = _read_shards(shards)
-    index = pl.read_parquet(artifact.path / "index.parquet")
+    with blame_damage([artifact.path]):
+        index = pl.read_parquet(artifact.path / "index.parquet")
     chosen = index.filter(pl.col("batch_id") == batch_id)
     if len(chosen) == 0:
         raise ConfigError(f"--batch {batch_id}: these shards have batches 0 to {len(index) - 1}")
     entry = chosen.row(0, named=True)
-    with pq.ParquetFile(artifact.path / entry["file"]) as file:
+    with blame_damage([artifact.path]), pq.ParquetFile(artifact.path / entry["file"]) as file:
         rows = file.read_row_group(entry["row_group"]).to_pylist()
     lines = [
         f"batch {batch_id} of {entry['domain']}: {len(rows)} pairs, hardness {entry['hardness']:.4f}, "
         f"mask rate {entry['mask_rate']:.4f}, surrogate loss {entry['surrogate_loss']:.3f}"
     ]
-    shown = rows if num_slots is None else rows[(len(rows) - num_slots) // 2 :][:num_slots]
+    shown = rows if num_slots is None else rows[max(0, (len(rows) - num_slots) // 2) :][:num_slots]
     for row in shown:
         masked = row["equivalent_slots"]
         lines.append(
@@ -225,10 +227,14 @@ def _artifact_rows(artifact: Artifact) -> int | None:
 
 def _source_rows(step: Step) -> int | None:
     """Rows of the sources where they can be told without reading: from Parquet footers, or from the manifest."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     paths = [Path(step.local[source["name"]]) for source in step.sources if source["format"] == "parquet"]
-    rows: int | None = sum(pq.read_metadata(path).num_rows for path in paths if path.is_file())
+    try:
+        rows: int | None = sum(pq.read_metadata(path).num_rows for path in paths if path.is_file())
+    except (pa.ArrowException, OSError):
+        return None  # not readable: the run will tell
     rows = rows or step.local["num_pairs"]
     limit: int | None = step.config["limit"]
     return min(rows, limit) if limit and rows else rows or limit
@@ -245,18 +251,21 @@ def _difference(step: Step, rerun: set[Path]) -> str:
         return f"its input {stale[0].split('/')[0]} is made anew"
     differences: list[list[str]] = []
     for path in sorted(step.path.parent.glob(f"*/{MANIFEST}")):
-        manifest = json.loads(path.read_bytes())
+        try:
+            manifest = read_artifact(path.parent).manifest
+        except IntegrityError:
+            continue  # damaged: nothing to compare with
         changed = [
-            f"{name} {_short(manifest['config'].get(name))} → {_short(value)}"
+            f"{name} {_short(manifest.config.get(name))} → {_short(value)}"
             for name, value in step.config.items()
-            if manifest["config"].get(name) != json.loads(json.dumps(value))
+            if manifest.config.get(name) != json.loads(json.dumps(value))
         ]
-        if manifest["sources"] != [dict(source) for source in step.sources]:
+        if manifest.sources != [dict(source) for source in step.sources]:
             changed.append("source files differ")
-        if manifest["inputs"] != {name: path.name for name, path in step.inputs.items()}:
+        if manifest.inputs != {name: path.name for name, path in step.inputs.items()}:
             changed.append("other inputs")
-        if manifest["stage_version"] != step.stage_version:
-            changed.append(f"stage version {manifest['stage_version']} → {step.stage_version}")
+        if manifest.stage_version != step.stage_version:
+            changed.append(f"stage version {manifest.stage_version} → {step.stage_version}")
         differences.append(changed)
     if not differences:
         return "not made yet"
@@ -269,7 +278,7 @@ def _short(value: Any) -> str:
 
 
 def _shorten(text: str) -> str:
-    line = " ".join(text.split())
+    line = "".join(char if char.isprintable() else "\ufffd" for char in " ".join(text.split()))
     return line if len(line) <= _TEXT_CHARACTERS else line[: _TEXT_CHARACTERS - 1] + "…"
 
 

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import DigestCache, as_user_error, content_key, find_artifact, open_builder
+from pipeline.artifact import DigestCache, blame_damage, as_user_error, content_key, find_artifact, open_builder
 from pipeline.config import CorpusManifest, Dataset, load_manifest
 from pipeline.errors import ConfigError
 from pipeline.schemas import MIXED_DOMAIN
@@ -57,7 +57,7 @@ def plan_corpus(
     if not root.is_dir():
         raise ConfigError(f"--data-root {root}: no such folder")
     _require_writable(workspace)
-    digests = DigestCache(workspace / "digests.json")
+    digests = DigestCache(workspace / ".digests.json")
     steps = _Planner(settings, workspace / settings.corpus, root, digests).steps()
     digests.save()
     return Plan(steps=tuple(steps))
@@ -76,7 +76,7 @@ def run_step(step: Step, progress: Progress | None = None) -> bool:
     module, function = _STAGES["mixed" if (step.stage, step.domain) == ("batches", MIXED_DOMAIN) else step.stage]
     stage: Stage = getattr(import_module(module), function)
     try:
-        with open_builder(step.path) as builder:
+        with open_builder(step.path) as builder, blame_damage(step.inputs.values()):
             if find_artifact(step.path) is not None:  # finished by another process while we came to the lock
                 return False
             built = stage(step, builder, InlineExecutor(), progress or SilentProgress())

@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.artifact import DigestCache, content_key, sha256_file
+from pipeline.artifact import DigestCache, as_user_error, content_key, sha256_file
 from pipeline.config import Columns, Dataset
-from pipeline.errors import ConfigError, InputError
+from pipeline.errors import ConfigError, InputError, UnreachableError
 
 _FORMATS = {
     ".parquet": "parquet",
@@ -82,7 +82,11 @@ def read_rows(file: SourceFile, columns: Columns, scratch: Path) -> Iterator[Raw
         yield from (RawRow(*row, None) for row in read_functions(Path(file.location)))
         return
     with _local_copy(file, scratch) as path:
-        if path.stat().st_size == 0:
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise InputError(f"{file.name}: cannot be read any more: {error.strerror}") from None
+        if size == 0:
             raise InputError(f"{file.name}: the file is empty (0 bytes); remove it from the manifest or fetch it again")
         if file.format == "parquet":
             yield from _read_parquet(file, path, columns)
@@ -97,7 +101,12 @@ def local_path(source: str, root: Path, where: str) -> Path:
     path = Path(source)
     if path.is_absolute() or ".." in path.parts:
         raise ConfigError(f"{where}: path '{source}' leads out of {root}; give a path below it, or another --data-root")
-    if not (root / path).resolve().is_relative_to(root.resolve()):
+    try:
+        inside = (root / path).resolve().is_relative_to(root.resolve())
+        (root / path).exists()
+    except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a NUL, a name too long
+        raise ConfigError(f"{where}: {source!r} is no usable path: {_first_line(error)}") from None
+    if not inside:
         raise ConfigError(f"{where}: path '{source}' leads out of {root} through a link; copy the file below it")
     return root / path
 
@@ -106,7 +115,10 @@ def _list_local(source: str, dataset: Dataset, root: Path, digests: DigestCache)
     where = f"dataset '{dataset.name}'"
     if any(char in source for char in "*?["):
         local_path(source.split("*")[0].split("?")[0].split("[")[0] or ".", root, where)
-        paths = [path for path in sorted(root.glob(source)) if path.is_file()]
+        try:
+            paths = [path for path in sorted(root.glob(source)) if path.is_file()]
+        except (ValueError, OSError, NotImplementedError) as error:
+            raise ConfigError(f"{where}: '{source}' is no usable pattern: {_first_line(error)}") from None
         if not paths:
             raise InputError(f"{where}: no file matches '{source}' below {root}")
     else:
@@ -141,7 +153,9 @@ def _list_remote(source: str, dataset: Dataset) -> list[SourceFile]:
     except ValueError as error:
         raise ConfigError(f"{where}: '{source}': {error}") from None
     except Exception as error:  # every filesystem has its own: all mean that the source cannot be reached
-        raise InputError(f"{where}: '{source}' cannot be reached: {type(error).__name__}: {error}") from None
+        raise UnreachableError(f"{where}: '{source}' cannot be reached: {_first_line(error)}") from None
+    if any(info.get("type") == "directory" for info in infos):
+        raise InputError(f"{where}: '{source}' is a folder; name its files, for example '{source}/*.parquet'")
     if not infos:
         raise InputError(f"{where}: no file matches '{source}'")
     files = []
@@ -176,12 +190,15 @@ def _format_of(name: str, dataset: Dataset) -> str:
 
 
 def _check_digests(dataset: Dataset, files: list[SourceFile]) -> None:
-    found = {Path(file.name).name: file for file in files}
     for name, expected in dataset.sha256.items():
-        if name not in found:
+        found = [file for file in files if name in (file.name, Path(file.name).name)]
+        if not found:
             raise ConfigError(f"dataset '{dataset.name}': sha256 is given for '{name}', which is none of its files")
-        if found[name].sha256 != expected:
-            raise InputError(f"{found[name].name}: sha256 is {found[name].sha256}, the manifest expects {expected}")
+        if len(found) > 1:
+            names = ", ".join(file.name for file in found)
+            raise ConfigError(f"dataset '{dataset.name}': sha256 is given for '{name}', which may be {names}; give its path")
+        if found[0].sha256 != expected:
+            raise InputError(f"{found[0].name}: sha256 is {found[0].sha256}, the manifest expects {expected}")
 
 
 @contextmanager
@@ -194,8 +211,13 @@ def _local_copy(file: SourceFile, scratch: Path) -> Iterator[Path]:
     scratch.mkdir(parents=True, exist_ok=True)
     copy = scratch / f".{content_key(location=file.location)}.tmp"
     try:
-        filesystem, path = fsspec.core.url_to_fs(file.location)
-        filesystem.get_file(path, str(copy))
+        try:
+            filesystem, path = fsspec.core.url_to_fs(file.location)
+            filesystem.get_file(path, str(copy))
+        except Exception as error:  # every filesystem has its own; a full disk is told as such
+            if isinstance(error, OSError) and as_user_error(error):
+                raise
+            raise UnreachableError(f"{file.name}: cannot be fetched: {_first_line(error)}") from None
         if len(file.sha256) == 64 and sha256_file(copy) != file.sha256:
             raise InputError(f"{file.name}: its bytes are not those of the sha256 in the manifest, {file.sha256}")
         yield copy
@@ -209,16 +231,19 @@ def _read_parquet(file: SourceFile, path: Path, columns: Columns) -> Iterator[Ra
 
     try:
         parquet = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
+        schema = parquet.schema_arrow
+        known = schema.names
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{file.name}: is not a readable Parquet file: {_first_line(error)}") from None
-    schema = parquet.schema_arrow
     for field, name in (("query", columns.query), ("document", columns.document), ("negatives", columns.negatives)):
         if name is None:
             continue
-        if name not in schema.names:
-            raise _no_column(file, field, name, schema.names)
+        if name not in known:
+            raise _no_column(file, field, name, known)
+        if known.count(name) > 1:
+            raise InputError(f"{file.name}: column '{name}' ({field}) is there {known.count(name)} times; rename one")
         kind = schema.field(name).type
-        if not (_is_text(kind) or (field == "negatives" and _is_text_list(kind))):
+        if not (_is_text(kind) or (field == "negatives" and (_is_text_list(kind) or pa.types.is_null(kind)))):
             wanted = "a list of texts, or text" if field == "negatives" else "text"
             raise InputError(f"{file.name}: column '{name}' ({field}) is {kind}, expected {wanted}")
     names = [columns.query, columns.document] + ([columns.negatives] if columns.negatives else [])
@@ -230,8 +255,10 @@ def _read_parquet(file: SourceFile, path: Path, columns: Columns) -> Iterator[Ra
             for query, document, some in zip(values[0], values[1], negatives, strict=True):
                 yield RawRow(row, query, document, some)
                 row += 1
-    except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{file.name}: broken after row {row}: {_first_line(error)}") from None
+    if row != parquet.metadata.num_rows:
+        raise InputError(f"{file.name}: broken: {row} rows could be read, its footer says {parquet.metadata.num_rows}")
 
 
 def _to_python(column: Any) -> list[Any]:
@@ -243,7 +270,7 @@ def _to_python(column: Any) -> list[Any]:
     try:
         return list(column.to_pylist())
     except UnicodeDecodeError:
-        if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        if _is_text_list(column.type):
             return [_to_python(item.values) if item.is_valid else None for item in column]
         raw = column.cast(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary())
         return [_decode(value) for value in raw.to_pylist()]
@@ -269,7 +296,8 @@ def _is_text(kind: Any) -> bool:
 def _is_text_list(kind: Any) -> bool:
     import pyarrow as pa
 
-    return bool((pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _is_text(kind.value_type))
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return bool(is_list and _is_text(kind.value_type))
 
 
 def _read_jsonl(file: SourceFile, path: Path, columns: Columns) -> Iterator[RawRow]:
@@ -305,19 +333,18 @@ def _lines(file: SourceFile, path: Path) -> Iterator[bytes]:
             for line in stream:
                 yield line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
                 number += 1
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error, OSError) as error:
         raise InputError(f"{file.name}: cut off or broken after line {number}: {_first_line(error)}") from None
-    except Exception as error:
-        if type(error).__name__ == "ZstdError":
-            raise InputError(f"{file.name}: cut off or broken after line {number}: {_first_line(error)}") from None
-        raise
 
 
 def _read_csv(file: SourceFile, path: Path, columns: Columns, delimiter: str) -> Iterator[RawRow]:
     csv.field_size_limit(sys.maxsize)
     text = (line.decode("utf-8", errors="surrogateescape") for line in _lines(file, path))
-    reader = csv.reader(text, delimiter=delimiter)
-    header = next(reader, [])
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, [])
+    except csv.Error as error:
+        raise InputError(f"{file.name}: its header line cannot be read: {error}; lines must end in LF or CR LF") from None
     for field, name in (("query", columns.query), ("document", columns.document), ("negatives", columns.negatives)):
         if name is not None and name not in header:
             raise _no_column(file, field, name, header)
@@ -330,7 +357,9 @@ def _read_csv(file: SourceFile, path: Path, columns: Columns, delimiter: str) ->
             values = next(reader)
         except StopIteration:
             return
-        except csv.Error:
+        except csv.Error as error:
+            if "unexpected end of data" in str(error):
+                raise InputError(f"{file.name}: a quote that opens in row {row} is never closed; mend that row") from None
             yield RawRow(row, None, None, None, "broken_csv")
             continue
         if len(values) != len(header):
@@ -349,9 +378,9 @@ def _open_binary(path: Path) -> io.BufferedIOBase | Any:
     if magic[:2] == b"\x1f\x8b":
         return gzip.open(path, "rb")
     if magic == b"\x28\xb5\x2f\xfd":
-        import zstandard
+        import pyarrow as pa
 
-        return io.BufferedReader(zstandard.open(path, "rb"))
+        return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))  # tells a cut-off end
     return path.open("rb")
 
 
