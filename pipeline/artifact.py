@@ -12,25 +12,21 @@ The lock of an artifact lies beside its folder, held by `flock`, so that the ker
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
-import socket
-import time
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ConfigError, HardbatchError, InputError, IntegrityError, LockedError, NoSpaceError
+from pipeline.errors import ConfigError, HardbatchError, IntegrityError
+from pipeline.files import canonical_json, fsync_path, sha256_file, temporary_name, write_file_atomic
+from pipeline.lock import lock
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +78,6 @@ class UnitRecord:
 
     files: dict[str, FileRecord]
     counts: dict[str, Any]
-
-
-def content_key(**parts: Any) -> str:
-    """Short hash of what an artifact is made from: 16 hex digits of the SHA-256 of the parts as canonical JSON."""
-    return hashlib.sha256(_canonical_json(parts)).hexdigest()[:16]
 
 
 def find_artifact(path: Path) -> Artifact | None:
@@ -210,8 +201,8 @@ class ArtifactBuilder:
             produced_with=dict(produced_with or {}),
         )
         content = asdict(manifest)
-        content["digest"] = hashlib.sha256(_canonical_json(content)).hexdigest()
-        temporary = _temporary_name(self.path / MANIFEST)
+        content["digest"] = hashlib.sha256(canonical_json(content)).hexdigest()
+        temporary = temporary_name(self.path / MANIFEST)
         try:
             temporary.write_bytes(json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
             fsync_path(temporary)
@@ -244,8 +235,10 @@ def open_builder(path: Path) -> Iterator[ArtifactBuilder]:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise ConfigError(f"{error.filename}: is a file, a folder has to be made here; choose another workspace") from None
-    with _lock(path.parent / f".{path.name}.lock"):
+        raise ConfigError(
+            f"{error.filename}: is a file, a folder has to be made here; choose another workspace"
+        ) from None
+    with lock(path.parent / f".{path.name}.lock"):
         for leftover in path.rglob(".*.tmp"):
             leftover.unlink(missing_ok=True)
         yield ArtifactBuilder(path)
@@ -264,7 +257,7 @@ class UnitWriter:
         """Announces the file `name` (relative to the artifact); returns the temporary path to write it to."""
         target = self.artifact_path / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        self._pending[name] = (_temporary_name(target), rows)
+        self._pending[name] = (temporary_name(target), rows)
         return self._pending[name][0]
 
     def set_rows(self, name: str, rows: int) -> None:
@@ -287,109 +280,10 @@ def write_unit(artifact_path: Path, unit: str) -> Iterator[UnitWriter]:
         for folder in {(artifact_path / name).parent for name in records}:
             fsync_path(folder)
         content = {"counts": writer.counts, "files": {name: asdict(record) for name, record in records.items()}}
-        write_file_atomic(artifact_path / "units" / f"{unit}.json", _canonical_json(content) + b"\n")
+        write_file_atomic(artifact_path / "units" / f"{unit}.json", canonical_json(content) + b"\n")
     finally:
         for temporary, _ in writer._pending.values():
             temporary.unlink(missing_ok=True)
-
-
-def write_file_atomic(path: Path, data: bytes) -> None:
-    """Writes `data` to `path` so that a reader sees the old bytes or the new ones, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_name(path)
-    try:
-        temporary.write_bytes(data)
-        fsync_path(temporary)
-        os.replace(temporary, path)
-        fsync_path(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def fsync_path(path: Path) -> None:
-    """Flushes a file or a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class DigestCache:
-    """Digests of local files by (path, size, mtime), kept in one JSON file: a file is read once until it changes."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._changed = False
-        try:
-            entries = json.loads(path.read_bytes())
-            self._entries = {str(name): [int(size), int(mtime), str(known)] for name, (size, mtime, known) in entries.items()}
-        except (OSError, ValueError, TypeError, AttributeError):
-            self._entries: dict[str, list[Any]] = {}
-
-    def digest(self, path: Path) -> str:
-        """SHA-256 of the file at `path`; raises InputError where it cannot be read."""
-        try:
-            stat = path.stat()
-            name = str(path.absolute())
-            known = self._entries.get(name)
-            if known is None or known[:2] != [stat.st_size, stat.st_mtime_ns]:
-                self._entries[name] = known = [stat.st_size, stat.st_mtime_ns, sha256_file(path)]
-                self._changed = True
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-        return str(known[2])
-
-    def save(self) -> None:
-        """Writes the entries back where one is new."""
-        if self._changed:
-            write_file_atomic(self._path, _canonical_json(self._entries))
-            self._changed = False
-
-
-def as_user_error(error: OSError) -> NoSpaceError | None:
-    """The NoSpaceError that an OSError stands for, or None."""
-    if error.errno in _NO_SPACE:
-        where = f" while writing {error.filename}" if error.filename else ""
-        return NoSpaceError(f"no space left{where}; free some and run the same command again: it goes on from there")
-    return None
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    descriptor = _acquire(path)
-    try:
-        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}".encode(), 0)
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _acquire(path: Path) -> int:
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 4096, 0).decode(errors="replace") or "another process"
-            os.close(descriptor)
-            artifact = path.parent / path.name.removeprefix(".").removesuffix(".lock")
-            raise LockedError(f"{artifact}: being built by {holder}; wait for it or use another workspace") from None
-        try:
-            if os.fstat(descriptor).st_ino == path.stat().st_ino:
-                return descriptor
-        except FileNotFoundError:
-            pass
-        os.close(descriptor)  # its last owner removed the file between our open and our lock: try the new one
 
 
 def _parse_manifest(raw: bytes, path: Path) -> Manifest:
@@ -401,7 +295,7 @@ def _parse_manifest(raw: bytes, path: Path) -> Manifest:
                 f"{path}: format version {version}, this hardbatch reads up to {FORMAT_VERSION}; use a newer hardbatch"
             )
         digest = content.pop("digest")
-        if hashlib.sha256(_canonical_json(content)).hexdigest() != digest:
+        if hashlib.sha256(canonical_json(content)).hexdigest() != digest:
             raise IntegrityError(f"{path}: damaged (its content is not what its digest says)")
         content["files"] = {name: FileRecord(**record) for name, record in content["files"].items()}
         return Manifest(**content)
@@ -411,11 +305,3 @@ def _parse_manifest(raw: bytes, path: Path) -> Manifest:
 
 def _damaged(path: Path, name: str, what: str) -> str:
     return f"{path / name} {what}; delete the folder {path} and run again to make it anew"
-
-
-def _temporary_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-
-
-def _canonical_json(content: Any) -> bytes:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

@@ -38,7 +38,9 @@ class Dataset(_Table):
     """One dataset, which is one domain: clusters and batches never mix domains unless asked."""
 
     name: Name = Field(description="the domain's name")
-    source: str | Annotated[list[str], Field(min_length=1)] = Field(description="paths, globs, fsspec URLs, or python:PACKAGE")
+    source: str | Annotated[list[str], Field(min_length=1)] = Field(
+        description="paths, globs, fsspec URLs, or python:PACKAGE"
+    )
     format: Literal["auto", "parquet", "jsonl", "csv", "tsv"] = Field(
         "auto", description="auto tells by the name; .gz and .zst of text formats are read as they are"
     )
@@ -176,11 +178,13 @@ def load_manifest(path: Path, overrides: Sequence[str] = ()) -> CorpusManifest:
     try:
         return CorpusManifest.model_validate(content)
     except ValidationError as error:
-        lines = [_explain(item, content) for item in error.errors()]
+        lines = [_explain(item, content) for item in error.errors(include_url=False)]
         raise ConfigError("\n".join(f"{path}: {line}" for line in lines)) from None
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:
+    if not override.isprintable():
+        raise ConfigError(f"--set {override!a}: has signs that cannot be printed; give stage.field=value as text")
     target, separator, text = override.partition("=")
     stage, dot, name = target.strip().partition(".")
     if not separator or not dot or not name or "." in name:
@@ -210,7 +214,10 @@ def _explain(item: Any, content: dict[str, Any]) -> str:
         return f"{where}: is required"
     if item["type"] == "value_error":
         return (f"{where}: " if where else "") + str(item["ctx"]["error"])
-    given = ascii(item["input"])
+    try:
+        given = ascii(item["input"])
+    except ValueError:  # an integer of thousands of digits
+        given = "a number too long to print"
     return f"{where}: {item['msg'][0].lower()}{item['msg'][1:]}, given {given[:80]}"
 
 

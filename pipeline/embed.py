@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 
 from pipeline import schemas
 from pipeline.artifact import ArtifactBuilder, read_artifact, write_unit
-from pipeline.encoders import Encoder, ModelSpec, open_encoder
+from pipeline.encoders import Encoder, is_lexical, open_encoder
+from pipeline.models import ModelSpec
 from pipeline.step import Built, Executor, Progress, Step, Unit, run_pending
 from pipeline.vectors import Array, Texts, write_array
 
@@ -52,11 +53,13 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
             pq.write_table(table, writer.add_file(f"invalid-{side}.parquet", rows=len(rows)))
             for row in rows:
                 totals[row["reason"]] += 1
-    versions = {name: importlib.metadata.version(name) for name in ("sentence-transformers", "torch", "transformers")}
+    libraries = ["sentence-transformers", "torch", "transformers"]
+    if is_lexical(work.spec):
+        libraries = ["numpy", "scikit-learn", "scipy"]
     return Built(
         units=[*names, "invalid"],
         counts={**totals, **{side: counts[side] for side in schemas.SIDES}},
-        produced_with=versions if step.config["name"] != "lexical" else {},
+        produced_with={name: importlib.metadata.version(name) for name in libraries},
     )
 
 
@@ -76,7 +79,7 @@ class _EmbeddingWorker:
         pairs = read_artifact(work.pairs_path)
         self._texts = {side: Texts(pairs, side) for side in schemas.SIDES}
         self._prompts = {"queries": work.spec.query_prompt, "documents": work.spec.document_prompt}
-        if work.spec.name == "lexical":
+        if is_lexical(work.spec):
             documents = self._texts["documents"]
             starts = range(0, documents.num_rows, _TEXTS_PER_READ)
             corpus = (documents.take(np.arange(s, min(s + _TEXTS_PER_READ, documents.num_rows))) for s in starts)

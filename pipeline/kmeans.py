@@ -20,6 +20,7 @@ from pipeline.vectors import Array
 _PARTITION_ROWS = 16_384
 _SCORES_HELD = 2**24  # float32 scores of a block of points: 64 MiB
 _MIN_BLOCK_ROWS = 64
+_SEED_TRIES = 16  # points looked at for each seed, at most
 _NEAR_TIE = 1e-4  # scores are dot products of vectors of norm up to 2 in float32: two orders above their error
 
 
@@ -58,9 +59,7 @@ def kmeans(points: Points, num_clusters: int, *, iterations: int, tolerance: flo
     if not 1 <= num_clusters <= n:
         raise ValueError(f"num_clusters is {num_clusters}, allowed is 1 to the number of points, {n}")
     generator = np.random.default_rng(seed)
-    seeds = np.sort(generator.permutation(n)[:num_clusters])
-    centroids = np.unique(points.take(seeds), axis=0)
-    centroids = centroids[generator.permutation(len(centroids))]
+    centroids = _distinct_points(points, num_clusters, generator)
     labels = np.full(n, -1, dtype=np.int32)
     objective: list[float] = []
     for _ in range(iterations):
@@ -76,6 +75,18 @@ def kmeans(points: Points, num_clusters: int, *, iterations: int, tolerance: flo
             break
         _reseed(points, centroids, labels, sizes, generator)
     return _compact(labels, centroids, objective)
+
+
+def _distinct_points(points: Points, num_clusters: int, generator: np.random.Generator) -> Array:
+    """Random points that differ from each other, float32 (at most num_clusters, D); few duplicates cost no more."""
+    order = generator.permutation(len(points))[: num_clusters * _SEED_TRIES]
+    chosen: dict[bytes, Array] = {}
+    for start in range(0, len(order), num_clusters):
+        for row in points.take(order[start : start + num_clusters]):
+            chosen.setdefault(row.tobytes(), row)
+        if len(chosen) >= num_clusters:
+            break
+    return np.stack(list(chosen.values())[:num_clusters])
 
 
 def two_level_kmeans(points: Points, cluster_size: int, *, iterations: int, tolerance: float, seed: int) -> Clustering:

@@ -58,6 +58,7 @@ def lay_out(points: Points, labels: Array, centroids: Array, tour: Array) -> Arr
         along = np.einsum("nd,d->n", points.take(places).astype(np.float64), direction)
         row[filled : filled + len(places)] = places[np.argsort(along, kind="stable")]
         filled += len(places)
+    assert filled == len(row), "a cluster is missing from the tour"
     return row
 
 

@@ -63,7 +63,7 @@ def read_functions(path: Path) -> Iterator[tuple[int, str, str, None]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = ast.get_docstring(node)
-            if docstring is None or len(node.body) < 2 or node.body[1].lineno == node.body[0].end_lineno:
+            if docstring is None or len(node.body) < 2:
                 continue
             query = " ".join(docstring.split("\n\n")[0].split())
             document = _source_without_docstring(node, lines)
@@ -73,7 +73,10 @@ def read_functions(path: Path) -> Iterator[tuple[int, str, str, None]]:
 
 def _source_without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:
     docstring = node.body[0]
-    kept = lines[node.lineno - 1 : docstring.lineno - 1] + lines[docstring.end_lineno : node.end_lineno]
+    assert docstring.end_lineno is not None, "nodes of a parsed module know where they end"
+    behind = lines[docstring.end_lineno - 1].encode()[docstring.end_col_offset :].decode().lstrip(" ;")  # `; b = a`
+    indented = [" " * docstring.col_offset + behind] if behind and not behind.startswith("#") else []
+    kept = lines[node.lineno - 1 : docstring.lineno - 1] + indented + lines[docstring.end_lineno : node.end_lineno]
     return "\n".join(
         line[node.col_offset :] if line[: node.col_offset].isspace() else line for line in kept if line.strip()
     )

@@ -27,10 +27,11 @@ def summary_text(shards: Path) -> str:
         if figures["batches"] == 0 and domain != MIXED_DOMAIN
     ]
     negatives = []
-    if counts["negatives_kept"] or counts["negatives_removed_known"] or counts["negatives_removed_equivalent"]:
+    removed = {name: counts[f"negatives_removed_{name}"] for name in ("known", "equivalent", "no_vector")}
+    if counts["negatives_kept"] or any(removed.values()):
         negatives = [
-            f"hard negatives: {counts['negatives_kept']:,} kept, removed {counts['negatives_removed_known']:,} known "
-            f"pairs and {counts['negatives_removed_equivalent']:,} likely answers"
+            f"hard negatives: {counts['negatives_kept']:,} kept; removed: {removed['known']:,} known pairs, "
+            f"{removed['equivalent']:,} likely answers, {removed['no_vector']:,} without a vector"
         ]
     return "\n".join(
         [

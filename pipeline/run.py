@@ -6,6 +6,7 @@ whose artifact is complete is a look-up. Prefect flows and the command line both
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,9 +14,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import DigestCache, blame_damage, as_user_error, content_key, find_artifact, open_builder
+from pipeline.artifact import blame_damage, find_artifact, open_builder
 from pipeline.config import CorpusManifest, Dataset, load_manifest
 from pipeline.errors import ConfigError
+from pipeline.files import DigestCache, as_user_error, content_key
 from pipeline.schemas import MIXED_DOMAIN
 from pipeline.step import InlineExecutor, Progress, Stage, Step
 
@@ -109,7 +111,7 @@ class _Planner:
         self._steps: list[Step] = []
 
     def steps(self) -> list[Step]:
-        from pipeline.encoders import resolve_model
+        from pipeline.models import resolve_model
 
         embed = self._settings.embed
         models = {role: resolve_model(embed, role, self._data_root, self._digests) for role in ("cluster", "surrogate")}
@@ -150,6 +152,10 @@ class _Planner:
         cluster = settings.cluster.model_dump()
         cluster["cluster_size"] = cluster["cluster_size"] or settings.pack.batch_size
         cluster["iterations"] = cluster["iterations"] or _ITERATIONS[cluster["method"]]
+        if cluster["method"] == "doubled" and importlib.util.find_spec("faiss") is None:
+            raise ConfigError(
+                "cluster.method: 'doubled' needs FAISS: pip install 'hardbatch[cpu]' (or [gpu]), or use 'folded'"
+            )
         for field in ("tolerance", "two_level_above") if cluster["method"] == "doubled" else ("restarts",):
             del cluster[field]  # the other method's: a change of it changes nothing
         both = {"pairs": pairs, "vectors": vectors["cluster"]}

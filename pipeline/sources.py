@@ -1,25 +1,13 @@
-"""Where rows come from: files named by the manifest, and reading them row by row.
-
-Reading never repairs and never drops: a row that cannot be read comes out with a problem, which ingest quarantines.
-A file that cannot be read at all raises InputError.
-"""
+"""Where rows come from: the files that a manifest names. `readers.py` reads them."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
-import sys
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from pipeline.artifact import DigestCache, as_user_error, content_key, sha256_file
-from pipeline.config import Columns, Dataset
+from pipeline.config import Dataset
 from pipeline.errors import ConfigError, InputError, UnreachableError
+from pipeline.files import DigestCache, content_key
 
 _FORMATS = {
     ".parquet": "parquet",
@@ -29,7 +17,6 @@ _FORMATS = {
     ".csv": "csv",
     ".tsv": "tsv",
 }
-_ROWS_PER_READ = 4_096
 
 
 class SourceFile(NamedTuple):
@@ -40,16 +27,6 @@ class SourceFile(NamedTuple):
     format: str
     num_bytes: int
     sha256: str
-
-
-class RawRow(NamedTuple):
-    """One row as the source has it; `problem` (a reason code) where it could not be read."""
-
-    row: int
-    query: Any
-    document: Any
-    negatives: Any
-    problem: str | None = None
 
 
 def list_source_files(dataset: Dataset, root: Path, digests: DigestCache) -> list[SourceFile]:
@@ -70,32 +47,6 @@ def list_source_files(dataset: Dataset, root: Path, digests: DigestCache) -> lis
     return files
 
 
-def read_rows(file: SourceFile, columns: Columns, scratch: Path) -> Iterator[RawRow]:
-    """The rows of `file`, numbered from 0 (for python sources: the line of the function).
-
-    A remote file is first copied below `scratch`. Raises InputError, naming file and row, where the file as a whole is
-    broken: not the format it claims to be, cut off, without the asked columns, empty.
-    """
-    if file.format == "python":
-        from pipeline.python_source import read_functions
-
-        yield from (RawRow(*row, None) for row in read_functions(Path(file.location)))
-        return
-    with _local_copy(file, scratch) as path:
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise InputError(f"{file.name}: cannot be read any more: {error.strerror}") from None
-        if size == 0:
-            raise InputError(f"{file.name}: the file is empty (0 bytes); remove it from the manifest or fetch it again")
-        if file.format == "parquet":
-            yield from _read_parquet(file, path, columns)
-        elif file.format == "jsonl":
-            yield from _read_jsonl(file, path, columns)
-        else:
-            yield from _read_csv(file, path, columns, "\t" if file.format == "tsv" else ",")
-
-
 def local_path(source: str, root: Path, where: str) -> Path:
     """`source` below `root`; raises ConfigError where it is absolute or leads out of `root`, also through a link."""
     path = Path(source)
@@ -105,7 +56,7 @@ def local_path(source: str, root: Path, where: str) -> Path:
         inside = (root / path).resolve().is_relative_to(root.resolve())
         (root / path).exists()
     except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a NUL, a name too long
-        raise ConfigError(f"{where}: {source!r} is no usable path: {_first_line(error)}") from None
+        raise ConfigError(f"{where}: {source!r} is no usable path: {first_line(error)}") from None
     if not inside:
         raise ConfigError(f"{where}: path '{source}' leads out of {root} through a link; copy the file below it")
     return root / path
@@ -118,7 +69,7 @@ def _list_local(source: str, dataset: Dataset, root: Path, digests: DigestCache)
         try:
             paths = [path for path in sorted(root.glob(source)) if path.is_file()]
         except (ValueError, OSError, NotImplementedError) as error:
-            raise ConfigError(f"{where}: '{source}' is no usable pattern: {_first_line(error)}") from None
+            raise ConfigError(f"{where}: '{source}' is no usable pattern: {first_line(error)}") from None
         if not paths:
             raise InputError(f"{where}: no file matches '{source}' below {root}")
     else:
@@ -153,7 +104,7 @@ def _list_remote(source: str, dataset: Dataset) -> list[SourceFile]:
     except ValueError as error:
         raise ConfigError(f"{where}: '{source}': {error}") from None
     except Exception as error:  # every filesystem has its own: all mean that the source cannot be reached
-        raise UnreachableError(f"{where}: '{source}' cannot be reached: {_first_line(error)}") from None
+        raise UnreachableError(f"{where}: '{source}' cannot be reached: {first_line(error)}") from None
     if any(info.get("type") == "directory" for info in infos):
         raise InputError(f"{where}: '{source}' is a folder; name its files, for example '{source}/*.parquet'")
     if not infos:
@@ -196,200 +147,13 @@ def _check_digests(dataset: Dataset, files: list[SourceFile]) -> None:
             raise ConfigError(f"dataset '{dataset.name}': sha256 is given for '{name}', which is none of its files")
         if len(found) > 1:
             names = ", ".join(file.name for file in found)
-            raise ConfigError(f"dataset '{dataset.name}': sha256 is given for '{name}', which may be {names}; give its path")
+            raise ConfigError(
+                f"dataset '{dataset.name}': sha256 is given for '{name}', which may be {names}; give its path"
+            )
         if found[0].sha256 != expected:
             raise InputError(f"{found[0].name}: sha256 is {found[0].sha256}, the manifest expects {expected}")
 
 
-@contextmanager
-def _local_copy(file: SourceFile, scratch: Path) -> Iterator[Path]:
-    if "://" not in file.location:
-        yield Path(file.location)
-        return
-    import fsspec
-
-    scratch.mkdir(parents=True, exist_ok=True)
-    copy = scratch / f".{content_key(location=file.location)}.tmp"
-    try:
-        try:
-            filesystem, path = fsspec.core.url_to_fs(file.location)
-            filesystem.get_file(path, str(copy))
-        except Exception as error:  # every filesystem has its own; a full disk is told as such
-            if isinstance(error, OSError) and as_user_error(error):
-                raise
-            raise UnreachableError(f"{file.name}: cannot be fetched: {_first_line(error)}") from None
-        if len(file.sha256) == 64 and sha256_file(copy) != file.sha256:
-            raise InputError(f"{file.name}: its bytes are not those of the sha256 in the manifest, {file.sha256}")
-        yield copy
-    finally:
-        copy.unlink(missing_ok=True)
-
-
-def _read_parquet(file: SourceFile, path: Path, columns: Columns) -> Iterator[RawRow]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        parquet = pq.ParquetFile(path)
-        schema = parquet.schema_arrow
-        known = schema.names
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{file.name}: is not a readable Parquet file: {_first_line(error)}") from None
-    for field, name in (("query", columns.query), ("document", columns.document), ("negatives", columns.negatives)):
-        if name is None:
-            continue
-        if name not in known:
-            raise _no_column(file, field, name, known)
-        if known.count(name) > 1:
-            raise InputError(f"{file.name}: column '{name}' ({field}) is there {known.count(name)} times; rename one")
-        kind = schema.field(name).type
-        if not (_is_text(kind) or (field == "negatives" and (_is_text_list(kind) or pa.types.is_null(kind)))):
-            wanted = "a list of texts, or text" if field == "negatives" else "text"
-            raise InputError(f"{file.name}: column '{name}' ({field}) is {kind}, expected {wanted}")
-    names = [columns.query, columns.document] + ([columns.negatives] if columns.negatives else [])
-    row = 0
-    try:
-        for batch in parquet.iter_batches(batch_size=_ROWS_PER_READ, columns=list(dict.fromkeys(names))):
-            values = [_to_python(batch.column(name)) for name in names]
-            negatives = values[2] if columns.negatives else [None] * batch.num_rows
-            for query, document, some in zip(values[0], values[1], negatives, strict=True):
-                yield RawRow(row, query, document, some)
-                row += 1
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{file.name}: broken after row {row}: {_first_line(error)}") from None
-    if row != parquet.metadata.num_rows:
-        raise InputError(f"{file.name}: broken: {row} rows could be read, its footer says {parquet.metadata.num_rows}")
-
-
-def _to_python(column: Any) -> list[Any]:
-    """Values of an Arrow column; texts that are not UTF-8 come out as bytes."""
-    import pyarrow as pa
-
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    try:
-        return list(column.to_pylist())
-    except UnicodeDecodeError:
-        if _is_text_list(column.type):
-            return [_to_python(item.values) if item.is_valid else None for item in column]
-        raw = column.cast(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary())
-        return [_decode(value) for value in raw.to_pylist()]
-
-
-def _decode(value: bytes | None) -> str | bytes | None:
-    if value is None:
-        return None
-    try:
-        return value.decode("utf-8")
-    except UnicodeDecodeError:
-        return value
-
-
-def _is_text(kind: Any) -> bool:
-    import pyarrow as pa
-
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
-def _is_text_list(kind: Any) -> bool:
-    import pyarrow as pa
-
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    return bool(is_list and _is_text(kind.value_type))
-
-
-def _read_jsonl(file: SourceFile, path: Path, columns: Columns) -> Iterator[RawRow]:
-    row = -1
-    checked = False
-    for line in _lines(file, path):
-        if not line.strip():
-            continue
-        row += 1
-        try:
-            record = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError:
-            yield RawRow(row, None, None, None, "invalid_utf8")
-            continue
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict):
-            yield RawRow(row, None, None, None, "broken_json")
-            continue
-        if not checked:
-            for field, name in (("query", columns.query), ("document", columns.document)):
-                if name not in record:
-                    raise _no_column(file, field, name, list(record))
-            checked = True
-        negatives = record.get(columns.negatives) if columns.negatives else None
-        yield RawRow(row, record.get(columns.query), record.get(columns.document), negatives)
-
-
-def _lines(file: SourceFile, path: Path) -> Iterator[bytes]:
-    number = 0
-    try:
-        with _open_binary(path) as stream:
-            for line in stream:
-                yield line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
-                number += 1
-    except (EOFError, zlib.error, OSError) as error:
-        raise InputError(f"{file.name}: cut off or broken after line {number}: {_first_line(error)}") from None
-
-
-def _read_csv(file: SourceFile, path: Path, columns: Columns, delimiter: str) -> Iterator[RawRow]:
-    csv.field_size_limit(sys.maxsize)
-    text = (line.decode("utf-8", errors="surrogateescape") for line in _lines(file, path))
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
-    try:
-        header = next(reader, [])
-    except csv.Error as error:
-        raise InputError(f"{file.name}: its header line cannot be read: {error}; lines must end in LF or CR LF") from None
-    for field, name in (("query", columns.query), ("document", columns.document), ("negatives", columns.negatives)):
-        if name is not None and name not in header:
-            raise _no_column(file, field, name, header)
-    places = [header.index(columns.query), header.index(columns.document)]
-    negatives_place = header.index(columns.negatives) if columns.negatives else None
-    row = -1
-    while True:
-        row += 1
-        try:
-            values = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            if "unexpected end of data" in str(error):
-                raise InputError(f"{file.name}: a quote that opens in row {row} is never closed; mend that row") from None
-            yield RawRow(row, None, None, None, "broken_csv")
-            continue
-        if len(values) != len(header):
-            if values:
-                yield RawRow(row, None, None, None, "wrong_field_count")
-            else:
-                row -= 1  # a blank line is no row
-            continue
-        negatives = None if negatives_place is None else values[negatives_place]
-        yield RawRow(row, values[places[0]], values[places[1]], negatives)
-
-
-def _open_binary(path: Path) -> io.BufferedIOBase | Any:
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic[:2] == b"\x1f\x8b":
-        return gzip.open(path, "rb")
-    if magic == b"\x28\xb5\x2f\xfd":
-        import pyarrow as pa
-
-        return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))  # tells a cut-off end
-    return path.open("rb")
-
-
-def _no_column(file: SourceFile, field: str, name: str, names: list[str]) -> InputError:
-    seen = ", ".join(map(str, names[:20]))
-    return InputError(
-        f"{file.name}: no column '{name}' for {field}; it has: {seen}. Map it in the manifest: columns.{field}"
-    )
-
-
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -9,10 +9,12 @@ Shape letters: k centroids, D dimension.
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from pipeline.vectors import Array
 
 _NUM_NEIGHBOURS = 32
+_BLOCK_ROWS = 1_024
 _NEAR_TIE = 1e-5
 
 
@@ -35,11 +37,7 @@ def _exact_tour(unit_kD: Array, start: int) -> Array:
 
 
 def _graph_tour(unit_kD: Array, start: int) -> Array:
-    import faiss
-
-    index = faiss.IndexFlatIP(unit_kD.shape[1])
-    index.add(unit_kD)
-    _, neighbours = index.search(unit_kD, _NUM_NEIGHBOURS + 1)
+    neighbours = _neighbours(unit_kD)
     visited = np.zeros(len(unit_kD), dtype=bool)
     tour = np.empty(len(unit_kD), dtype=np.int64)
     for step in range(len(tour)):
@@ -55,6 +53,17 @@ def _graph_tour(unit_kD: Array, start: int) -> Array:
         tour[step] = current
         visited[current] = True
     return tour
+
+
+def _neighbours(unit_kD: Array) -> Array:
+    """The nearest centroids of each (int64, k × at most 33), itself among them."""
+    unit = torch.from_numpy(unit_kD)
+    num_neighbours = min(_NUM_NEIGHBOURS + 1, len(unit))
+    blocks = [
+        (unit[start : start + _BLOCK_ROWS] @ unit.T).topk(num_neighbours, dim=1).indices
+        for start in range(0, len(unit), _BLOCK_ROWS)
+    ]
+    return torch.cat(blocks).numpy()
 
 
 def _nearest(unit_kD: Array, current: int | Array, scores: Array) -> int:

@@ -25,6 +25,13 @@ from pipeline.hardness import Bounds, measure_batch
 from pipeline.step import Built, Executor, Progress, Step, Unit, run_pending
 from pipeline.vectors import Array, Texts, load_pairs, open_vectors
 
+_NEGATIVE_COUNTS = (
+    "negatives_kept",
+    "negatives_removed_known",
+    "negatives_removed_equivalent",
+    "negatives_removed_no_vector",
+)
+
 
 def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> Built:
     """Builds the `shards` artifact of a corpus. Raises InputError where no domain fills a batch."""
@@ -54,7 +61,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
     names = run_pending(builder, executor, work, units, progress, "write shards")
     index = pa.concat_tables([pq.read_table(_index_piece(builder.path, name)) for name in names])
     summary = _summarise(step, index, counts)
-    for name in ("negatives_removed_known", "negatives_removed_equivalent", "negatives_kept"):
+    for name in _NEGATIVE_COUNTS:
         summary[name] = sum(builder.unit_record(unit).counts[name] for unit in names)
     with write_unit(builder.path, "index") as writer:
         pq.write_table(index, writer.add_file("index.parquet", rows=len(index)), compression="zstd")
@@ -101,20 +108,22 @@ class _WritingWorker:
         self._work = work
         self._schema = schemas.SHARDS_WITH_NEGATIVES if work.with_negatives else schemas.SHARDS
         self._domain = lru_cache(maxsize=len(work.datasets))(lambda name: _Domain(work.inputs, name))
+        self._group = ""
         self._batches = lru_cache(maxsize=1)(lambda name: _read_batches(work.inputs[f"batches/{name}"]))
 
     def prepare(self, unit: Unit) -> None:
         return None
 
     def commit(self, unit: Unit, prepared: None) -> None:
-        if unit.group != schemas.MIXED_DOMAIN and self._domain.cache_info().currsize:
+        if unit.group not in (self._group, schemas.MIXED_DOMAIN):
             self._domain.cache_clear()  # domains come one after the other: hold one
+            self._group = unit.group
         name = f"data/{unit.name}.parquet"
         with write_unit(self._work.path, unit.name) as writer:
             num_batches = unit.stop - unit.start
             batches, domain_of = self._batches(unit.group)
             path = writer.add_file(name, rows=num_batches * batches.shape[1])
-            counts = {"negatives_removed_known": 0, "negatives_removed_equivalent": 0, "negatives_kept": 0}
+            counts = dict.fromkeys(_NEGATIVE_COUNTS, 0)
             measured = []
             with pq.ParquetWriter(
                 path,
@@ -144,6 +153,7 @@ class _WritingWorker:
         queries, documents = batch.surrogate
         mask = surrogate_mask(queries, documents, margin=self._work.margin) | known
         mask |= equal_texts(batch.columns["document"])
+        mask |= equal_texts(batch.columns["query"])  # across domains; within one, a known pair says the same
         np.fill_diagonal(mask, False)
         columns = batch.columns
         columns["batch_id"] = np.full(len(rows), self._work.first_batch_id[group] + number)
@@ -203,6 +213,9 @@ class _WritingWorker:
                 negative_rows = domain.pairs.negatives_of(pair_id)
                 if len(negative_rows) == 0:
                     continue
+                without_vector = np.isin(negative_rows, domain.surrogate.invalid_documents)
+                counts["negatives_removed_no_vector"] += int(without_vector.sum())
+                negative_rows = negative_rows[~without_vector]
                 is_known = domain.pairs.is_known(domain.pairs.query_row[pair_id], negative_rows)
                 counts["negatives_removed_known"] += int(is_known.sum())
                 negative_rows = negative_rows[~is_known]

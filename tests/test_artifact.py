@@ -18,17 +18,15 @@ import pytest
 from pipeline.artifact import (
     MANIFEST,
     Artifact,
-    DigestCache,
-    content_key,
     find_artifact,
     iter_artifact_paths,
     open_builder,
     read_artifact,
     verify_artifact,
-    write_file_atomic,
     write_unit,
 )
 from pipeline.errors import InputError, IntegrityError, LockedError
+from pipeline.files import DigestCache, content_key, write_file_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLDER = """
@@ -40,10 +38,6 @@ with open_builder(Path(sys.argv[1])) as builder, write_unit(builder.path, "late"
     print("held", flush=True)
     time.sleep(60)
 """
-
-
-def bug(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=reason)
 
 
 PROMPT = "vrai \u00e9 \u2192"
@@ -149,7 +143,6 @@ def test_a_unit_is_redone_where_a_file_or_its_record_is_not_whole(tmp_path: Path
         assert not builder.committed("one")
 
 
-@bug("AttributeError: _read_record does not catch it")
 def test_a_unit_is_redone_where_its_record_holds_no_files(tmp_path: Path) -> None:
     with open_builder(tmp_path / "a") as builder:
         write_file_atomic(tmp_path / "a/units/one.json", b'{"files": [], "counts": {}}')
@@ -179,7 +172,7 @@ def test_an_atomic_write_leaves_the_old_bytes_where_it_fails(tmp_path: Path, mon
     def fail(*_: object) -> None:
         raise OSError("no")
 
-    monkeypatch.setattr("pipeline.artifact.os.replace", fail)
+    monkeypatch.setattr("pipeline.files.os.replace", fail)
     with pytest.raises(OSError, match="no"):
         write_file_atomic(tmp_path / "x", b"new")
     assert visible(tmp_path) == ["x"]
@@ -229,7 +222,6 @@ def test_an_extra_file_beside_the_data_is_found(tmp_path: Path) -> None:
     assert "extra.bin" in line and "not a file of this artifact" in line
 
 
-@bug("verify looks only into folders that hold files of the artifact")
 def test_an_extra_file_in_a_folder_below_the_data_is_found(tmp_path: Path) -> None:
     make_artifact(tmp_path / "a")
     (tmp_path / "a/data/below").mkdir()
@@ -286,12 +278,7 @@ def test_a_changed_or_missing_field_of_the_manifest_is_found(tmp_path: Path, fie
         assert len(verify_artifact(tmp_path / "a")) == 1
 
 
-NOT_COMPARED = bug("TypeError: the format version is compared before it is known to be a number")
-
-
-@pytest.mark.parametrize(
-    "value", [0, -1, 1.5, *(pytest.param(value, marks=NOT_COMPARED) for value in (None, "x", [], {}))], ids=repr
-)
+@pytest.mark.parametrize("value", [0, -1, 1.5, *(pytest.param(value) for value in (None, "x", [], {}))], ids=repr)
 def test_a_damaged_format_version_is_found(tmp_path: Path, value: object) -> None:
     make_artifact(tmp_path / "a")
     manifest = tmp_path / "a" / MANIFEST
@@ -304,7 +291,7 @@ def test_a_damaged_format_version_is_found(tmp_path: Path, value: object) -> Non
     "raw",
     [
         b"", b"{", b"null", b"[]", b'"x"', b"\xff\xfe", b"{}",
-        pytest.param(b"[" * 100_000, marks=bug("RecursionError is not caught"), id="deep"),
+        pytest.param(b"[" * 100_000, id="deep"),
     ],
 )  # fmt: skip
 def test_a_manifest_that_is_none_is_refused(tmp_path: Path, raw: bytes) -> None:
@@ -314,7 +301,6 @@ def test_a_manifest_that_is_none_is_refused(tmp_path: Path, raw: bytes) -> None:
     assert len(verify_artifact(tmp_path)) == 1
 
 
-@bug("UnicodeEncodeError: the canonical JSON of a lone surrogate cannot be encoded")
 def test_a_letter_damaged_to_a_lone_surrogate_is_found(tmp_path: Path) -> None:
     make_artifact(tmp_path / "a")
     manifest = tmp_path / "a" / MANIFEST
@@ -383,58 +369,54 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(path.name)
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
-    monkeypatch.setattr("pipeline.artifact.sha256_file", digest)
+    monkeypatch.setattr("pipeline.files.sha256_file", digest)
     return names
 
 
 def test_digest_cache_reads_a_file_again_only_when_it_changes(tmp_path: Path, hashed: list[str]) -> None:
     file = tmp_path / "x"
     file.write_bytes(b"one")
-    cache = DigestCache(tmp_path / "digests.json")
+    cache = DigestCache(tmp_path / ".digests.json")
     assert cache.digest(file) == hashlib.sha256(b"one").hexdigest() == cache.digest(file)
     cache.save()
-    assert DigestCache(tmp_path / "digests.json").digest(file) == hashlib.sha256(b"one").hexdigest()
+    assert DigestCache(tmp_path / ".digests.json").digest(file) == hashlib.sha256(b"one").hexdigest()
     assert hashed == ["x"]
     file.write_bytes(b"two")
     os.utime(file, ns=(1, 1))
-    assert DigestCache(tmp_path / "digests.json").digest(file) == hashlib.sha256(b"two").hexdigest()
+    assert DigestCache(tmp_path / ".digests.json").digest(file) == hashlib.sha256(b"two").hexdigest()
     assert hashed == ["x", "x"]
 
 
 def test_digest_cache_writes_only_what_is_new(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"one")
-    cache = DigestCache(tmp_path / "digests.json")
+    cache = DigestCache(tmp_path / ".digests.json")
     cache.save()
-    assert not (tmp_path / "digests.json").exists()
+    assert not (tmp_path / ".digests.json").exists()
     cache.digest(tmp_path / "x")
     cache.save()
-    before = (tmp_path / "digests.json").stat().st_mtime_ns
-    again = DigestCache(tmp_path / "digests.json")
+    before = (tmp_path / ".digests.json").stat().st_mtime_ns
+    again = DigestCache(tmp_path / ".digests.json")
     again.digest(tmp_path / "x")
     again.save()
-    assert (tmp_path / "digests.json").stat().st_mtime_ns == before
+    assert (tmp_path / ".digests.json").stat().st_mtime_ns == before
 
 
 def test_digest_of_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
-        DigestCache(tmp_path / "digests.json").digest(tmp_path / "none")
-
-
-NOT_CHECKED = bug("the shape of digests.json is not checked")
+        DigestCache(tmp_path / ".digests.json").digest(tmp_path / "none")
 
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", '{"PATH": []}', *(pytest.param(text, marks=NOT_CHECKED) for text in ("[]", "null", '{"PATH": 5}'))],
+    ["", "{", '{"PATH": []}', *(pytest.param(text) for text in ("[]", "null", '{"PATH": 5}'))],
 )
 def test_a_damaged_digest_cache_is_made_anew(tmp_path: Path, content: str) -> None:
     file = tmp_path / "x"
     file.write_bytes(b"one")
-    (tmp_path / "digests.json").write_text(content.replace("PATH", str(file)))
-    assert DigestCache(tmp_path / "digests.json").digest(file) == hashlib.sha256(b"one").hexdigest()
+    (tmp_path / ".digests.json").write_text(content.replace("PATH", str(file)))
+    assert DigestCache(tmp_path / ".digests.json").digest(file) == hashlib.sha256(b"one").hexdigest()
 
 
-@bug("entries are keyed by the path as given, not by the absolute one")
 def test_digest_cache_tells_files_of_the_same_relative_path_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -444,7 +426,7 @@ def test_digest_cache_tells_files_of_the_same_relative_path_apart(
         (tmp_path / folder / "x").write_bytes(content)
         os.utime(tmp_path / folder / "x", ns=(1, 1))  # as unpacked from an archive
         monkeypatch.chdir(tmp_path / folder)
-        cache = DigestCache(tmp_path / "digests.json")
+        cache = DigestCache(tmp_path / ".digests.json")
         digests.append(cache.digest(Path("x")))
         cache.save()
     assert digests[0] != digests[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import importlib.util
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,6 +11,7 @@ import pytest
 from pipeline.artifact import read_artifact
 from pipeline.cluster import cluster
 from pipeline.errors import HardbatchError
+from pipeline.run import plan_corpus
 from pipeline.vectors import load_pairs, open_vectors
 
 
@@ -198,8 +199,8 @@ def test_artifact_of_a_domain(run_corpus, write_jsonl, rows, method):
     assert ("faiss-cpu" in artifact.manifest.produced_with) == (method == "doubled")
 
 
-@pytest.mark.xfail(strict=True, reason="ModuleNotFoundError: a traceback, after all texts were embedded")
-def test_doubled_without_faiss_is_refused(monkeypatch):
-    monkeypatch.setitem(sys.modules, "faiss", None)
+def test_doubled_without_faiss_is_refused_before_anything_runs(monkeypatch, small_manifest, tmp_path):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "faiss" else find_spec(name))
     with pytest.raises(HardbatchError, match=r"hardbatch\[cpu\]"):
-        cluster(make_sides(20), settings("doubled"))
+        plan_corpus(small_manifest, tmp_path / "workspace", overrides=["cluster.method=doubled"])

@@ -19,16 +19,13 @@ from hypothesis import strategies as st
 
 from pipeline import schemas
 from pipeline.artifact import Artifact, read_artifact
+from pipeline.assemble import cut_holdout
 from pipeline.errors import ConfigError, HardbatchError, InputError, QuarantineError
-from pipeline.ingest import clean_row, cut_holdout
-from pipeline.sources import RawRow
+from pipeline.ingest import clean_row
+from pipeline.readers import RawRow
 from pipeline.vectors import Texts, load_pairs
 
 Row = dict[str, Any]
-
-
-def bug(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=reason)
 
 
 @dataclass
@@ -222,7 +219,7 @@ def test_units_of_staging_do_not_shape_the_result(
     (one.artifact.path / "manifest.json").unlink()
     (one.artifact.path / "units" / "assembled.json").unlink()
     monkeypatch.setattr("pipeline.ingest._UNIT_BYTES", 1)
-    monkeypatch.setattr("pipeline.ingest._STAGED_ROWS", 2)
+    monkeypatch.setattr("pipeline.ingest.STAGED_ROWS", 2)
     several = ingest(files)
     assert several.artifact.path == one.artifact.path
     assert {name: (several.artifact.path / name).read_bytes() for name in expected} == expected
@@ -250,7 +247,6 @@ def test_limit_reads_the_first_rows_over_all_files(ingest: Callable[..., Ingeste
     assert ingest(files, dataset="limit = 100").counts["rows"] == 8
 
 
-@bug("one row more than the limit is fetched: the next file is opened, and if remote fetched, only to be left")
 def test_limit_does_not_open_a_file_it_does_not_need(ingest: Callable[..., Ingested]) -> None:
     assert ingest({"a.jsonl": make(3), "b.jsonl": b""}, dataset="limit = 3").counts["rows"] == 3
 
@@ -274,13 +270,11 @@ def test_cutting_counts_characters_not_bytes(ingest: Callable[..., Ingested]) ->
     assert (made.texts("queries"), made.counts["texts_cut"]) == (["é" * 10], 1)
 
 
-@bug("a text is checked before it is cut, so that nothing but white space may be kept")
 def test_a_text_that_is_empty_once_cut_is_quarantined(ingest: Callable[..., Ingested]) -> None:
     rows = [{"query": "          a", "document": "b"}, *make(1)]
     assert ingest({"x.jsonl": rows}, settings="max_characters = 5").reasons == {0: "empty"}
 
 
-@bug("negatives are cut, but not counted")
 def test_cut_negatives_are_counted(ingest: Callable[..., Ingested]) -> None:
     rows = [{"query": "q", "document": "d", "neg": ["n" * 11]}]
     made = ingest({"x.jsonl": rows}, dataset='columns = {negatives = "neg"}', settings="max_characters = 10")
@@ -328,14 +322,12 @@ def test_the_holdout_leaks_no_text_and_respects_the_fraction(ingest: Callable[..
     assert held_out_texts(again) != held_out_texts(made)
 
 
-@bug("negatives are no part of the components: documents of the holdout stay as negatives of kept pairs")
 def test_the_holdout_leaks_no_text_through_negatives(ingest: Callable[..., Ingested]) -> None:
     rows = [{"query": f"q{i}", "document": f"d{i}", "neg": [f"d{(i + 1) % 40}"]} for i in range(40)]
     made = ingest({"x.jsonl": rows}, dataset='holdout = 0.2\ncolumns = {negatives = "neg"}')
     assert not held_out_texts(made) & kept_texts(made)
 
 
-@bug("queries and documents are apart in the graph: a text that is a query here and a document there leaks")
 def test_the_holdout_leaks_no_text_from_one_side_to_the_other(ingest: Callable[..., Ingested]) -> None:
     rows = [{"query": f"t{i}", "document": f"t{i + 1}"} for i in range(40)]
     made = ingest({"x.jsonl": [*rows, *make(40)]}, dataset="holdout = 0.2")
@@ -344,10 +336,11 @@ def test_the_holdout_leaks_no_text_from_one_side_to_the_other(ingest: Callable[.
 
 @pytest.mark.parametrize("fraction", [0.0, 0.001, 0.3, 0.999])
 def test_a_holdout_of_one_component_is_never_cut_apart(fraction: float) -> None:
-    codes = np.arange(50)
-    held_out = cut_holdout(np.zeros(50, dtype=np.int64), codes, fraction, seed=0)
+    pairs = np.arange(50)
+    of_pairs, own, shared = np.concatenate([pairs, pairs]), np.arange(50, 100), np.zeros(50, dtype=np.int64)
+    held_out = cut_holdout(of_pairs, np.concatenate([shared, own]), 50, fraction, seed=0)
     assert held_out.sum() == 0
-    alone = cut_holdout(codes, codes, fraction, seed=0)
+    alone = cut_holdout(of_pairs, np.concatenate([pairs, own]), 50, fraction, seed=0)
     assert alone.sum() == int(fraction * 50)
 
 
@@ -383,8 +376,7 @@ def test_texts_of_an_evaluation_are_quarantined(
     made = ingest({"x.jsonl": rows}, settings=CLEAN)
     made.check_accounts(9)
     contaminated = {row for row, reason in made.reasons.items() if reason == "contaminated"}
-    assert contaminated == {1, 2, 4, 6, 7}
-    assert made.reasons[8] == "duplicate_pair"
+    assert contaminated == {1, 2, 4, 6, 7, 8}
 
 
 def test_a_changed_evaluation_is_another_artifact(
@@ -404,10 +396,9 @@ def test_an_evaluation_that_is_not_there_or_leads_out_is_refused(ingest: Callabl
 
 @pytest.mark.parametrize(
     "corpus",
-    [b"garbage", pa.table({"body": ["x"]}), pa.table({"text": ["x", None]}), pa.table({"text": [1]})],
-    ids=["no parquet", "no column", "null", "numbers"],
+    [b"garbage", pa.table({"body": ["x"]}), pa.table({"text": [1]})],
+    ids=["no parquet", "no column", "numbers"],
 )
-@bug("evaluation files are read unchecked: ArrowInvalid, KeyError, AttributeError")
 def test_a_broken_evaluation_is_told(
     ingest: Callable[..., Ingested], evaluation: Callable[..., Path], corpus: pa.Table | bytes
 ) -> None:
@@ -416,7 +407,6 @@ def test_a_broken_evaluation_is_told(
         ingest({"x.jsonl": make(4)}, settings=CLEAN)
 
 
-@bug("hard negatives are not compared with the evaluation, so that its texts reach the shards")
 def test_texts_of_an_evaluation_are_no_negatives(
     ingest: Callable[..., Ingested], evaluation: Callable[..., Path]
 ) -> None:

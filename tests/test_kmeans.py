@@ -179,7 +179,6 @@ def test_empty_clusters_are_filled_again():
         assert len(clustering.centroids) == 60
 
 
-@pytest.mark.xfail(strict=True, reason="seeds that are equal are dropped and never drawn again")
 def test_many_duplicates_do_not_cost_clusters():
     points = np.concatenate([np.tile(folded_points(1), (900, 1)), folded_points(300, seed=1)])
     clustering = run(points, 60)

@@ -65,9 +65,6 @@ def test_every_pair_once_on_the_graph_tour():
     assert_every_pair_once(run_pack(points, labels, 16, exact_below=1), 500, 16)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="FAISS fills missing neighbours with -1: the pairs of a cluster vanish, others repeat"
-)
 def test_every_pair_once_on_the_graph_tour_of_few_clusters():
     points, labels = random_points(50), np.arange(50, dtype=np.int32) % 10
     assert_every_pair_once(run_pack(points, labels, 4, exact_below=1), 50, 4)

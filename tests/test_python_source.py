@@ -30,10 +30,6 @@ DOCUMENT = """def area(width, height):
 Functions = Callable[[bytes | str], list[tuple[int, str, str, None]]]
 
 
-def bug(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 @pytest.fixture
 def functions(tmp_path: Path) -> Functions:
     """`functions(source)`: what is read of a module with this source."""
@@ -98,7 +94,6 @@ def test_a_module_without_a_folder_of_source_is_refused(name: str) -> None:
         list_modules(name)
 
 
-@bug("find_spec raises ValueError where a loaded module has no spec")
 def test_a_loaded_module_without_a_spec_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     with pytest.raises(ConfigError):
@@ -132,7 +127,6 @@ def test_what_is_no_pair_is_left_out(functions: Functions, source: str | bytes) 
     assert functions(source) == []
 
 
-@bug("MemoryError from ast.parse is not caught")
 def test_a_module_too_deep_for_the_parser_is_left_out(functions: Functions) -> None:
     assert functions("x = " + "-" * 100_000 + "1\n" + FUNCTION) == []
 
@@ -142,19 +136,16 @@ def test_line_endings_do_not_matter(functions: Functions) -> None:
 
 
 @pytest.mark.parametrize("char", ["\f", "\x0b", "\x1c", "\x85", "\u2028"])
-@bug("splitlines counts lines that the parser does not: the document is another piece of the file")
 def test_lines_are_counted_as_the_parser_does(functions: Functions, char: str) -> None:
     comment = f"# a{char}b\n"
     assert functions(comment + FUNCTION) == [(2, QUERY, DOCUMENT, None)]
 
 
 @pytest.mark.parametrize("start", [b"\xef\xbb\xbf", "# -*- coding: latin-1 -*-\n# \xe9\n".encode("latin-1")])
-@bug("a module with a byte order mark or another declared encoding is skipped; tokenize.open reads both")
 def test_declared_encodings_are_read(functions: Functions, start: bytes) -> None:
     assert [pair[1:3] for pair in functions(start + FUNCTION.encode())] == [(QUERY, DOCUMENT)]
 
 
-@bug("code on the last line of the docstring is dropped")
 def test_code_behind_the_docstring_is_kept(functions: Functions) -> None:
     source = 'def f(a):\n    """Docstring of the function."""; b = a\n    c = b\n    d = c\n    return d\n'
     assert "b = a" in functions(source)[0][2]

@@ -219,7 +219,7 @@ def test_a_new_domain_leaves_the_others_as_they_are(corpus, tmp_path, write_json
 def test_planning_writes_no_artifact(corpus, tmp_path):
     plan = plan_corpus(corpus, tmp_path / "ws")
     assert [f"{step.stage}/{step.domain}" for step in plan.steps] == EVERYTHING
-    assert [path.name for path in (tmp_path / "ws").rglob("*")] == ["digests.json"]
+    assert [path.name for path in (tmp_path / "ws").rglob("*")] == [".digests.json"]
     made = set()
     for step in plan.steps:
         assert set(step.inputs.values()) <= made  # inputs come before what needs them

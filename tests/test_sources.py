@@ -16,19 +16,16 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pipeline.artifact import DigestCache
 from pipeline.config import Columns, Dataset
 from pipeline.errors import ConfigError, HardbatchError, InputError
-from pipeline.sources import RawRow, SourceFile, list_source_files, read_rows
+from pipeline.files import DigestCache
+from pipeline.readers import RawRow, read_rows
+from pipeline.sources import SourceFile, list_source_files
 
 PAIRS = [{"query": f"q{i}", "document": f"d{i}"} for i in range(6)]
 LINES = "".join(json.dumps(pair) + "\n" for pair in PAIRS).encode()
 List = Callable[..., list[SourceFile]]
 Read = Callable[..., list[RawRow]]
-
-
-def bug(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=reason)
 
 
 @pytest.fixture
@@ -43,7 +40,7 @@ def list_files(root: Path) -> List:
 
     def list_(source: Any, **settings: Any) -> list[SourceFile]:
         dataset = Dataset(name="n", source=source, **settings)
-        return list_source_files(dataset, root, DigestCache(root.parent / "digests.json"))
+        return list_source_files(dataset, root, DigestCache(root.parent / ".digests.json"))
 
     return list_
 
@@ -132,10 +129,10 @@ def test_a_link_that_stays_below_the_root_is_followed(root: Path, list_files: Li
         ("folder", r"'folder' is a folder; name its files"),
         ("", r"is a folder"),
         ("broken.jsonl", r"no file 'broken\.jsonl' below"),
-        pytest.param("a\0b.jsonl", "a.b", marks=bug("ValueError: embedded null byte")),
-        pytest.param("a" * 300 + ".jsonl", "aaa", marks=bug("OSError: File name too long")),
-        pytest.param("loop.jsonl", "loop", marks=bug("RuntimeError: Symlink loop (OSError from Python 3.13 on)")),
-        pytest.param("**.jsonl", r"\*\*", marks=bug("ValueError: '**' can only be an entire path component")),
+        pytest.param("a\0b.jsonl", r"a\\x00b"),
+        pytest.param("a" * 300 + ".jsonl", "aaa"),
+        pytest.param("loop.jsonl", "loop"),
+        pytest.param("**.jsonl", r"\*\*"),
     ],
 )
 def test_a_file_that_is_not_there_is_named(root: Path, list_files: List, source: str, message: str) -> None:
@@ -158,7 +155,6 @@ def test_an_expected_digest_is_checked(root: Path, list_files: List) -> None:
         list_files("a.jsonl", sha256={"b.jsonl": digest})
 
 
-@bug("digests are matched by base name, and only the last file of a name is checked")
 def test_an_expected_digest_is_checked_for_every_file_of_that_name(root: Path, list_files: List) -> None:
     for folder, content in (("a", b"changed"), ("b", LINES)):
         (root / folder).mkdir()
@@ -218,14 +214,12 @@ def test_a_url_that_cannot_be_used_is_named(list_files: List, source: str, error
 
 
 @pytest.mark.usefixtures("memory")
-@bug("IsADirectoryError: a remote folder is not told from a file, and its scratch copy cannot be removed")
 def test_a_remote_folder_is_refused(root: Path, list_files: List) -> None:
     with pytest.raises(HardbatchError, match="folder"):
         for file in list_files("memory://bucket", format="jsonl"):
             list(read_rows(file, Columns(), root / "scratch"))
 
 
-@bug("errors of the filesystem while a file is fetched are shown with a traceback")
 def test_a_remote_file_that_vanished_is_named(root: Path, list_files: List, memory: fsspec.AbstractFileSystem) -> None:
     (file,) = list_files("memory://bucket/a.jsonl")
     memory.rm("/bucket/a.jsonl")
@@ -233,7 +227,6 @@ def test_a_remote_file_that_vanished_is_named(root: Path, list_files: List, memo
         list(read_rows(file, Columns(), root / "scratch"))
 
 
-@bug("FileNotFoundError: only the planning looks whether a file is there")
 def test_a_local_file_that_vanished_is_named(root: Path, list_files: List) -> None:
     (root / "a.jsonl").write_bytes(LINES)
     (file,) = list_files("a.jsonl")
@@ -274,7 +267,7 @@ def noise() -> bytes:
         "gz",
         "gz checksum",
         "gz garbage",
-        pytest.param("zst", marks=bug("a truncated .zst ends without an error: all rows after the cut are lost")),
+        pytest.param("zst"),
         "zst garbage",
     ],
 )
@@ -342,7 +335,6 @@ def test_tsv_and_mapped_columns(read: Read) -> None:
     assert [(row.query, row.document, row.negatives) for row in rows] == [("3", "1, 1", "2")]
 
 
-@bug("an unclosed quote takes the rest of the file as one text, which is kept as a pair: rows are lost in silence")
 def test_an_unclosed_quote_is_told(read: Read) -> None:
     content = b'query,document\na,b\nc,"d\n' + b"".join(b"e%d,f%d\n" % (i, i) for i in range(50))
     try:
@@ -357,7 +349,6 @@ def test_a_bare_carriage_return_is_a_broken_row(read: Read) -> None:
     assert [(row.row, row.problem) for row in rows] == [(0, "broken_csv"), (1, None)]
 
 
-@bug("csv.Error from the header line is not caught")
 def test_a_csv_with_carriage_returns_only_is_refused(read: Read) -> None:
     with pytest.raises(InputError, match=r"a\.csv"):
         read("a.csv", b"query,document\ra,b\rc,d\r")
@@ -421,7 +412,7 @@ def test_negatives_of_parquet(read: Read) -> None:
 
 
 @pytest.mark.parametrize(
-    "column", [pa.array([1]), pa.array([[1]]), pa.array([{"a": "b"}]), pa.array([b"x"]), pa.array([True]), pa.nulls(1)]
+    "column", [pa.array([1]), pa.array([[1]]), pa.array([{"a": "b"}]), pa.array([b"x"]), pa.array([True])]
 )
 @pytest.mark.parametrize("field", ["query", "negatives"])
 def test_a_column_of_another_type_is_refused(read: Read, column: pa.Array, field: str) -> None:
@@ -435,7 +426,6 @@ def test_a_column_with_a_dot_in_its_name_is_read(read: Read) -> None:
     assert texts(read("a.parquet", table, {"query": "a.b"})) == [("x", "y")]
 
 
-@bug("KeyError: Column query does not exist in schema")
 def test_two_columns_of_one_name_are_refused(read: Read) -> None:
     table = pa.table([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], names=["query", "query", "document"])
     with pytest.raises(InputError, match="query"):
@@ -486,13 +476,11 @@ def test_a_flipped_bit_of_a_parquet_file_is_an_input_error_or_harmless(root: Pat
     assert [result for result in results if not isinstance(result, InputError | int)] == []
 
 
-@bug("UnicodeDecodeError where a column's name is no UTF-8")
 def test_a_column_name_that_is_no_utf_8_is_refused(root: Path, read: Read) -> None:
     pq.write_table(pa.Table.from_pylist(PAIRS), root / "whole.parquet", store_schema=False)
     with pytest.raises(InputError):
         read("a.parquet", (root / "whole.parquet").read_bytes().replace(b"query", b"q\xffery"))
 
 
-@bug("rows that the footer promises and that do not come are lost in silence")
 def test_fewer_rows_than_the_footer_says_are_an_input_error(root: Path, list_files: List) -> None:
     assert {result for result in flips(root, list_files) if isinstance(result, int)} == {50}

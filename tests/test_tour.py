@@ -82,15 +82,7 @@ def test_graph_tour_visits_each_once_and_is_as_good_as_exact():
     "num_centroids",
     [
         1,
-        *(
-            pytest.param(
-                num,
-                marks=pytest.mark.xfail(
-                    strict=True, reason="FAISS fills missing neighbours with -1, which is taken for a centroid"
-                ),
-            )
-            for num in (2, 10, 32)
-        ),
+        *(pytest.param(num) for num in (2, 10, 32)),
         33,
     ],
 )
@@ -108,7 +100,6 @@ def test_centroids_are_left_as_they_were(exact_below):
     assert np.array_equal(centroids, before)
 
 
-@pytest.mark.xfail(strict=True, reason="FAISS is an optional extra, but every domain of 8,192 clusters needs it")
 def test_many_clusters_need_no_optional_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     centroids = random_centroids(60)

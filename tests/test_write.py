@@ -308,9 +308,6 @@ def test_a_larger_margin_masks_more(run_corpus, small_manifest):
     assert index["masked_hardness"].null_count() == len(index)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the zero row of a negative without a vector scores 0, below the pair's own score: kept"
-)
 def test_a_negative_without_a_vector_is_not_surely_no_answer(run_corpus, write_jsonl, rows):
     write_jsonl("pairs.jsonl", [{**row, "negatives": ["?"]} for row in rows(16)])
     plan = run_corpus(
@@ -321,7 +318,6 @@ def test_a_negative_without_a_vector_is_not_surely_no_answer(run_corpus, write_j
     assert shards["negatives"].to_list() == [[]] * 16
 
 
-@pytest.mark.xfail(strict=True, reason="the cache of the domain is cleared before every part, not before every domain")
 def test_a_domain_is_opened_once_for_all_its_parts(run_corpus, small_manifest, monkeypatch):
     opened, inner = [], write._Domain
 
@@ -335,9 +331,6 @@ def test_a_domain_is_opened_once_for_all_its_parts(run_corpus, small_manifest, m
     assert opened == ["numbers"]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="known pairs are looked up within a domain; the query of slot j is not compared by text"
-)
 def test_a_pair_of_the_same_query_in_another_domain_is_known(run_corpus, write_jsonl):
     """In a mixed batch slot j may hold the very query of slot i: its document answers both."""
     write_jsonl("one.jsonl", [{"query": "river bank", "document": "river bank river bank"}])

