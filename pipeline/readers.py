@@ -23,6 +23,7 @@ from pipeline.files import as_user_error, content_key, sha256_file
 from pipeline.sources import SourceFile, first_line
 
 _ROWS_PER_READ = 4_096
+_BYTES_PER_READ = 2**20
 
 
 class RawRow(NamedTuple):
@@ -90,7 +91,7 @@ def _read_parquet(file: SourceFile, path: Path, columns: Columns) -> Iterator[Ra
     import pyarrow.parquet as pq
 
     try:
-        parquet = pq.ParquetFile(path)
+        parquet = pq.ParquetFile(path, pre_buffer=False, buffer_size=_BYTES_PER_READ)  # not a whole row group
         schema = parquet.schema_arrow
         known = schema.names
     except (pa.ArrowException, OSError, ValueError) as error:
