@@ -1,0 +1,59 @@
+"""docs/: the tables say what the code does."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from pipeline import ingest, schemas
+from pipeline.config import CorpusManifest, Dataset, load_manifest
+
+ROOT = Path(__file__).parent.parent
+TABLES = {
+    name: Dataset if name == "dataset" else field.annotation
+    for name, field in CorpusManifest.model_fields.items()
+    if name != "corpus"
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_setting_is_documented_with_its_default(name: str) -> None:
+    heading = "[[dataset]]" if name == "dataset" else f"[{name}]"
+    section = (ROOT / "docs" / "manifests.md").read_text().split(f"## `{heading}`")[1].split("\n## ")[0]
+    documented = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|", section, flags=re.M))
+    assert list(documented) == list(TABLES[name].model_fields)
+    for key, field in TABLES[name].model_fields.items():
+        if field.is_required():
+            assert documented[key] == "required"
+        elif key != "columns" and field.default is not None:
+            assert documented[key] == f"`{json.dumps(field.default)}`"
+
+
+def test_every_reason_and_column_is_documented() -> None:
+    text = (ROOT / "docs" / "artifacts.md").read_text()
+    reasons = (*ingest.BROKEN_REASONS, "query_equals_document", "duplicate_pair", "contaminated")
+    for word in (*reasons, *schemas.SHARDS_WITH_NEGATIVES.names, *schemas.PAIRS_WITH_NEGATIVES.names):
+        assert re.search(rf"\b{word}\b", text), f"{word} is missing in docs/artifacts.md"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "data_manifests").glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_manifests_are_valid(path: Path) -> None:
+    assert load_manifest(path).corpus
+
+
+def test_the_papers_corpus() -> None:
+    datasets = load_manifest(ROOT / "data_manifests" / "nomic_unsupervised.toml").dataset
+    assert len(datasets) == 29
+    assert sum(dataset.num_pairs or 0 for dataset in datasets) == 234_553_344  # Table 5
+    for dataset in datasets:
+        assert dataset.query_prompt.endswith(": ") and dataset.document_prompt.endswith(": ")
+
+
+def test_the_readme_names_every_module() -> None:
+    tree = (ROOT / "README.md").read_text().split("## Where things are")[1]
+    for path in (ROOT / "pipeline").glob("[a-z]*.py"):
+        if path.stem != "progress":
+            assert path.name in tree, f"{path.name} is missing in the README's tree"

@@ -1,0 +1,68 @@
+"""The whole way, checked from outside: `check_shards.py` recounts and remasks shards from their sources."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import polars as pl
+import pytest
+from check_shards import check
+
+from pipeline.run import plan_corpus, run_step
+
+SETTINGS = '[embed]\nmodel = "lexical"\nsurrogate_model = "lexical"\n[pack]\nbatch_size = 16\nremainder = "mix"\n'
+
+
+def make_shards(folder: Path, datasets: str, data_root: Path) -> Path:
+    manifest = folder / "manifest.toml"
+    manifest.write_text(f'corpus = "checked"\n{SETTINGS}{datasets}')
+    plan = plan_corpus(manifest, folder / "workspace", data_root=data_root)
+    for step in plan.steps:
+        run_step(step)
+    return plan.shards
+
+
+@pytest.fixture
+def repeating(tmp_path: Path) -> Path:
+    """Two domains of pairs in which queries and documents repeat, with rows that ingest must refuse."""
+    for name in ("one", "two"):
+        rows = [(f"{name} question {i % 150}", f"{name} answer {i % 170} about topic {i % 9}") for i in range(300)]
+        table = pl.DataFrame(rows + rows[:5] + [("", "x"), ("same", "same")], ["query", "document"], orient="row")
+        table.write_parquet(tmp_path / f"{name}.parquet")
+    return tmp_path
+
+
+def test_shards_of_repeating_texts(repeating: Path) -> None:
+    datasets = "".join(
+        f'[[dataset]]\nname = "{name}"\nsource = "{name}.parquet"\nholdout = {holdout}\n'
+        for name, holdout in (("one", 0.1), ("two", 0.0))
+    )
+    figures = check(make_shards(repeating, datasets, repeating), repeating)
+    assert figures["one"]["rows"] == figures["two"]["rows"] == 307
+    assert figures["one"]["quarantined"] == figures["two"]["quarantined"] == 7
+    assert figures["two"]["held_out"] == 0
+    assert min(figure["mask_rate"] for figure in figures.values()) > 0
+
+
+def test_the_check_finds_a_wrong_mask(repeating: Path) -> None:
+    shards = make_shards(repeating, '[[dataset]]\nname = "one"\nsource = "one.parquet"\n', repeating)
+    part = shards / "data" / "part-00000.parquet"
+    rows = pl.read_parquet(part)
+    nothing = pl.Series([[]] * len(rows), dtype=pl.List(pl.UInt16))
+    rows.with_columns(equivalent_slots=nothing).write_parquet(part)
+    with pytest.raises(AssertionError, match="masked wrongly"):
+        check(shards, repeating)
+
+
+def test_shards_of_real_pairs(tmp_path: Path) -> None:
+    if "HARDBATCH_DATA" not in os.environ:
+        pytest.skip("HARDBATCH_DATA is unset: it names a folder of real pairs, train/<domain>.parquet")
+    domains = ("medical", "stackexchange", "intents_clinc")
+    datasets = "".join(
+        f'[[dataset]]\nname = "{name}"\nsource = "train/{name}.parquet"\nlimit = 700\n' for name in domains
+    )
+    data = Path(os.environ["HARDBATCH_DATA"])
+    figures = check(make_shards(tmp_path, datasets, data), data)
+    assert all(figure["rows"] == 700 for figure in figures.values())
+    assert all(figure["mask_rate"] > 0 for figure in figures.values() if figure["repeated_texts"])
