@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +43,8 @@ def summary_text(shards: Path) -> str:
             *warnings,
             "",
             f"{counts['batches']:,} batches of {counts['batch_size']} pairs, {artifact.bytes / 2**20:.1f} MiB; look:",
-            f"  hardbatch inspect {artifact.path}",
-            f"  python -c \"import polars as pl; print(pl.read_parquet('{artifact.path / 'data'}'))\"",
+            f"  {_command('hardbatch')} inspect {artifact.path}",
+            f"  {_command('python')} -c \"import polars as pl; print(pl.read_parquet('{artifact.path / 'data'}'))\"",
         ]
     )
 
@@ -170,8 +172,18 @@ def batch_text(shards: Path, batch_id: int, *, num_slots: int | None = None) -> 
             some = ", ".join(map(str, masked[:_SLOTS_LISTED])) + (", …" if len(masked) > _SLOTS_LISTED else "")
             lines.append(f"      no negatives of it: {len(masked)} of {len(rows) - 1} (slots {some})")
     if len(shown) < len(rows):
-        lines.append(f"… {len(rows) - len(shown)} more: hardbatch inspect {artifact.path} --batch {batch_id}")
+        lines.append(
+            f"… {len(rows) - len(shown)} more: {_command('hardbatch')} inspect {artifact.path} --batch {batch_id}"
+        )
     return "\n".join(lines)
+
+
+def _command(name: str) -> str:
+    """How a user calls a command of this environment: its name where the shell would find it, else its path."""
+    path = Path(sys.executable).parent / name
+    if not path.exists() or shutil.which(name) == str(path):
+        return name
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _read_shards(path: Path) -> Artifact:

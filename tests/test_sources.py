@@ -14,7 +14,6 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import zstandard
 
 from pipeline.config import Columns, Dataset
 from pipeline.errors import ConfigError, HardbatchError, InputError
@@ -26,6 +25,14 @@ PAIRS = [{"query": f"q{i}", "document": f"d{i}"} for i in range(6)]
 LINES = "".join(json.dumps(pair) + "\n" for pair in PAIRS).encode()
 List = Callable[..., list[SourceFile]]
 Read = Callable[..., list[RawRow]]
+
+
+def zstd(data: bytes) -> bytes:
+    """`data` as one frame of zstd."""
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
 
 
 @pytest.fixture
@@ -245,9 +252,9 @@ def test_json_lines_plain_and_packed(read: Read, name: str) -> None:
     half = LINES.index(b"\n", len(LINES) // 2) + 1
     content = {
         "a.jsonl.gz": gzip.compress(LINES),
-        "a.jsonl.zst": zstandard.compress(LINES),
+        "a.jsonl.zst": zstd(LINES),
         "two.jsonl.gz": gzip.compress(LINES[:half]) + gzip.compress(LINES[half:]),
-        "two.jsonl.zst": zstandard.compress(LINES[:half]) + zstandard.compress(LINES[half:]),
+        "two.jsonl.zst": zstd(LINES[:half]) + zstd(LINES[half:]),
     }.get(name, LINES)
     rows = read(name, content)
     assert texts(rows) == GOOD
@@ -267,12 +274,11 @@ def noise() -> bytes:
         "gz",
         "gz checksum",
         "gz garbage",
-        pytest.param("zst"),
-        "zst garbage",
+        "zst",  # garbage in a frame without a checksum cannot be told from text
     ],
 )
 def test_a_damaged_packed_file_is_refused_and_named(read: Read, kind: str) -> None:
-    packed = gzip.compress(noise()) if kind.startswith("gz") else zstandard.compress(noise())
+    packed = gzip.compress(noise()) if kind.startswith("gz") else zstd(noise())
     if kind.endswith("checksum"):
         packed = packed[:-8] + bytes(8)
     elif kind.endswith("garbage"):
