@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError, HardbatchError, IntegrityError
-from pipeline.files import canonical_json, fsync_path, sha256_file, temporary_name, write_file_atomic
+from pipeline.files import as_user_error, canonical_json, fsync_path, sha256_file, temporary_name, write_file_atomic
 from pipeline.lock import lock
 
 FORMAT_VERSION = 1
@@ -148,7 +148,9 @@ def blame_damage(paths: Iterable[Path]) -> Iterator[None]:
     except HardbatchError:
         raise
     except Exception as error:
-        faults = [fault for path in paths for fault in verify_artifact(path)]
+        if isinstance(error, OSError) and as_user_error(error):
+            raise
+        faults = [fault for path in dict.fromkeys(paths) for fault in verify_artifact(path)]
         if faults:
             raise IntegrityError("\n".join(faults)) from error
         raise

@@ -36,6 +36,7 @@ def assemble(
     document_codes = _codes(numbers["document_hash"])
     fate = np.full(len(numbers), _KEPT, dtype=np.int8)
     fate[_is_repeat(query_codes, document_codes)] = _DUPLICATE
+    counts["holdout_target"] = int(holdout * (fate == _KEPT).sum())
     if holdout > 0:
         pair_of_edge, text_of_edge = _edges(staged, fate == _KEPT)
         candidates = np.flatnonzero(fate == _KEPT)
@@ -243,7 +244,7 @@ def _write_holdout(
 
 
 def _final_counts(counts: Counter[str], fate: Array, num_queries: int, num_documents: int) -> dict[str, Any]:
-    totals = ("rows", "texts_cut", "negatives", "negatives_dropped")
+    totals = ("rows", "texts_cut", "negatives", "negatives_dropped", "holdout_target")
     quarantined = {reason: count for reason, count in sorted(counts.items()) if reason not in totals and count}
     num_kept, num_held_out = int((fate == _KEPT).sum()), int((fate == _HELD_OUT).sum())
     assert counts["rows"] == num_kept + num_held_out + sum(quarantined.values()), "a row is unaccounted for"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import io
 import os
 import signal
@@ -21,7 +22,11 @@ _DEMO_SLOTS = 16
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code. A user's mistake ends in one clear line, never in a traceback."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help(sys.stderr)
+        return 2
     os.environ.setdefault("DO_NOT_TRACK", "1")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -32,12 +37,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HardbatchError as error:
         print(f"hardbatch: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("hardbatch: interrupted; committed work stays, run the same command to go on", file=sys.stderr)
-        return 128 + signal.SIGINT
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # the reader of our output has left: nothing to tell it
         return 0
+    except OSError as error:
+        from pipeline.files import as_user_error
+
+        told = as_user_error(error)
+        if told is None:
+            raise
+        print(f"hardbatch: {told}", file=sys.stderr)
+        return told.exit_code
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # we are leaving: a second one changes nothing
+        print("hardbatch: interrupted; committed work stays, run the same command to go on", file=sys.stderr)
+        return 128 + signal.SIGINT
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -46,10 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hardbatch",
         description="Turns a corpus of (query, document) pairs into hard, false-negative-masked training batches.",
-        epilog=_EXIT_CODES,
+        epilog=f"settings: docs/manifests.md; what lies on the disk: docs/artifacts.md\n{_EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"hardbatch {importlib.metadata.version('hardbatch')}")
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     def add(name: str, command: object, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
@@ -62,11 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     ):
         sub = add(name, command, text)
         sub.add_argument("manifest", type=Path, help="TOML file that names the datasets, see data_manifests/")
+        sub.add_argument("--data-root", type=Path, help="folder that local paths are relative to (default: manifest's)")
         _add_common(sub)
     inspect = add("inspect", _inspect, "show the batches of a shards folder")
     inspect.add_argument("shards", type=Path, help="folder printed by `hardbatch run`")
     inspect.add_argument("--batch", type=int, metavar="N", help="show the pairs of batch N and what is masked")
-    inspect.add_argument("--limit", type=int, default=20, metavar="N", help="rows of the table (default 20)")
+    inspect.add_argument("--limit", type=_positive, default=20, metavar="N", help="batches to list (default 20)")
     verify = add("verify", _verify, "read every byte of the artifacts at or below a folder against their digests")
     verify.add_argument("path", type=Path, help="a shards folder, any artifact, or a whole workspace")
     demo = add("demo", _demo, "make batches from the docstrings of installed Python packages, and show one")
@@ -74,13 +91,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
 def _add_common(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--workspace", type=Path, default=Path("workspace"), help="where artifacts go (default: workspace)"
     )
-    sub.add_argument("--data-root", type=Path, help="folder that local paths are relative to (default: the manifest's)")
     sub.add_argument(
-        "--set", action="append", default=[], metavar="STAGE.FIELD=VALUE", help="override a setting of the manifest"
+        "--set",
+        action="append",
+        default=[],
+        metavar="STAGE.FIELD=VALUE",
+        help="override a setting, for example pack.batch_size=256; may be repeated",
     )
 
 
@@ -92,7 +119,7 @@ def _run(options: argparse.Namespace) -> int:
     plan = plan_corpus(options.manifest, options.workspace, data_root=options.data_root, overrides=options.set)
     progress = choose_progress()
     num_run = sum(run_step(step, progress) for step in plan.steps)
-    print(f"{num_run} steps run, {len(plan.steps) - num_run} reused", file=sys.stderr)
+    print(f"steps run: {num_run}, reused: {len(plan.steps) - num_run}", file=sys.stderr)
     print(summary_text(plan.shards))
     print(plan.shards)
     return 0
@@ -126,7 +153,7 @@ def _verify(options: argparse.Namespace) -> int:
     faults = [fault for path in paths for fault in verify_artifact(path)]
     for fault in faults:
         print(f"hardbatch: {fault}", file=sys.stderr)
-    print(f"{len(paths)} artifacts read, {len(faults)} faults")
+    print(f"artifacts read: {len(paths)}, faults: {len(faults)}")
     return IntegrityError.exit_code if faults else 0
 
 
@@ -136,6 +163,7 @@ def _demo(options: argparse.Namespace) -> int:
     from pipeline.report import batch_text
     from pipeline.run import plan_corpus
 
+    options.data_root = None
     options.manifest = Path(str(files("pipeline"))).parent / "data_manifests" / "demo.toml"
     code = _run(options)
     plan = plan_corpus(options.manifest, options.workspace, data_root=options.data_root, overrides=options.set)

@@ -1,12 +1,14 @@
 """cluster: asymmetric K-Means of the pairs of a domain (Eq. 3), `folded` by default, `doubled` to the letter.
 
 `doubled` clusters the two points d⊕q and q⊕d of each pair with FAISS, spherical as the reference does, all points
-trained on, and gives a pair the cluster of its d⊕q. It holds 2n points of 2·D in memory; `folded` streams.
+trained on, and gives a pair the cluster of its d⊕q. It holds 2n points of 2·D, and what they are
+made from, in memory: 10·n·D float32; `folded` streams.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline import schemas
 from pipeline.artifact import ArtifactBuilder, read_artifact, write_unit
-from pipeline.kmeans import Clustering, kmeans, means_of_labels, two_level_kmeans
+from pipeline.kmeans import Clustering, kmeans, means_of_labels, two_level_kmeans, within_cluster_squares
 from pipeline.step import Built, Executor, Progress, Step
 from pipeline.vectors import Array, FoldedPoints, load_pairs, open_vectors, write_array
 
@@ -33,27 +35,28 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         progress.finish()
     versions = {name: importlib.metadata.version(name) for name in ("numpy", "scipy", "torch")}
     if step.config["method"] == "doubled":
-        versions["faiss-cpu"] = _faiss_version()
+        versions["faiss"] = _faiss_version()
     return Built(units=["clusters"], counts=builder.unit_record("clusters").counts, produced_with=versions)
 
 
-def cluster(points: FoldedPoints, config: dict[str, object]) -> Clustering:
+def cluster(points: FoldedPoints, config: dict[str, Any]) -> Clustering:
     """Clusters the pairs behind `points` by the settings of `ClusterConfig`; k = ceil(n / cluster_size)."""
-    cluster_size = int(str(config["cluster_size"]))
-    num_clusters = -(-len(points) // cluster_size)
-    seed, iterations = int(str(config["seed"])), int(str(config["iterations"]))
+    num_clusters = -(-len(points) // config["cluster_size"])
     if num_clusters == 0:
         empty = np.zeros((0, points.dimension), dtype=np.float32)
         return Clustering(labels=np.zeros(0, dtype=np.int32), centroids=empty, objective=[])
+    settings = {name: config[name] for name in ("iterations", "seed")}
     if config["method"] == "doubled":
-        return _doubled(points, num_clusters, iterations=iterations, restarts=int(str(config["restarts"])), seed=seed)
-    tolerance = float(str(config["tolerance"]))
-    if num_clusters > int(str(config["two_level_above"])):
-        return two_level_kmeans(points, cluster_size, iterations=iterations, tolerance=tolerance, seed=seed)
-    return kmeans(points, num_clusters, iterations=iterations, tolerance=tolerance, seed=seed)
+        return _doubled(points, num_clusters, restarts=config["restarts"], backend=config["backend"], **settings)
+    settings["tolerance"] = config["tolerance"]
+    if num_clusters > config["two_level_above"]:
+        return two_level_kmeans(points, config["cluster_size"], **settings)
+    return kmeans(points, num_clusters, **settings)
 
 
-def _doubled(points: FoldedPoints, num_clusters: int, *, iterations: int, restarts: int, seed: int) -> Clustering:
+def _doubled(
+    points: FoldedPoints, num_clusters: int, *, iterations: int, restarts: int, seed: int, backend: str
+) -> Clustering:
     import faiss
 
     documents, queries = points.sides(np.arange(len(points)))
@@ -67,7 +70,7 @@ def _doubled(points: FoldedPoints, num_clusters: int, *, iterations: int, restar
         nredo=restarts,
         seed=seed,
         spherical=True,
-        gpu=faiss.get_num_gpus() > 0,
+        gpu=backend == "faiss-gpu",
         min_points_per_centroid=1,
         max_points_per_centroid=len(doubled),  # in the constructor: set later it has no effect, and 256 are trained on
     )
@@ -75,12 +78,12 @@ def _doubled(points: FoldedPoints, num_clusters: int, *, iterations: int, restar
     _, labels = trainer.index.search(np.ascontiguousarray(doubled[: len(points)]), 1)
     used, compact = np.unique(labels[:, 0], return_inverse=True)
     compact = compact.astype(np.int32)
-    history = trainer.iteration_stats or []
+    centroids = means_of_labels(points, compact, len(used))
     return Clustering(
         labels=compact,
-        centroids=means_of_labels(points, compact, len(used)),
-        objective=[float(stats["obj"]) for stats in history],
-        levels=[1] * len(history),
+        centroids=centroids,
+        objective=[within_cluster_squares(points, compact, centroids)],  # FAISS's own depends on its threads
+        levels=[1],
     )
 
 

@@ -33,6 +33,13 @@ class Columns(_Table):
     document: str = "document"
     negatives: str | None = Field(None, description="column with hard negatives: a list of texts, or one text")
 
+    @model_validator(mode="after")
+    def _check(self) -> Columns:
+        names = [name for name in (self.query, self.document, self.negatives) if name is not None]
+        if len(set(names)) < len(names):
+            raise ValueError(f"query, document and negatives must be different columns, given {', '.join(names)}")
+        return self
+
 
 class Dataset(_Table):
     """One dataset, which is one domain: clusters and batches never mix domains unless asked."""
@@ -178,8 +185,12 @@ def load_manifest(path: Path, overrides: Sequence[str] = ()) -> CorpusManifest:
     try:
         return CorpusManifest.model_validate(content)
     except ValidationError as error:
-        lines = [_explain(item, content) for item in error.errors(include_url=False)]
-        raise ConfigError("\n".join(f"{path}: {line}" for line in lines)) from None
+        lines = []
+        for item in error.errors(include_url=False):
+            key = ".".join(map(str, item["loc"]))
+            overridden = any(override.partition("=")[0].strip() == key for override in overrides)
+            lines.append(f"{'--set' if overridden else path}: {_explain(item, content)}")
+        raise ConfigError("\n".join(lines)) from None
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:

@@ -36,7 +36,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
     )
     counts = read_artifact(step.inputs["pairs"]).manifest.counts
     units = [
-        Unit(name=f"{side}-{number:05d}", group=side, start=start, stop=min(start + unit_rows, counts[side]))
+        Unit(name=f"{side}-{number:07d}", group=side, start=start, stop=min(start + unit_rows, counts[side]))
         for side in schemas.SIDES
         for number, start in enumerate(range(0, counts[side], unit_rows))
     ]

@@ -13,9 +13,10 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import InputError, NoSpaceError
+from pipeline.errors import ConfigError, HardbatchError, InputError, NoSpaceError
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def content_key(**parts: Any) -> str:
@@ -85,11 +86,13 @@ class DigestCache:
             self._changed = False
 
 
-def as_user_error(error: OSError) -> NoSpaceError | None:
-    """The NoSpaceError that an OSError stands for, or None."""
+def as_user_error(error: OSError) -> HardbatchError | None:
+    """What an OSError means to a user who can mend it: a full disk, a place that cannot be written; None for others."""
     if error.errno in _NO_SPACE:
         where = f" while writing {error.filename}" if error.filename else ""
         return NoSpaceError(f"no space left{where}; free some and run the same command again: it goes on from there")
+    if error.errno in _NO_ACCESS:
+        return ConfigError(f"{error.filename}: {error.strerror}; choose another workspace, or mend its permissions")
     return None
 
 

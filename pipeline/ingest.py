@@ -88,7 +88,9 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
     `max_quarantined_fraction` of the rows are broken.
     """
     files = [
-        SourceFile(source["name"], step.local[source["name"]], source["format"], source["bytes"], source["sha256"])
+        SourceFile(
+            source["name"], step.local["files"][source["name"]], source["format"], source["bytes"], source["sha256"]
+        )
         for source in step.sources
     ]
     units = _staging_units(files, step.config["limit"])
@@ -98,7 +100,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         columns=Columns(**step.config["columns"]),
         limit=step.config["limit"],
         max_characters=step.config["max_characters"],
-        decontaminate=tuple(Path(step.local[f"decontaminate/{name}"]) for name in step.config["decontaminate"]),
+        decontaminate=tuple(Path(step.local["decontaminate"][name]) for name in step.config["decontaminate"]),
     )
     if not builder.committed("assembled"):
         run_pending(builder, executor, work, units, progress, f"ingest {step.domain}")
@@ -173,7 +175,8 @@ class _Staging:
 class _StagingWorker:
     def __init__(self, work: _Staging) -> None:
         self._work = work
-        self._contaminated = {_hash(text) for folder in work.decontaminate for text in evaluation_texts(folder)}
+        texts = (text[: work.max_characters] for folder in work.decontaminate for text in evaluation_texts(folder))
+        self._contaminated = {_hash(text) for text in texts}
 
     def prepare(self, unit: Unit) -> None:
         return None
@@ -238,13 +241,17 @@ def evaluation_texts(folder: Path) -> Iterator[str]:
     for name in ("corpus", "queries"):
         path = folder / f"{name}.parquet"
         try:
-            table = pq.read_table(path)
-            if not pa.types.is_string(table["text"].type) and not pa.types.is_large_string(table["text"].type):
-                raise InputError(f"ingest.decontaminate: {path}: column 'text' is {table['text'].type}, expected text")
-            texts = [text or "" for text in table["text"].to_pylist()]
-            titles = table["title"].to_pylist() if "title" in table.column_names else [None] * len(texts)
-            yield from texts
-            yield from (f"{title} {text}" for title, text in zip(titles, texts, strict=True) if title)
+            file = pq.ParquetFile(path)
+            kind = file.schema_arrow.field("text").type
+            if not pa.types.is_string(kind) and not pa.types.is_large_string(kind):
+                raise InputError(f"ingest.decontaminate: {path}: column 'text' is {kind}, expected text")
+            columns = [column for column in ("text", "title") if column in file.schema_arrow.names]
+            for batch in file.iter_batches(columns=columns):
+                for row in batch.to_pylist():
+                    text = row["text"] or ""
+                    yield text
+                    if row.get("title"):
+                        yield f"{row['title']} {text}"
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             raise InputError(f"ingest.decontaminate: {path}: no readable column 'text': {error}") from None
 

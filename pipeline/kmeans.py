@@ -19,6 +19,7 @@ from pipeline.vectors import Array
 
 _PARTITION_ROWS = 16_384
 _SCORES_HELD = 2**24  # float32 scores of a block of points: 64 MiB
+_VALUES_HELD = 2**26  # float32 values of a coarse cluster that are held rather than read in each iteration: 256 MiB
 _MIN_BLOCK_ROWS = 64
 _SEED_TRIES = 16  # points looked at for each seed, at most
 _NEAR_TIE = 1e-4  # scores are dot products of vectors of norm up to 2 in float32: two orders above their error
@@ -102,8 +103,11 @@ def two_level_kmeans(points: Points, cluster_size: int, *, iterations: int, tole
     num_clusters = 0
     for number in range(len(coarse.centroids)):
         members = order[starts[number] : starts[number + 1]]
+        subset: Points = _Subset(points, members)
+        if len(members) * points.dimension <= _VALUES_HELD:
+            subset = InMemory(points.take(members))
         fine = kmeans(
-            _Subset(points, members),
+            subset,
             -(-len(members) // cluster_size),
             iterations=iterations,
             tolerance=tolerance,
@@ -119,6 +123,23 @@ def two_level_kmeans(points: Points, cluster_size: int, *, iterations: int, tole
         objective=[*coarse.objective, float(np.sum(objective))],
         levels=[1] * len(coarse.objective) + [2],
     )
+
+
+class InMemory:
+    """Points that are held, float32 (n, D)."""
+
+    def __init__(self, points_nD: Array) -> None:
+        self._points_nD = points_nD
+
+    def __len__(self) -> int:
+        return len(self._points_nD)
+
+    @property
+    def dimension(self) -> int:
+        return int(self._points_nD.shape[1])
+
+    def take(self, rows: Array) -> Array:
+        return np.asarray(self._points_nD[rows])
 
 
 class _Subset:
@@ -174,6 +195,16 @@ def means_of_labels(points: Points, labels: Array, num_clusters: int) -> Array:
     return (sums / np.bincount(labels, minlength=num_clusters)[:, None]).astype(np.float32)
 
 
+def within_cluster_squares(points: Points, labels: Array, centroids: Array) -> float:
+    """Σ‖s − c‖² over all points, in float64 and in a fixed order."""
+    total = 0.0
+    for start in range(0, len(points), _PARTITION_ROWS):
+        rows = np.arange(start, min(start + _PARTITION_ROWS, len(points)))
+        apart = points.take(rows).astype(np.float64) - centroids[labels[rows]]
+        total += float(np.einsum("nd,nd->", apart, apart))
+    return total
+
+
 def _assign_and_sum(points: Points, centroids: Array) -> tuple[Array, Array, float]:
     labels = np.empty(len(points), dtype=np.int32)
     sums = np.zeros(centroids.shape)
@@ -199,7 +230,6 @@ def _reseed(points: Points, centroids: Array, labels: Array, sizes: Array, gener
         member = generator.choice(np.flatnonzero(labels == donor))
         centroids[empty] = points.take(np.array([member]))[0]
         expected[donor] /= 2
-        expected[empty] = expected[donor]
 
 
 def _compact(labels: Array, centroids: Array, objective: list[float]) -> Clustering:

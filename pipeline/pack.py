@@ -55,11 +55,20 @@ def lay_out(points: Points, labels: Array, centroids: Array, tour: Array) -> Arr
     for i, cluster in enumerate(tour):
         places = members[starts[cluster] : starts[cluster + 1]]
         direction = unit[tour[min(i + 1, len(tour) - 1)]] - unit[tour[max(i - 1, 0)]]
-        along = np.einsum("nd,d->n", points.take(places).astype(np.float64), direction)
+        members_nD = points.take(places).astype(np.float64)
+        if len(tour) == 1:
+            direction = _widest(members_nD)
+        along = np.einsum("nd,d->n", members_nD, direction)
         row[filled : filled + len(places)] = places[np.argsort(along, kind="stable")]
         filled += len(places)
     assert filled == len(row), "a cluster is missing from the tour"
     return row
+
+
+def _widest(points_nD: Array) -> Array:
+    """From the mean of the points to the one farthest from it: a line to lay them along where there is no other."""
+    apart_nD = points_nD - points_nD.mean(0)
+    return np.asarray(apart_nD[np.argmax(np.einsum("nd,nd->n", apart_nD, apart_nD))])
 
 
 def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> Built:
@@ -97,13 +106,13 @@ def build_mixed(step: Step, builder: ArtifactBuilder, executor: Executor, progre
     if not builder.committed("batches"):
         progress.start("pack mixed", 1)
         tables = [pq.read_table(step.inputs[f"batches/{name}"] / "leftover.parquet") for name in step.config["domains"]]
-        left = pa.concat_tables(tables)
+        left = pa.concat_tables(tables).unify_dictionaries()
         left = left.filter(pa.compute.equal(left["reason"], "mixed"))
         batch_size = step.config["batch_size"]
         cut = len(left) // batch_size * batch_size
         columns = {name: left[name].slice(0, cut) for name in ("domain", "pair_id", "cluster_id")}
         rows = pa.table({**_places(cut // batch_size, batch_size), **columns}, schema=schemas.BATCHES)
-        rest = left.slice(cut).drop_columns("reason").append_column("reason", pa.repeat("remainder", len(left) - cut))
+        rest = left.slice(cut).drop_columns("reason").append_column("reason", _word("remainder", len(left) - cut))
         _write(builder, rows, [rest.cast(schemas.LEFTOVER)])
         progress.advance(1)
         progress.finish()
@@ -121,23 +130,27 @@ def _places(num_batches: int, batch_size: int) -> dict[str, Array]:
 
 def _rows(domain: str, pair_ids: Array, cluster_of: Array) -> pa.Table:
     flat = pair_ids.ravel()
-    columns = {"domain": pa.repeat(domain, len(flat)), "pair_id": flat, "cluster_id": cluster_of[flat]}
+    columns = {"domain": _word(domain, len(flat)), "pair_id": flat, "cluster_id": cluster_of[flat]}
     return pa.table({**_places(*pair_ids.shape), **columns}, schema=schemas.BATCHES)
+
+
+def _word(word: str, num_rows: int) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(np.zeros(num_rows, dtype=np.int32), pa.array([word]))
 
 
 def _leftover(domain: str, pair_ids: Array, cluster_of: Array, reason: str) -> pa.Table:
     columns = {
         "packing": np.zeros(len(pair_ids), dtype=np.int32),
-        "domain": pa.repeat(domain, len(pair_ids)),
+        "domain": _word(domain, len(pair_ids)),
         "pair_id": pair_ids,
         "cluster_id": cluster_of[pair_ids],
-        "reason": pa.repeat(reason, len(pair_ids)),
+        "reason": _word(reason, len(pair_ids)),
     }
     return pa.table(columns, schema=schemas.LEFTOVER)
 
 
 def _write(builder: ArtifactBuilder, rows: pa.Table, leftover: list[pa.Table]) -> None:
-    left = pa.concat_tables(leftover)
+    left = pa.concat_tables(leftover).unify_dictionaries()
     with write_unit(builder.path, "batches") as writer:
         for name, table in (("batches", rows), ("leftover", left)):
             path: Path = writer.add_file(f"{name}.parquet", rows=len(table))

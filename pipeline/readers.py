@@ -163,7 +163,7 @@ def _is_text_list(kind: Any) -> bool:
 
 def _read_jsonl(file: SourceFile, path: Path, columns: Columns) -> Iterator[RawRow]:
     row = -1
-    checked = False
+    checked = has_negatives = False
     for line in _lines(file, path):
         if not line.strip():
             continue
@@ -184,7 +184,10 @@ def _read_jsonl(file: SourceFile, path: Path, columns: Columns) -> Iterator[RawR
                     raise _no_column(file, field, name, list(record))
             checked = True
         negatives = record.get(columns.negatives) if columns.negatives else None
+        has_negatives = has_negatives or columns.negatives in record
         yield RawRow(row, record.get(columns.query), record.get(columns.document), negatives)
+    if columns.negatives and checked and not has_negatives:
+        raise InputError(f"{file.name}: no row has '{columns.negatives}'; mend columns.negatives, or leave it out")
 
 
 def _lines(file: SourceFile, path: Path) -> Iterator[bytes]:

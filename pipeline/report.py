@@ -23,17 +23,15 @@ def summary_text(shards: Path) -> str:
     """The summary of a shards artifact as a table for the terminal, with the line to look at it with polars."""
     artifact = _read_shards(shards)
     counts = artifact.manifest.counts
-    warnings = [
-        f"warning: {domain} has no full batch of {counts['batch_size']}: its pairs are left over in the ledger"
-        for domain, figures in counts["domains"].items()
-        if figures["batches"] == 0 and domain != MIXED_DOMAIN
-    ]
+    warnings = [line for name, figures in counts["domains"].items() for line in _warnings(name, figures, counts)]
     negatives = []
     removed = {name: counts[f"negatives_removed_{name}"] for name in ("known", "equivalent", "no_vector")}
-    if counts["negatives_kept"] or any(removed.values()):
+    dropped = sum(figures.get("negatives_dropped", 0) for figures in counts["domains"].values())
+    if counts["negatives_kept"] or dropped or any(removed.values()):
         negatives = [
             f"hard negatives: {counts['negatives_kept']:,} kept; removed: {removed['known']:,} known pairs, "
-            f"{removed['equivalent']:,} likely answers, {removed['no_vector']:,} without a vector"
+            f"{removed['equivalent']:,} likely answers, {removed['no_vector']:,} without a vector, "
+            f"{dropped:,} unusable in the source"
         ]
     return "\n".join(
         [
@@ -44,9 +42,27 @@ def summary_text(shards: Path) -> str:
             "",
             f"{counts['batches']:,} batches of {counts['batch_size']} pairs, {artifact.bytes / 2**20:.1f} MiB; look:",
             f"  {_command('hardbatch')} inspect {artifact.path}",
-            f"  {_command('python')} -c \"import polars as pl; print(pl.read_parquet('{artifact.path / 'data'}'))\"",
+            f'  {_command("python")} -c "import polars as pl; '
+            f"print(pl.read_parquet('{artifact.path / 'data'}').select('batch_id', 'query', 'document'))\"",
         ]
     )
+
+
+def _warnings(domain: str, figures: dict[str, Any], counts: dict[str, Any]) -> list[str]:
+    if domain == MIXED_DOMAIN:
+        return []
+    lines = []
+    if figures["pairs"] == 0:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in figures["quarantined"].items())
+        lines.append(f"warning: {domain}: no pair came through of {figures['rows']:,} rows ({reasons})")
+    elif figures["batches"] == 0:
+        lines.append(f"warning: {domain} has no full batch of {counts['batch_size']}: its pairs are in the ledger")
+    if figures["held_out"] < figures["holdout_target"] / 2:
+        lines.append(
+            f"warning: {domain}: {figures['held_out']:,} of {figures['holdout_target']:,} pairs could be held out: the "
+            "others are tied together by shared texts, hard negatives among them"
+        )
+    return lines
 
 
 def summary_markdown(shards: Path) -> str:
@@ -110,17 +126,17 @@ def plan_text(steps: Sequence[Step], shards: Path) -> str:
     ]
     num_run = sum(not item.reused for item in planned)
     table = _table(header, rows, left=(0, 1, 2, 5))
-    return f"{table}\n{num_run} steps to run, {len(planned) - num_run} reused; shards: {shards}"
+    return f"{table}\nsteps to run: {num_run}, reused: {len(planned) - num_run}; shards: {shards}"
 
 
 def batches_text(shards: Path, *, limit: int = 20) -> str:
-    """The table of batches of a shards artifact: the first `limit`, and those with the highest mask rate are marked."""
+    """The summary of a shards artifact and the table of its first `limit` batches."""
     import polars as pl
 
     artifact = _read_shards(shards)
     with blame_damage([artifact.path]):
         index = pl.read_parquet(artifact.path / "index.parquet")
-    header = ["batch", "domain", "hardness", "masked", "mask rate", "loss", "file", "row group"]
+    header = ["batch", "domain", "hardness", "masked hardness", "mask rate", "loss", "file", "row group"]
     rows = [
         [
             str(row["batch_id"]),
@@ -243,7 +259,7 @@ def _source_rows(step: Step) -> int | None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    paths = [Path(step.local[source["name"]]) for source in step.sources if source["format"] == "parquet"]
+    paths = [Path(step.local["files"][source["name"]]) for source in step.sources if source["format"] == "parquet"]
     try:
         rows: int | None = sum(pq.read_metadata(path).num_rows for path in paths if path.is_file())
     except (pa.ArrowException, OSError):
@@ -261,7 +277,7 @@ def _difference(step: Step, rerun: set[Path]) -> str:
     """How the step differs from the artifact of the same stage and domain that differs least."""
     stale = [name for name, path in step.inputs.items() if path in rerun]
     if stale:
-        return f"its input {stale[0].split('/')[0]} is made anew"
+        return f"needs {stale[0].replace('/', ' of ')}"
     differences: list[list[str]] = []
     for path in sorted(step.path.parent.glob(f"*/{MANIFEST}")):
         try:

@@ -51,7 +51,7 @@ def plan_corpus(
 ) -> Plan:
     """The steps from the manifest at `manifest` to its shards below `workspace`.
 
-    Reads the sources' digests (cached in the workspace) and the model's; runs and writes nothing else. `overrides` are
+    Reads the digests of the sources and the models, cached in the workspace; runs nothing. `overrides` are
     strings `stage.field=value`. Raises ConfigError or InputError, naming what is wrong.
     """
     settings = load_manifest(manifest, overrides)
@@ -152,10 +152,8 @@ class _Planner:
         cluster = settings.cluster.model_dump()
         cluster["cluster_size"] = cluster["cluster_size"] or settings.pack.batch_size
         cluster["iterations"] = cluster["iterations"] or _ITERATIONS[cluster["method"]]
-        if cluster["method"] == "doubled" and importlib.util.find_spec("faiss") is None:
-            raise ConfigError(
-                "cluster.method: 'doubled' needs FAISS: pip install 'hardbatch[cpu]' (or [gpu]), or use 'folded'"
-            )
+        if cluster["method"] == "doubled":
+            cluster["backend"] = _faiss_backend()
         for field in ("tolerance", "two_level_above") if cluster["method"] == "doubled" else ("restarts",):
             del cluster[field]  # the other method's: a change of it changes nothing
         both = {"pairs": pairs, "vectors": vectors["cluster"]}
@@ -182,19 +180,22 @@ class _Planner:
             "columns": dataset.columns.model_dump(),
             "limit": dataset.limit,
             "holdout": dataset.holdout,
-            "holdout_seed": ingest.holdout_seed,
+            "holdout_seed": ingest.holdout_seed if dataset.holdout else None,
             "max_characters": ingest.max_characters,
             "decontaminate": ingest.decontaminate,
         }
-        local: dict[str, Any] = {file.name: file.location for file in files}
-        local["max_quarantined_fraction"] = ingest.max_quarantined_fraction
-        local["num_pairs"] = dataset.num_pairs
+        local: dict[str, Any] = {
+            "files": {file.name: file.location for file in files},
+            "decontaminate": {},
+            "max_quarantined_fraction": ingest.max_quarantined_fraction,
+            "num_pairs": dataset.num_pairs,
+        }
         texts = {}
         for name in ingest.decontaminate:
             folder = local_path(name, self._data_root, "ingest.decontaminate")
             if not (folder / "corpus.parquet").is_file() or not (folder / "queries.parquet").is_file():
                 raise ConfigError(f"ingest.decontaminate: {folder} has no corpus.parquet and queries.parquet")
-            local[f"decontaminate/{name}"] = str(folder)
+            local["decontaminate"][name] = str(folder)
             texts.update(
                 {f"{name}/{part}": self._digests.digest(folder / f"{part}.parquet") for part in ("corpus", "queries")}
             )
@@ -232,6 +233,14 @@ class _Planner:
         if all(known.path != step.path for known in self._steps):  # one vectors artifact may serve both roles
             self._steps.append(step)
         return step.path
+
+
+def _faiss_backend() -> str:
+    if importlib.util.find_spec("faiss") is None:
+        raise ConfigError("cluster.method: 'doubled' needs FAISS: pip install faiss-cpu, or use 'folded'")
+    import faiss
+
+    return "faiss-gpu" if faiss.get_num_gpus() > 0 else "faiss-cpu"
 
 
 def _require_writable(workspace: Path) -> None:

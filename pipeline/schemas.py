@@ -44,6 +44,7 @@ HOLDOUT_CORPUS = pa.schema([("doc_id", pa.utf8()), ("text", pa.large_utf8()), ("
 HOLDOUT_QUERIES = pa.schema([("query_id", pa.utf8()), ("text", pa.large_utf8())])
 HOLDOUT_QRELS = pa.schema([("query_id", pa.utf8()), ("doc_id", pa.utf8()), ("score", pa.int32())])
 INVALID_ROWS = pa.schema([("row", pa.int64()), ("reason", pa.utf8())])
+WORD = pa.dictionary(pa.int32(), pa.utf8())  # a column of few words over many rows
 CLUSTERS = pa.schema([("pair_id", pa.int64()), ("cluster_id", pa.int32())])
 OBJECTIVE = pa.schema([("level", pa.int32()), ("iteration", pa.int32()), ("objective", pa.float64())])
 BATCHES = pa.schema(
@@ -51,7 +52,7 @@ BATCHES = pa.schema(
         ("packing", pa.int32()),
         ("batch", pa.int64()),
         ("slot", pa.int32()),
-        ("domain", pa.utf8()),
+        ("domain", WORD),
         ("pair_id", pa.int64()),
         ("cluster_id", pa.int32()),
     ]
@@ -59,10 +60,10 @@ BATCHES = pa.schema(
 LEFTOVER = pa.schema(
     [
         ("packing", pa.int32()),
-        ("domain", pa.utf8()),
+        ("domain", WORD),
         ("pair_id", pa.int64()),
         ("cluster_id", pa.int32()),
-        ("reason", pa.utf8()),
+        ("reason", WORD),
     ]
 )
 SHARDS = pa.schema(

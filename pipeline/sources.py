@@ -17,6 +17,10 @@ _FORMATS = {
     ".csv": "csv",
     ".tsv": "tsv",
 }
+_VERSION_FIELDS = (  # what filesystems say about the version of a file, each in its own words
+    "ETag", "etag", "sha256", "blob_id", "last_commit", "md5Hash", "Content-MD5", "Digest", "generation",
+    "LastModified", "Last-Modified", "last_modified", "updated", "mtime",
+)  # fmt: skip
 
 
 class SourceFile(NamedTuple):
@@ -50,8 +54,10 @@ def list_source_files(dataset: Dataset, root: Path, digests: DigestCache) -> lis
 def local_path(source: str, root: Path, where: str) -> Path:
     """`source` below `root`; raises ConfigError where it is absolute or leads out of `root`, also through a link."""
     path = Path(source)
-    if path.is_absolute() or ".." in path.parts:
-        raise ConfigError(f"{where}: path '{source}' leads out of {root}; give a path below it, or another --data-root")
+    if path.is_absolute():
+        raise ConfigError(f"{where}: path '{source}' is absolute; give it relative to {root}, or set --data-root")
+    if ".." in path.parts:
+        raise ConfigError(f"{where}: path '{source}' leads out of {root}; give a path below it, or set --data-root")
     try:
         inside = (root / path).resolve().is_relative_to(root.resolve())
         (root / path).exists()
@@ -71,7 +77,7 @@ def _list_local(source: str, dataset: Dataset, root: Path, digests: DigestCache)
         except (ValueError, OSError, NotImplementedError) as error:
             raise ConfigError(f"{where}: '{source}' is no usable pattern: {first_line(error)}") from None
         if not paths:
-            raise InputError(f"{where}: no file matches '{source}' below {root}")
+            raise InputError(f"{where}: no file matches '{source}' below {root}; --data-root names another folder")
     else:
         paths = [local_path(source, root, where)]
     files = []
@@ -81,7 +87,7 @@ def _list_local(source: str, dataset: Dataset, root: Path, digests: DigestCache)
         if path.is_dir():
             raise InputError(f"{where}: '{name}' is a folder; name its files, for example '{name}/*.parquet'")
         if not path.exists():
-            raise InputError(f"{where}: no file '{name}' below {root}")
+            raise InputError(f"{where}: no file '{name}' below {root}; --data-root names another folder")
         format_ = _format_of(name, dataset)
         files.append(SourceFile(name, str(path), format_, path.stat().st_size, digests.digest(path)))
     return files
@@ -112,7 +118,7 @@ def _list_remote(source: str, dataset: Dataset) -> list[SourceFile]:
     files = []
     for path, info in zip(paths, infos, strict=True):
         name = filesystem.unstrip_protocol(path)
-        known = [info.get(field) for field in ("ETag", "etag", "blob_id", "sha256", "LastModified", "last_commit")]
+        known = [info.get(field) for field in _VERSION_FIELDS]
         digest = dataset.sha256.get(Path(path).name) or content_key(name=name, size=info.get("size"), known=str(known))
         files.append(SourceFile(name, name, _format_of(path, dataset), int(info.get("size") or 0), digest))
     return files

@@ -1,7 +1,8 @@
 """Greedy nearest-neighbour tour over centroids: each next one is the nearest that was not visited.
 
 Exact below a limit, by a k×k matrix of cosines; above it over a graph of nearest neighbours, with a scan of all that
-are left where a centroid's neighbours are used up. Near-ties are rescored in float64 and go to the lowest id.
+are left where a centroid's neighbours are used up. Near-ties of a step are rescored in float64 and go to the lowest
+id. The graph takes k² dot products, in blocks.
 
 Shape letters: k centroids, D dimension.
 """

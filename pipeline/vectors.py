@@ -5,8 +5,9 @@ Shape letters: n pairs, N texts of a side, D dimension.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +19,44 @@ from pipeline import schemas
 from pipeline.artifact import Artifact, read_artifact
 
 Array = np.ndarray[Any, Any]
+_OPEN_FILES = 64  # memory maps held by a side: each keeps a file descriptor, of which a process may have 1,024
 
 
 class Texts:
     """The distinct texts of one side of a domain, `queries` or `documents`, memory-mapped."""
 
     def __init__(self, pairs: Artifact, side: str) -> None:
-        names = [path for path in pairs.files("texts") if path.name.startswith(side + "-")]
-        self._columns = [pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0).column(0) for path in names]
-        self.num_rows = sum(map(len, self._columns))
+        paths = [path for path in pairs.files("texts") if path.name.startswith(side + "-")]
+        self.num_rows = _num_rows(pairs, paths)
+        self._column = lru_cache(maxsize=_OPEN_FILES)(
+            lambda number: pa.ipc.open_file(pa.memory_map(str(paths[number]))).get_batch(0).column(0)
+        )
 
     def take(self, rows: Array) -> list[str]:
-        """The texts at `rows` (int, any shape of one dimension), in their order."""
-        files = rows // schemas.TEXT_ROWS_PER_FILE
+        """The texts at `rows` (int, of one dimension), in their order."""
         texts: list[str] = [""] * len(rows)
-        for file in np.unique(files):
-            places = np.flatnonzero(files == file)
-            taken = self._columns[file].take(pa.array(rows[places] % schemas.TEXT_ROWS_PER_FILE))
+        for number, places in _by_file(rows, schemas.TEXT_ROWS_PER_FILE):
+            taken = self._column(number).take(pa.array(rows[places] % schemas.TEXT_ROWS_PER_FILE))
             for place, text in zip(places, taken.to_pylist(), strict=True):
                 texts[place] = text
         return texts
+
+
+def _num_rows(artifact: Artifact, paths: list[Path]) -> int:
+    records = [artifact.manifest.files[path.relative_to(artifact.path).as_posix()] for path in paths]
+    return sum(record.rows or 0 for record in records)
+
+
+def _by_file(rows: Array, rows_per_file: int) -> Iterator[tuple[int, Array]]:
+    """(number of a file, places in `rows` of the rows it holds), for each file that is touched."""
+    files = rows // rows_per_file
+    if len(rows) == 0 or files[0] == files[-1] == files.max() == files.min():
+        yield from ((int(file), np.arange(len(rows))) for file in files[:1])
+        return
+    order = np.argsort(files, kind="stable")
+    starts = np.flatnonzero(np.diff(files[order], prepend=-1))
+    for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
+        yield int(files[order[start]]), order[start:stop]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +99,10 @@ class Pairs:
 
 
 def load_pairs(artifact: Artifact) -> Pairs:
-    """The pairs of a domain as arrays: 24 bytes a pair, and 8 a hard negative."""
-    table = pq.read_table(artifact.path / "pairs.parquet")
+    """The pairs of a domain as arrays: 16 bytes a pair, and 16 with hard negatives, which are 8 bytes each."""
+    path = artifact.path / "pairs.parquet"
+    columns = [name for name in ("query_row", "document_row", "negative_rows") if name in pq.read_schema(path).names]
+    table = pq.read_table(path, columns=columns)
     offsets = rows = None
     if "negative_rows" in table.column_names:
         lists = table["negative_rows"].combine_chunks()
@@ -97,19 +118,17 @@ def load_pairs(artifact: Artifact) -> Pairs:
 class VectorRows:
     """The vectors of one side (float16, N × D) over the memory-mapped files of its units."""
 
-    def __init__(self, paths: list[Path], unit_rows: int, dimension: int) -> None:
-        self._units = [np.load(path, mmap_mode="r") for path in paths]
+    def __init__(self, paths: list[Path], unit_rows: int, num_rows: int, dimension: int) -> None:
+        self._unit = lru_cache(maxsize=_OPEN_FILES)(lambda number: np.load(paths[number], mmap_mode="r"))
         self._unit_rows = unit_rows
+        self.num_rows = num_rows
         self.dimension = dimension
-        self.num_rows = sum(len(unit) for unit in self._units)
 
     def take(self, rows: Array) -> Array:
         """The vectors at `rows`, as float32 (len(rows), D)."""
         taken = np.empty((len(rows), self.dimension), dtype=np.float32)
-        units = rows // self._unit_rows
-        for unit in np.unique(units):
-            places = np.flatnonzero(units == unit)
-            taken[places] = self._units[unit][rows[places] % self._unit_rows]
+        for number, places in _by_file(rows, self._unit_rows):
+            taken[places] = self._unit(number)[rows[places] % self._unit_rows]
         return taken
 
 
@@ -120,15 +139,21 @@ class Vectors:
         config, counts = artifact.manifest.config, artifact.manifest.counts
         files = artifact.files("vectors")
         self.queries, self.documents = (
-            VectorRows(
-                [path for path in files if path.name.startswith(side + "-")], config["unit_rows"], counts["dimension"]
-            )
+            VectorRows(paths, config["unit_rows"], _num_rows(artifact, paths), counts["dimension"])
             for side in schemas.SIDES
+            for paths in [[path for path in files if path.name.startswith(side + "-")]]
         )
         self.dimension: int = counts["dimension"]
         self.invalid_queries, self.invalid_documents = (
             pq.read_table(artifact.path / f"invalid-{side}.parquet")["row"].to_numpy() for side in schemas.SIDES
         )
+
+    @cached_property
+    def has_document(self) -> Array:
+        """Marks the document rows (bool, N) that have a vector."""
+        marks = np.ones(self.documents.num_rows, dtype=bool)
+        marks[self.invalid_documents] = False
+        return marks
 
     def invalid_pairs(self, pairs: Pairs) -> Array:
         """Marks the pairs (bool, n) that have no vector for their query or their document."""

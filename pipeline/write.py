@@ -25,6 +25,7 @@ from pipeline.hardness import Bounds, measure_batch
 from pipeline.step import Built, Executor, Progress, Step, Unit, run_pending
 from pipeline.vectors import Array, Texts, load_pairs, open_vectors
 
+_READ_COUNTS = ("rows", "pairs", "held_out", "holdout_target", "quarantined", "texts_cut", "negatives_dropped")
 _NEGATIVE_COUNTS = (
     "negatives_kept",
     "negatives_removed_known",
@@ -213,7 +214,7 @@ class _WritingWorker:
                 negative_rows = domain.pairs.negatives_of(pair_id)
                 if len(negative_rows) == 0:
                     continue
-                without_vector = np.isin(negative_rows, domain.surrogate.invalid_documents)
+                without_vector = ~domain.surrogate.has_document[negative_rows]
                 counts["negatives_removed_no_vector"] += int(without_vector.sum())
                 negative_rows = negative_rows[~without_vector]
                 is_known = domain.pairs.is_known(domain.pairs.query_row[pair_id], negative_rows)
@@ -288,7 +289,7 @@ def _summarise(step: Step, index: pa.Table, packed: dict[str, dict[str, Any]]) -
         figures: dict[str, Any] = {"batches": counts["batches"], "leftover": counts["leftover"]}
         if domain != schemas.MIXED_DOMAIN:
             read = read_artifact(step.inputs[f"pairs/{domain}"]).manifest.counts
-            figures.update({name: read[name] for name in ("rows", "pairs", "held_out", "quarantined", "texts_cut")})
+            figures.update({name: read[name] for name in _READ_COUNTS})
             figures["clusters"] = read_artifact(step.inputs[f"clusters/{domain}"]).manifest.counts["clusters"]
         if counts["batches"]:
             hardness = float(np.mean(rows["hardness"].to_numpy()))
@@ -310,8 +311,12 @@ def _summarise(step: Step, index: pa.Table, packed: dict[str, dict[str, Any]]) -
 
 def _refuse_empty(step: Step, counts: dict[str, dict[str, Any]]) -> None:
     size = step.config["batch_size"]
-    found = ", ".join(f"{domain} {sum(count['leftover'].values())}" for domain, count in counts.items())
+    left = {
+        domain: sum(count["leftover"].values()) for domain, count in counts.items() if domain in step.config["domains"]
+    }
+    found = ", ".join(f"{domain} {number}" for domain, number in left.items())
+    mix = " or set pack.remainder to mix" if schemas.MIXED_DOMAIN not in counts and sum(left.values()) >= size else ""
     raise InputError(
         f"no domain fills a batch of {size} pairs (pairs that came through: {found}); lower pack.batch_size, "
-        "add data, or set pack.remainder to mix"
+        f"add data{',' + mix if mix else ''}"
     )

@@ -99,7 +99,7 @@ def test_a_batch_size_that_is_not_allowed(load: Load, given_: str, allowed: str,
         message = refused(load, MINIMAL + f"[pack]\nbatch_size = {given_}\n")
     else:
         message = refused(load, MINIMAL, f"pack.batch_size={given_}")
-    assert "m.toml: pack.batch_size: " in message
+    assert ("m.toml" if way == "manifest" else "--set") + ": pack.batch_size: " in message
     assert allowed in message
     assert "given " in message
 
@@ -316,3 +316,8 @@ def test_no_bytes_raise_anything_but_a_config_error(tmp_path: Path, raw: bytes) 
     (tmp_path / "m.toml").write_bytes(raw)
     with pytest.raises(ConfigError):
         load_manifest(tmp_path / "m.toml")
+
+
+def test_one_column_for_two_things_is_refused(load: Load) -> None:
+    message = refused(load, MINIMAL + 'columns = {query = "a", document = "a"}\n')
+    assert "query, document and negatives must be different columns, given a, a" in message

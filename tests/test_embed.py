@@ -128,8 +128,10 @@ def test_it_goes_on_after_units_are_missing(run_corpus, write_jsonl, rows, gtr, 
     (step,) = steps_of(run_corpus(text, stages=("pairs", "vectors")), "vectors")
     before = bytes_of(step.path)
     (step.path / "manifest.json").unlink()
-    (step.path / "units" / "queries-00001.json").unlink()
-    (step.path / "vectors" / "documents-00003.npy").write_bytes(b"cut")  # committed, but its file is not there in full
+    (step.path / "units" / "queries-0000001.json").unlink()
+    (step.path / "vectors" / "documents-0000003.npy").write_bytes(
+        b"cut"
+    )  # committed, but its file is not there in full
     (step.path / "units" / "invalid.json").unlink()
     done, inner = [], embed._EmbeddingWorker.commit
 
@@ -139,7 +141,7 @@ def test_it_goes_on_after_units_are_missing(run_corpus, write_jsonl, rows, gtr, 
 
     monkeypatch.setattr(embed._EmbeddingWorker, "commit", commit)
     assert run_step(step)
-    assert done == ["queries-00001", "documents-00003"]
+    assert done == ["queries-0000001", "documents-0000003"]
     assert bytes_of(step.path) == before
 
 

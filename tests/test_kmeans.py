@@ -308,3 +308,20 @@ def test_sums_and_means_of_clusters(monkeypatch):
     means = means_of_labels(InMemory(points), labels, 9)
     assert means.dtype == np.float32
     assert np.allclose(means, expected / np.bincount(labels)[:, None], atol=1e-6)
+
+
+def test_many_empty_clusters_are_all_given_a_member():
+    points = module.InMemory(np.random.default_rng(0).standard_normal((100, 3)).astype(np.float32))
+    labels = np.repeat([2, 3], [90, 10]).astype(np.int32)
+    centroids = np.zeros((4, 3), dtype=np.float32)
+    module._reseed(points, centroids, labels, np.bincount(labels, minlength=4), np.random.default_rng(0))
+    members = points.take(np.arange(90))
+    assert all((members == centroids[empty]).all(1).any() for empty in (0, 1))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_skewed_points_leave_no_cluster_without_a_donor(seed):
+    generator = np.random.default_rng(2_000 + seed)
+    points = np.exp(3 * generator.standard_normal((90, 5))).astype(np.float32)
+    found = module.kmeans(module.InMemory(points), 60, iterations=30, tolerance=0.0, seed=seed)
+    assert len(found.labels) == 90 and np.bincount(found.labels).min() > 0

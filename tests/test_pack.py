@@ -234,3 +234,12 @@ def test_equal_texts_of_two_domains_are_equivalent(run_corpus, write_jsonl, rows
     shards = pl.read_parquet(plan.shards / "data" / "*.parquet").sort("slot")
     assert shards["domain"].n_unique() == 3
     assert shards["equivalent_slots"].to_list() == [[j for j in range(8) if j != i] for i in range(8)]
+
+
+def test_one_cluster_is_laid_along_its_widest_line():
+    line = np.arange(12, dtype=np.float32)
+    shuffled = np.random.default_rng(0).permutation(12)
+    points = InMemory(np.stack([line[shuffled], np.ones(12, dtype=np.float32)], axis=1))
+    row = lay_out(points, np.zeros(12, dtype=np.int32), np.ones((1, 2), dtype=np.float32), np.zeros(1, dtype=np.int64))
+    along = np.diff(shuffled[row])
+    assert (along == 1).all() or (along == -1).all()

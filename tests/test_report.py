@@ -106,7 +106,7 @@ def test_a_plan_of_a_finished_run_reuses_all(finished_run: Finished) -> None:
     assert plan.shards == finished_run[2]
     assert to_run(plan) == {}
     text = plan_text(plan.steps, plan.shards)
-    assert "0 steps to run, 6 reused" in text and str(plan.shards) in text
+    assert "steps to run: 0, reused: 6" in text and str(plan.shards) in text
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_changed_setting_runs_what_depends_on_it_and_the_plan_says_why(
     assert list(reasons) == stages
     if stages:
         assert why in reasons[stages[0]]
-        assert all("is made anew" in reasons[stage] for stage in stages[1:])
+        assert all("needs " in reasons[stage] for stage in stages[1:])
     assert [step.stage for step in plan.steps if run_step(step)] == stages  # the run does what the plan said
 
 
@@ -262,3 +262,18 @@ def test_damaged_shards_are_an_integrity_error(copied_run: Finished, name: str) 
     file.write_bytes(b"PAR1" + bytes(file.stat().st_size - 8) + b"PAR1")
     with pytest.raises(IntegrityError, match=name):
         batch_text(copied_run[2], 0)
+
+
+def test_a_domain_of_which_nothing_came_through_is_told(run_corpus: Callable[..., Plan], write_jsonl, rows) -> None:
+    write_jsonl("good.jsonl", rows(16))
+    write_jsonl("same.jsonl", [{"query": f"text {i}", "document": f"text {i}"} for i in range(9)])
+    tied = [{"query": f"q{i}", "document": f"d{i}", "neg": ["shared by all"]} for i in range(20)]
+    write_jsonl("tied.jsonl", tied)
+    plan = run_corpus(
+        'corpus = "c"\n[pack]\nbatch_size = 8\n[[dataset]]\nname = "good"\nsource = "good.jsonl"\n'
+        '[[dataset]]\nname = "same"\nsource = "same.jsonl"\n'
+        '[[dataset]]\nname = "tied"\nsource = "tied.jsonl"\nholdout = 0.2\ncolumns = {negatives = "neg"}\n'
+    )
+    text = summary_text(plan.shards)
+    assert "warning: same: no pair came through of 9 rows (query_equals_document 9)" in text
+    assert "warning: tied: 0 of 4 pairs could be held out" in text

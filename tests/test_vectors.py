@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,8 +36,10 @@ def build_artifact(tmp_path):
 
 def write_texts(writer, side, texts, rows_per_file):
     for number, start in enumerate(range(0, len(texts), rows_per_file)):
-        with pa.ipc.new_file(writer.add_file(f"texts/{side}-{number:05d}.arrow"), schemas.TEXTS) as file:
-            column = pa.array(texts[start : start + rows_per_file], pa.large_utf8())
+        some = texts[start : start + rows_per_file]
+        path = writer.add_file(f"texts/{side}-{number:05d}.arrow", rows=len(some))
+        with pa.ipc.new_file(path, schemas.TEXTS) as file:
+            column = pa.array(some, pa.large_utf8())
             file.write_batch(pa.record_batch([column], schema=schemas.TEXTS))
 
 
@@ -64,7 +67,7 @@ def test_vector_rows_over_units(tmp_path):
     for number, start in enumerate(range(0, 10, 4)):
         paths.append(tmp_path / f"{number}.npy")
         np.save(paths[-1], vectors[start : start + 4])
-    rows = VectorRows(paths, unit_rows=4, dimension=3)
+    rows = VectorRows(paths, unit_rows=4, num_rows=10, dimension=3)
     assert (rows.num_rows, rows.dimension) == (10, 3)
     chosen = np.array([9, 0, 3, 4, 4, 7, 8])
     taken = rows.take(chosen)
@@ -143,8 +146,9 @@ def domain(build_artifact):
     def write(writer):
         for side, vectors in sides.items():
             for number, start in enumerate(range(0, len(vectors), 4)):
-                with writer.add_file(f"vectors/{side}-{number:05d}.npy").open("wb") as file:
-                    np.save(file, vectors[start : start + 4])
+                some = vectors[start : start + 4]
+                with writer.add_file(f"vectors/{side}-{number:05d}.npy", rows=len(some)).open("wb") as file:
+                    np.save(file, some)
             table = pa.Table.from_pylist(
                 [{"row": row, "reason": "nan_vector"} for row in invalid[side]], schemas.INVALID_ROWS
             )
@@ -168,3 +172,16 @@ def test_folded_points_are_the_sums_of_the_sides(domain):
     assert np.array_equal(queries, domain.queries[[4, 0, 4]].astype(np.float32))
     assert np.array_equal(points.take(rows), documents + queries)
     assert np.array_equal(points.sides(rows)[0], documents)  # taking sums has not changed what is read
+
+
+def test_more_units_than_files_held_open(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.vectors._OPEN_FILES", 3)
+    vectors = np.random.default_rng(0).standard_normal((40, 3)).astype(np.float16)
+    paths = [tmp_path / f"{number}.npy" for number in range(20)]
+    for number, path in enumerate(paths):
+        np.save(path, vectors[2 * number : 2 * number + 2])
+    rows = VectorRows(paths, unit_rows=2, num_rows=40, dimension=3)
+    num_open = len(list(Path("/proc/self/fd").iterdir()))
+    chosen = np.random.default_rng(1).integers(0, 40, 200)
+    assert np.array_equal(rows.take(chosen), vectors[chosen].astype(np.float32))
+    assert len(list(Path("/proc/self/fd").iterdir())) <= num_open + 3
