@@ -126,7 +126,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from pipeline.report import plan_text
+    from pipeline.explain import plan_text
     from pipeline.run import plan_corpus
 
     plan = plan_corpus(options.manifest, options.workspace, data_root=options.data_root, overrides=options.set)

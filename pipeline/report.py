@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import MANIFEST, Artifact, Manifest, blame_damage, find_artifact, read_artifact
-from pipeline.errors import ConfigError, InputError, IntegrityError
+from pipeline.errors import ConfigError, InputError
 from pipeline.schemas import MIXED_DOMAIN
-from pipeline.step import Step
 
 _TEXT_CHARACTERS = 110
 _SLOTS_LISTED = 16
@@ -35,7 +32,7 @@ def summary_text(shards: Path) -> str:
         ]
     return "\n".join(
         [
-            _table(*_summary_rows(artifact.manifest)),
+            table(*_summary_rows(artifact.manifest)),
             "share: hardness of the batches, 0 for random ones, 1 for every pair among its nearest of the domain",
             *negatives,
             *warnings,
@@ -74,61 +71,6 @@ def summary_markdown(shards: Path) -> str:
     return f"# {artifact.manifest.domain}\n\n{table}\n\nShards: `{artifact.path}`\n"
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlannedStep:
-    """What a run would do with a step, and why; rows and bytes where they are known."""
-
-    step: Step
-    reused: bool
-    why: str
-    rows: int | None
-    bytes: int | None
-
-
-def explain_plan(steps: Sequence[Step]) -> list[PlannedStep]:
-    """For each step whether its artifact is reused, and if not, what differs from the nearest one that is there."""
-    rerun: set[Path] = set()
-    planned = []
-    for step in steps:
-        artifact = find_artifact(step.path)
-        if artifact is not None:
-            rows = _artifact_rows(artifact)
-            planned.append(PlannedStep(step=step, reused=True, why="complete", rows=rows, bytes=artifact.bytes))
-            continue
-        rerun.add(step.path)
-        rows_known = _source_rows(step) if step.stage == "pairs" else None
-        planned.append(
-            PlannedStep(
-                step=step,
-                reused=False,
-                why=_difference(step, rerun),
-                rows=rows_known,
-                bytes=_source_bytes(step),
-            )
-        )
-    return planned
-
-
-def plan_text(steps: Sequence[Step], shards: Path) -> str:
-    """The plan as a table for the terminal."""
-    planned = explain_plan(steps)
-    header = ["stage", "domain", "", "rows", "bytes", "why"]
-    rows = [
-        [
-            item.step.stage,
-            item.step.domain,
-            "reuse" if item.reused else "run",
-            "" if item.rows is None else f"{item.rows:,}",
-            "" if item.bytes is None else f"{item.bytes:,}",
-            item.why,
-        ]
-        for item in planned
-    ]
-    num_run = sum(not item.reused for item in planned)
-    table = _table(header, rows, left=(0, 1, 2, 5))
-    return f"{table}\nsteps to run: {num_run}, reused: {len(planned) - num_run}; shards: {shards}"
-
-
 def batches_text(shards: Path, *, limit: int = 20) -> str:
     """The summary of a shards artifact and the table of its first `limit` batches."""
     import polars as pl
@@ -151,7 +93,7 @@ def batches_text(shards: Path, *, limit: int = 20) -> str:
         for row in index.head(limit).iter_rows(named=True)
     ]
     more = f"\n{len(index) - limit:,} more batches; show one with --batch N" if len(index) > limit else ""
-    return f"{summary_text(shards)}\n\n{_table(header, rows, left=(1, 6))}{more}"
+    return f"{summary_text(shards)}\n\n{table(header, rows, left=(1, 6))}{more}"
 
 
 def batch_text(shards: Path, batch_id: int, *, num_slots: int | None = None) -> str:
@@ -244,74 +186,13 @@ def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def _artifact_rows(artifact: Artifact) -> int | None:
-    """Pairs of an artifact, or texts where it holds vectors."""
-    counts = artifact.manifest.counts
-    if artifact.manifest.stage == "vectors":
-        return int(counts["queries"] + counts["documents"])
-    if artifact.manifest.stage == "shards":
-        return int(counts["batches"] * counts["batch_size"])
-    return counts.get("pairs")
-
-
-def _source_rows(step: Step) -> int | None:
-    """Rows of the sources where they can be told without reading: from Parquet footers, or from the manifest."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    paths = [Path(step.local["files"][source["name"]]) for source in step.sources if source["format"] == "parquet"]
-    try:
-        rows: int | None = sum(pq.read_metadata(path).num_rows for path in paths if path.is_file())
-    except (pa.ArrowException, OSError):
-        return None  # not readable: the run will tell
-    rows = rows or step.local["num_pairs"]
-    limit: int | None = step.config["limit"]
-    return min(rows, limit) if limit and rows else rows or limit
-
-
-def _source_bytes(step: Step) -> int | None:
-    return sum(source["bytes"] for source in step.sources) if step.sources else None
-
-
-def _difference(step: Step, rerun: set[Path]) -> str:
-    """How the step differs from the artifact of the same stage and domain that differs least."""
-    stale = [name for name, path in step.inputs.items() if path in rerun]
-    if stale:
-        return f"needs {stale[0].replace('/', ' of ')}"
-    differences: list[list[str]] = []
-    for path in sorted(step.path.parent.glob(f"*/{MANIFEST}")):
-        try:
-            manifest = read_artifact(path.parent).manifest
-        except IntegrityError:
-            continue  # damaged: nothing to compare with
-        changed = [
-            f"{name} {_short(manifest.config.get(name))} → {_short(value)}"
-            for name, value in step.config.items()
-            if manifest.config.get(name) != json.loads(json.dumps(value))
-        ]
-        if manifest.sources != [dict(source) for source in step.sources]:
-            changed.append("source files differ")
-        if manifest.inputs != {name: path.name for name, path in step.inputs.items()}:
-            changed.append("other inputs")
-        if manifest.stage_version != step.stage_version:
-            changed.append(f"stage version {manifest.stage_version} → {step.stage_version}")
-        differences.append(changed)
-    if not differences:
-        return "not made yet"
-    return "; ".join(sorted(differences, key=len)[0]) or "not made yet"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
 def _shorten(text: str) -> str:
     line = "".join(char if char.isprintable() else "\ufffd" for char in " ".join(text.split()))
     return line if len(line) <= _TEXT_CHARACTERS else line[: _TEXT_CHARACTERS - 1] + "…"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+    """Rows under a header, columns aligned; `left` names the columns that are aligned to the left."""
     widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(

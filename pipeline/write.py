@@ -20,12 +20,11 @@ from pipeline import schemas
 from pipeline.artifact import ArtifactBuilder, read_artifact, write_unit
 from pipeline.card import data_card
 from pipeline.equivalence import equal_texts, keeps_negative, surrogate_mask
-from pipeline.errors import InputError
-from pipeline.hardness import Bounds, measure_batch
+from pipeline.hardness import measure_batch
 from pipeline.step import Built, Executor, Progress, Step, Unit, run_pending
+from pipeline.summary import refuse_empty, summarise
 from pipeline.vectors import Array, Texts, load_pairs, open_vectors
 
-_READ_COUNTS = ("rows", "pairs", "held_out", "holdout_target", "quarantined", "texts_cut", "negatives_dropped")
 _NEGATIVE_COUNTS = (
     "negatives_kept",
     "negatives_removed_known",
@@ -41,7 +40,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
     counts = {domain: read_artifact(step.inputs[f"batches/{domain}"]).manifest.counts for domain in packed}
     num_batches = {domain: count["batches"] for domain, count in counts.items()}
     if sum(num_batches.values()) == 0:
-        _refuse_empty(step, counts)
+        refuse_empty(step, counts)
     work = _Writing(
         path=builder.path,
         inputs=step.inputs,
@@ -61,7 +60,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
             units.append(Unit(name=f"part-{len(units):05d}", group=domain, start=start, stop=stop))
     names = run_pending(builder, executor, work, units, progress, "write shards")
     index = pa.concat_tables([pq.read_table(_index_piece(builder.path, name)) for name in names])
-    summary = _summarise(step, index, counts)
+    summary = summarise(step, index, counts)
     for name in _NEGATIVE_COUNTS:
         summary[name] = sum(builder.unit_record(unit).counts[name] for unit in names)
     with write_unit(builder.path, "index") as writer:
@@ -274,49 +273,3 @@ def _index_rows(path: Path, name: str, first_batch_id: int, domain: str, measure
                 }
             )
     return rows
-
-
-def _summarise(step: Step, index: pa.Table, packed: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Counts of the corpus, and of each domain: from source rows to batches, and its hardness."""
-    summary: dict[str, Any] = {
-        "batch_size": step.config["batch_size"],
-        "batches": len(index),
-        "packings": 1,
-        "domains": {},
-    }
-    for domain, counts in packed.items():
-        rows = index.filter(pa.compute.equal(index["domain"], domain))
-        figures: dict[str, Any] = {"batches": counts["batches"], "leftover": counts["leftover"]}
-        if domain != schemas.MIXED_DOMAIN:
-            read = read_artifact(step.inputs[f"pairs/{domain}"]).manifest.counts
-            figures.update({name: read[name] for name in _READ_COUNTS})
-            figures["clusters"] = read_artifact(step.inputs[f"clusters/{domain}"]).manifest.counts["clusters"]
-        if counts["batches"]:
-            hardness = float(np.mean(rows["hardness"].to_numpy()))
-            unmasked = 1 - rows["mask_rate"].to_numpy()
-            masked_values = np.nan_to_num(rows["masked_hardness"].to_numpy().astype(np.float64))
-            masked = float((masked_values * unmasked).sum() / unmasked.sum()) if unmasked.any() else None
-            figures["hardness"] = round(hardness, 4)
-            figures["masked_hardness"] = None if masked is None else round(masked, 4)
-            figures["mask_rate"] = round(float(np.mean(rows["mask_rate"].to_numpy())), 4)
-            figures["surrogate_loss"] = round(float(np.mean(rows["surrogate_loss"].to_numpy())), 4)
-            if domain != schemas.MIXED_DOMAIN:
-                bounds = Bounds(**read_artifact(step.inputs[f"hardness/{domain}"]).manifest.counts)
-                figures["hardness_random"], figures["hardness_knn"] = bounds.random, bounds.knn
-                figures["share"] = round(bounds.share(hardness), 4)
-                figures["masked_share"] = None if masked is None else round(bounds.share(masked), 4)
-        summary["domains"][domain] = figures
-    return summary
-
-
-def _refuse_empty(step: Step, counts: dict[str, dict[str, Any]]) -> None:
-    size = step.config["batch_size"]
-    left = {
-        domain: sum(count["leftover"].values()) for domain, count in counts.items() if domain in step.config["domains"]
-    }
-    found = ", ".join(f"{domain} {number}" for domain, number in left.items())
-    mix = " or set pack.remainder to mix" if schemas.MIXED_DOMAIN not in counts and sum(left.values()) >= size else ""
-    raise InputError(
-        f"no domain fills a batch of {size} pairs (pairs that came through: {found}); lower pack.batch_size, "
-        f"add data{',' + mix if mix else ''}"
-    )

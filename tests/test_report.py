@@ -13,7 +13,8 @@ import pytest
 
 from pipeline.artifact import MANIFEST
 from pipeline.errors import ConfigError, HardbatchError, InputError, IntegrityError
-from pipeline.report import batch_text, batches_text, explain_plan, plan_text, summary_markdown, summary_text
+from pipeline.explain import explain_plan, plan_text
+from pipeline.report import batch_text, batches_text, summary_markdown, summary_text
 from pipeline.run import Plan, plan_corpus, run_step
 
 Finished = tuple[Path, Path, Path]
