@@ -7,28 +7,13 @@ import importlib.util
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from samples import Sides
 
 from pipeline.artifact import read_artifact
 from pipeline.cluster import cluster
 from pipeline.errors import HardbatchError
 from pipeline.run import plan_corpus
 from pipeline.vectors import load_pairs, open_vectors
-
-
-class Sides:
-    """Documents and queries of pairs, as FoldedPoints gives them."""
-
-    def __init__(self, documents, queries):
-        self.documents, self.queries, self.dimension = documents, queries, documents.shape[1]
-
-    def __len__(self):
-        return len(self.documents)
-
-    def sides(self, rows):
-        return self.documents[rows].copy(), self.queries[rows].copy()
-
-    def take(self, rows):
-        return self.documents[rows] + self.queries[rows]
 
 
 def make_sides(num_pairs, dimension=12, num_topics=10, seed=0, offset=0.0):

@@ -8,29 +8,13 @@ import shutil
 import models
 import numpy as np
 import pytest
+from samples import WORDS
 
 from pipeline.config import EmbedConfig
 from pipeline.encoders import LexicalEncoder, SentenceEncoder, open_encoder
 from pipeline.errors import ConfigError
 from pipeline.files import DigestCache
 from pipeline.models import resolve_model
-
-WORDS = [
-    "river",
-    "stone",
-    "bread",
-    "market",
-    "winter",
-    "letter",
-    "garden",
-    "engine",
-    "silver",
-    "window",
-    "doctor",
-    "music",
-    "forest",
-    "paper",
-]
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from samples import Sides
 
 from pipeline import hardness as module
 from pipeline.hardness import TEMPERATURE, Bounds, measure_batch, measure_bounds
@@ -19,19 +20,6 @@ def unit_vectors(num_rows, dimension, seed, num_topics=None):
         topics = np.random.default_rng(99).standard_normal((num_topics, dimension))
         vectors = 0.7 * vectors + 1.3 * topics[np.arange(num_rows) % num_topics]
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16).astype(np.float32)
-
-
-class Pairs:
-    """d and q of pairs, as FoldedPoints gives them."""
-
-    def __init__(self, documents, queries):
-        self.documents, self.queries, self.dimension = documents, queries, documents.shape[1]
-
-    def __len__(self):
-        return len(self.documents)
-
-    def sides(self, rows):
-        return self.documents[rows].copy(), self.queries[rows].copy()
 
 
 def similarity(queries, documents):
@@ -111,7 +99,7 @@ def test_random_bound_is_the_mean_over_all_ordered_pairs(monkeypatch):
     monkeypatch.setattr(module, "_BLOCK_ROWS", 37)
     documents, queries = unit_vectors(150, 12, 1, num_topics=5), unit_vectors(150, 12, 2, num_topics=5)
     similar = similarity(queries, documents)
-    bounds = measure_bounds(Pairs(documents, queries), 8, num_anchors=10, seed=0)
+    bounds = measure_bounds(Sides(documents, queries), 8, num_anchors=10, seed=0)
     assert bounds.random == pytest.approx(similar[~np.eye(150, dtype=bool)].mean(), abs=2e-6)
 
 
@@ -123,7 +111,7 @@ def test_nearest_bound_is_the_mean_of_the_largest(monkeypatch, block_rows, batch
     similar = similarity(queries, documents)
     np.fill_diagonal(similar, -np.inf)
     expected = np.sort(similar, axis=1)[:, ::-1][:, : batch_size - 1].mean()
-    bounds = measure_bounds(Pairs(documents, queries), batch_size, num_anchors=4_096, seed=0)
+    bounds = measure_bounds(Sides(documents, queries), batch_size, num_anchors=4_096, seed=0)
     assert bounds.knn == pytest.approx(expected, abs=2e-6)
     assert bounds.knn >= bounds.random - 1e-6
 
@@ -133,21 +121,21 @@ def test_anchors_are_drawn_by_the_seed():
     similar = similarity(queries, documents)
     np.fill_diagonal(similar, -np.inf)
     of_anchor = np.sort(similar, axis=1)[:, ::-1][:, :7].mean(1)
-    found = [measure_bounds(Pairs(documents, queries), 8, num_anchors=20, seed=seed) for seed in (0, 0, 1)]
+    found = [measure_bounds(Sides(documents, queries), 8, num_anchors=20, seed=seed) for seed in (0, 0, 1)]
     assert found[0] == found[1]
     assert found[0].knn != found[2].knn and found[0].random == found[2].random
     assert of_anchor.min() <= found[0].knn <= of_anchor.max()
 
 
 def test_fewer_pairs_than_a_batch_have_no_bounds():
-    pairs = Pairs(unit_vectors(7, 4, 0), unit_vectors(7, 4, 1))
+    pairs = Sides(unit_vectors(7, 4, 0), unit_vectors(7, 4, 1))
     assert measure_bounds(pairs, 8, num_anchors=4, seed=0) is None
     assert measure_bounds(pairs, 7, num_anchors=4, seed=0) is not None
 
 
 def test_share_of_random_batches_is_about_zero_and_of_sorted_ones_high():
     documents, queries = unit_vectors(1_000, 16, 1, num_topics=50), unit_vectors(1_000, 16, 2, num_topics=50)
-    bounds = measure_bounds(Pairs(documents, queries), 10, num_anchors=1_000, seed=0)
+    bounds = measure_bounds(Sides(documents, queries), 10, num_anchors=1_000, seed=0)
 
     def share(order):
         shares = []

@@ -14,6 +14,7 @@ import models
 import numpy as np
 import polars as pl
 import pytest
+from samples import WORDS
 
 from pipeline import embed
 from pipeline.artifact import iter_artifact_paths, read_artifact, verify_artifact
@@ -21,22 +22,6 @@ from pipeline.errors import ConfigError
 from pipeline.run import plan_corpus, run_step
 
 LEXICAL = '[embed]\nmodel = "lexical"\nsurrogate_model = "lexical"\nunit_rows = 16\n'
-WORDS = [
-    "river",
-    "stone",
-    "bread",
-    "market",
-    "winter",
-    "letter",
-    "garden",
-    "engine",
-    "silver",
-    "window",
-    "doctor",
-    "music",
-    "forest",
-    "paper",
-]
 
 
 def make_texts(num_rows, seed):

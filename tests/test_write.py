@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+from samples import WORDS
 
 from pipeline import write
 from pipeline.artifact import read_artifact, verify_artifact
@@ -17,20 +18,7 @@ from pipeline.errors import InputError
 from pipeline.schemas import INDEX, SHARDS, SHARDS_WITH_NEGATIVES
 
 B = 8
-TOPICS = [
-    "river",
-    "stone",
-    "bread",
-    "market",
-    "winter",
-    "letter",
-    "garden",
-    "engine",
-    "silver",
-    "window",
-    "doctor",
-    "music",
-]
+TOPICS = WORDS[:12]
 MANIFEST = f"""
 corpus = "written"
 [[dataset]]

@@ -1,0 +1,26 @@
+"""What several test files are made of: words for tiny corpora, and pairs that lie in arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+
+WORDS = [
+    "river", "stone", "bread", "market", "winter", "letter", "garden",
+    "engine", "silver", "window", "doctor", "music", "forest", "paper",
+]  # fmt: skip
+
+
+class Sides:
+    """d and q of pairs that lie in arrays, as FoldedPoints gives them."""
+
+    def __init__(self, documents: np.ndarray, queries: np.ndarray) -> None:
+        self.documents, self.queries, self.dimension = documents, queries, documents.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def sides(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.documents[rows].copy(), self.queries[rows].copy()
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        return self.documents[rows] + self.queries[rows]
