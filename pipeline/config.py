@@ -120,6 +120,9 @@ class PackConfig(_Table):
 
     batch_size: int = Field(64, ge=2, le=MAX_BATCH_SIZE, description="pairs of every batch, B")
     seed: int = Field(0, ge=0, description="draws the cluster where the tour starts")
+    order: Literal["tour", "random"] = Field(
+        "tour", description="tour: like beside like; random: the baseline that hard batches are compared with"
+    )
     exact_tour_below: int = Field(8_192, ge=1, description="fewer clusters than this: exact greedy tour")
     remainder: Literal["drop", "mix"] = Field("drop", description="pairs that fill no batch: drop, or mix domains")
 

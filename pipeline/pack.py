@@ -36,10 +36,18 @@ def pack(points: Points, labels: Array, centroids: Array, *, batch_size: int, se
     The tour starts at a random cluster drawn by `seed`. Every place 0..n-1 comes out exactly once.
     """
     if len(labels) == 0:
-        return Packing(batches=np.zeros((0, batch_size), dtype=np.int64), remainder=np.zeros(0, dtype=np.int64))
+        return _cut(np.zeros(0, dtype=np.int64), batch_size)
     start = int(np.random.default_rng(seed).integers(len(centroids)))
     tour = greedy_tour(centroids, start, exact_below=exact_below)
-    row = lay_out(points, labels, centroids, tour)
+    return _cut(lay_out(points, labels, centroids, tour), batch_size)
+
+
+def pack_randomly(num_points: int, *, batch_size: int, seed: int) -> Packing:
+    """Packs the places 0..num_points-1 in an order drawn by `seed`: what hard batches are compared with."""
+    return _cut(np.random.default_rng(seed).permutation(num_points), batch_size)
+
+
+def _cut(row: Array, batch_size: int) -> Packing:
     cut = len(row) // batch_size * batch_size
     return Packing(batches=row[:cut].reshape(-1, batch_size), remainder=row[cut:])
 
@@ -81,14 +89,13 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         table = pq.read_table(step.inputs["clusters"] / "clusters.parquet")
         usable = ~invalid[table["pair_id"].to_numpy()]
         pair_ids, labels = table["pair_id"].to_numpy()[usable], table["cluster_id"].to_numpy()[usable]
-        packing = pack(
-            FoldedPoints(vectors=vectors, pairs=pairs, pair_ids=pair_ids),
-            labels,
-            np.load(step.inputs["clusters"] / "centroids.npy"),
-            batch_size=step.config["batch_size"],
-            seed=step.config["seed"],
-            exact_below=step.config["exact_tour_below"],
-        )
+        drawn = {"batch_size": step.config["batch_size"], "seed": step.config["seed"]}
+        if step.config["order"] == "random":
+            packing = pack_randomly(len(pair_ids), **drawn)
+        else:
+            points = FoldedPoints(vectors=vectors, pairs=pairs, pair_ids=pair_ids)
+            centroids = np.load(step.inputs["clusters"] / "centroids.npy")
+            packing = pack(points, labels, centroids, exact_below=step.config["exact_tour_below"], **drawn)
         moved = "mixed" if step.config["remainder"] == "mix" else "remainder"
         placed = np.concatenate([packing.batches.ravel(), packing.remainder])
         left = [(pair_ids[packing.remainder], moved), (np.flatnonzero(invalid), "invalid_vector")]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline import write
 from pipeline.artifact import read_artifact
-from pipeline.pack import lay_out, pack
+from pipeline.pack import lay_out, pack, pack_randomly
 
 
 class InMemory:
@@ -125,6 +125,14 @@ def test_the_seed_moves_the_start_of_the_tour():
     assert len(found) > 2
     same = [run_pack(points, labels, 8, seed=1).batches for _ in range(2)]
     assert np.array_equal(*same)
+
+
+def test_random_batches_hold_every_pair_once_in_an_order_drawn_by_the_seed():
+    packing = pack_randomly(103, batch_size=8, seed=5)
+    assert packing.batches.shape == (12, 8) and len(packing.remainder) == 7
+    assert sorted([*packing.batches.ravel(), *packing.remainder]) == list(range(103))
+    assert not np.array_equal(packing.batches, pack_randomly(103, batch_size=8, seed=6).batches)
+    assert not np.array_equal(packing.batches.ravel(), np.sort(packing.batches.ravel()))
 
 
 def test_packed_batches_are_more_alike_than_random_ones():

@@ -138,6 +138,7 @@ def test_a_second_run_is_a_look_up(corpus, tmp_path, monkeypatch):
     [
         ("pack.seed=1", {"batches", "shards"}),
         ("pack.exact_tour_below=1", {"batches", "shards"}),
+        ("pack.order=random", {"batches", "shards"}),
         ("cluster.seed=1", {"clusters", "batches", "shards"}),
         ("hardness.seed=1", {"hardness", "shards"}),
         ("write.margin=0.1", {"shards"}),
