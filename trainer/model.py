@@ -1,0 +1,231 @@
+"""The two-stage contextual encoder on stock transformers backbones, and the biencoder without its first stage.
+
+The first stage M1 turns each of the context documents into one vector; the second stage M2 reads J context vectors
+before the tokens of a text and pools over the text alone (Section 4.2 of the paper). Context tokens all take position
+0, so that their order says nothing; the text keeps the positions it would have without them.
+
+This file stands on torch and transformers alone: an export carries a copy of it.
+
+Shapes: N texts, T tokens, J context size, M context documents given, H hidden width of the backbone.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
+
+MODEL_FORMAT_VERSION = 1
+CONFIG_KEY = "hardbatch"  # in config.json, beside the keys of the backbone
+BACKBONE_TYPES = ("bert", "modernbert", "nomic_bert")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """What makes an encoder of backbones: J (0: a biencoder, no first stage) and how texts are cut and pooled."""
+
+    context_size: int
+    max_length_tokens: int
+    pool_prompt: bool = True
+    """Whether the tokens of a prompt take part in the mean."""
+
+    @property
+    def architecture(self) -> str:
+        """`contextual` or `biencoder`."""
+        return "contextual" if self.context_size else "biencoder"
+
+
+class FirstStage(nn.Module):
+    """M1: documents → one vector each, in the scale of M2's token embeddings."""
+
+    def __init__(self, backbone: PreTrainedModel, output_size: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.config.hidden_size, output_size, bias=False)
+
+    def initialise_head(self, token_embeddings: Tensor) -> None:
+        """Starts the head as the identity where widths agree, scaled to the RMS of `token_embeddings` (V × H).
+
+        M2's embedding layer adds its own terms to the context vectors and normalises the sum: a vector much smaller
+        than a token's would drown in them, a much larger one would drown them.
+        """
+        (nn.init.eye_ if self.head.in_features == self.head.out_features else nn.init.orthogonal_)(self.head.weight)
+        with torch.no_grad():
+            self.head.weight.mul_(token_embeddings.float().pow(2).mean().sqrt())
+
+    def forward(self, ids_NT: Tensor, mask_NT: Tensor, pooled_NT: Tensor) -> Tensor:
+        """Vectors (N × H of M2, float32) of the documents; `pooled_NT` marks the tokens that take part in the mean."""
+        hidden_NTH = self.backbone(input_ids=ids_NT, attention_mask=mask_NT).last_hidden_state
+        pooled_NH = mean_pool(hidden_NTH, pooled_NT)
+        unit_NH = pooled_NH * torch.rsqrt(pooled_NH.pow(2).mean(-1, keepdim=True) + 1e-12)
+        return self.head(unit_NH).float()
+
+
+class SecondStage(nn.Module):
+    """M2: [J context vectors ‖ text tokens] → the text's embedding, pooled over text tokens only."""
+
+    def __init__(self, backbone: PreTrainedModel, context_size: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.context_size = context_size
+        if context_size:
+            std = backbone.get_input_embeddings().weight.detach().float().pow(2).mean().sqrt().item()
+            self.null_context = nn.Parameter(torch.empty(backbone.config.hidden_size).normal_(std=std))
+
+    def forward(
+        self,
+        ids_NT: Tensor,
+        mask_NT: Tensor,
+        pooled_NT: Tensor,
+        context_MH: Tensor | None = None,
+        keep_NJ: Tensor | None = None,
+    ) -> Tensor:
+        """Unit embeddings (N × H, float32) of the texts, given the vectors of M ≤ J context documents.
+
+        `keep_NJ` (bool) replaces context vectors by the null vector where False, for each text by itself; places M
+        to J-1 always hold the null vector. None or M = 0: no context. Raises ValueError where M exceeds J.
+        """
+        if self.context_size == 0:
+            hidden_NTH = self.backbone(input_ids=ids_NT, attention_mask=mask_NT).last_hidden_state
+            return F.normalize(mean_pool(hidden_NTH, pooled_NT), dim=-1)
+        if len(ids_NT) == 1 and self.backbone.config._attn_implementation.startswith("flash"):
+            # with one text and no padding, transformers takes the zeros of the context for starts of packed sequences
+            ids_NT, mask_NT, pooled_NT = (F.pad(tensor, (0, 1)) for tensor in (ids_NT, mask_NT, pooled_NT))
+        num_texts, num_tokens = ids_NT.shape
+        inputs_NTH = self.backbone.get_input_embeddings()(ids_NT)
+        inputs_NLH = torch.cat([self._context(num_texts, context_MH, keep_NJ).to(inputs_NTH.dtype), inputs_NTH], 1)
+        position_ids = torch.cat([ids_NT.new_zeros(self.context_size), torch.arange(num_tokens, device=ids_NT.device)])
+        mask_NL = F.pad(mask_NT, (self.context_size, 0), value=1)
+        hidden_NLH = self.backbone(
+            inputs_embeds=inputs_NLH,
+            attention_mask=self._attention_mask(inputs_NLH, mask_NL),
+            position_ids=position_ids[None],
+        ).last_hidden_state
+        return F.normalize(mean_pool(hidden_NLH[:, self.context_size :], pooled_NT), dim=-1)
+
+    def _context(self, num_texts: int, context_MH: Tensor | None, keep_NJ: Tensor | None) -> Tensor:
+        null_H = self.null_context
+        if context_MH is None:
+            context_MH = null_H.new_zeros(0, len(null_H))
+        num_given = len(context_MH)
+        if num_given > self.context_size:
+            raise ValueError(f"{num_given} context documents are given, the model reads at most {self.context_size}")
+        context_JH = F.pad(context_MH.float(), (0, 0, 0, self.context_size - num_given))
+        given_J = torch.arange(self.context_size, device=null_H.device) < num_given
+        keep_NJ = given_J.expand(num_texts, -1) if keep_NJ is None else keep_NJ & given_J
+        # always `where`: a null vector used only where something is dropped would leave its gradient bucket unreduced
+        return torch.where(keep_NJ[..., None], context_JH, null_H)
+
+    def _attention_mask(self, inputs_NLH: Tensor, mask_NL: Tensor) -> Any:
+        config = self.backbone.config
+        if config.model_type != "modernbert":
+            return mask_NL
+        size = self.context_size  # its window counts places in the sequence: admit the context from everywhere
+
+        def reads_context(batch: Any, head: Any, query: Any, key: Any) -> Any:
+            return (query < size) | (key < size)
+
+        inputs = {"config": config, "inputs_embeds": inputs_NLH, "attention_mask": mask_NL}
+        return {
+            "full_attention": create_bidirectional_mask(**inputs),
+            "sliding_attention": create_bidirectional_sliding_window_mask(**inputs, or_mask_function=reads_context),
+        }
+
+
+class Encoder(nn.Module):
+    """Both stages; a biencoder has the second alone. Weights are shared between queries and documents."""
+
+    def __init__(self, config: EncoderConfig, first: PreTrainedModel | None, second: PreTrainedModel) -> None:
+        super().__init__()
+        assert (first is None) == (config.context_size == 0), "a first stage if and only if there is context"
+        self.config = config
+        self.first_stage_model = FirstStage(first, second.config.hidden_size) if first is not None else None
+        self.second_stage_model = SecondStage(second, config.context_size)
+
+    @property
+    def backbone_config(self) -> PreTrainedConfig:
+        """Configuration of the backbone of both stages."""
+        return self.second_stage_model.backbone.config
+
+    def config_dict(self) -> dict[str, Any]:
+        """What `config.json` of a checkpoint or an export says: the backbone's keys, J, and ours."""
+        own = {
+            "format_version": MODEL_FORMAT_VERSION,
+            "architecture": self.config.architecture,
+            "max_length_tokens": self.config.max_length_tokens,
+            "pool_prompt": self.config.pool_prompt,
+        }
+        backbone = self.backbone_config.to_dict()
+        for key in ("_name_or_path", "architectures", "dtype", "torch_dtype"):
+            backbone.pop(key, None)
+        return {**backbone, "transductive_corpus_size": self.config.context_size, CONFIG_KEY: own}
+
+
+def mean_pool(hidden_NTH: Tensor, pooled_NT: Tensor) -> Tensor:
+    """Mean of the hidden states (float32, N × H) over the tokens that `pooled_NT` marks."""
+    weights_NT1 = pooled_NT.to(torch.float32)[..., None]
+    return (hidden_NTH.float() * weights_NT1).sum(1) / weights_NT1.sum(1).clamp(min=1)
+
+
+def new_backbone(config: PreTrainedConfig, attention: str = "sdpa") -> PreTrainedModel:
+    """A backbone of random weights. Raises ValueError for a model type or an attention that cannot be used."""
+    return AutoModel.from_config(config, attn_implementation=attention, **backbone_options(config, attention))
+
+
+def backbone_options(config: PreTrainedConfig, attention: str) -> dict[str, Any]:
+    """Arguments besides the configuration. Raises ValueError where this backbone cannot carry a context."""
+    if config.model_type not in BACKBONE_TYPES:
+        raise ValueError(f"a backbone of type '{config.model_type}' is not known; known: {', '.join(BACKBONE_TYPES)}")
+    if config.model_type == "modernbert" and attention.startswith("flash"):
+        raise ValueError(
+            f"modernbert with {attention} hides the context from tokens beyond its window; use sdpa or eager"
+        )
+    return {"add_pooling_layer": False} if config.model_type == "bert" else {}  # the pooler would get no gradient
+
+
+def read_encoder_config(folder: Path) -> tuple[EncoderConfig, PreTrainedConfig]:
+    """The configuration of a model saved in `folder`. Raises ValueError where it is not one, or of a newer format."""
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    own = content.get(CONFIG_KEY) if isinstance(content, dict) else None
+    if not isinstance(own, dict):
+        raise ValueError(
+            f"{folder / 'config.json'}: not the configuration of a trained model (no '{CONFIG_KEY}' in it)"
+        )
+    if own["format_version"] > MODEL_FORMAT_VERSION:
+        raise ValueError(
+            f"{folder / 'config.json'}: format version {own['format_version']}, this code reads up to "
+            f"{MODEL_FORMAT_VERSION}; use a newer hardbatch"
+        )
+    config = EncoderConfig(
+        context_size=content["transductive_corpus_size"],
+        max_length_tokens=own["max_length_tokens"],
+        pool_prompt=own["pool_prompt"],
+    )
+    return config, AutoConfig.from_pretrained(folder)
+
+
+def load_encoder(folder: Path, attention: str = "sdpa") -> Encoder:
+    """The encoder saved in `folder` (`config.json`, `model.safetensors`), in evaluation mode.
+
+    Raises ValueError where the configuration is not ours or a weight is missing, OSError where a file is.
+    """
+    from safetensors.torch import load_file
+
+    config, backbone = read_encoder_config(folder)
+    first = new_backbone(backbone, attention) if config.context_size else None
+    encoder = Encoder(config, first, new_backbone(backbone, attention))
+    weights = load_file(folder / "model.safetensors")
+    missing, unexpected = encoder.load_state_dict(weights, strict=False)
+    if missing or unexpected:
+        raise ValueError(
+            f"{folder / 'model.safetensors'}: its weights are not those of config.json "
+            f"({len(missing)} missing, {len(unexpected)} unexpected, first: {[*missing, *unexpected][0]})"
+        )
+    return encoder.eval()
