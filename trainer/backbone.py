@@ -1,0 +1,151 @@
+"""From the name of a backbone to a fresh encoder: finding it, checking it, loading or drawing its weights."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from pipeline.errors import ConfigError
+from pipeline.model_folder import locate_model, require_safetensors
+from trainer.config import TrainConfig
+from trainer.model import Encoder, EncoderConfig, backbone_options, load_encoder, new_backbone
+
+
+def find_backbone(name: str) -> Path:
+    """The folder of a backbone: minilm, a folder, NAME or NAME@COMMIT on the hub. Raises ConfigError otherwise."""
+    if name == "lexical":
+        raise ConfigError("--backbone: lexical has no weights to train; give minilm, a folder, or a name on the hub")
+    hub_name, _, revision = name.partition("@")
+    if Path(name).expanduser().is_dir():
+        hub_name, revision = name, ""
+    _, folder, _ = locate_model(hub_name, revision or None, Path())
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"--backbone {name}: {folder} has no config.json; give the folder of a transformers model")
+    return folder
+
+
+def build_encoder(config: TrainConfig, folder: Path) -> Encoder:
+    """A new encoder on the backbone in `folder`: pretrained, or of random weights drawn by the seed.
+
+    Raises ConfigError where the backbone is of an unknown type, has fewer layers or positions than asked for, no
+    safetensors, or no such attention.
+    """
+    backbone = _read_config(folder, config)
+    own = EncoderConfig(
+        context_size=config.model_context_size, max_length_tokens=config.max_length, pool_prompt=config.pool_prompt
+    )
+    if not config.random_weights:
+        require_safetensors(config.backbone, folder)
+    num_stages = 2 if own.context_size else 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        stages = [_load_backbone(folder, backbone, config) for _ in range(num_stages)]
+        encoder = Encoder(own, stages[0] if own.context_size else None, stages[-1])
+        if encoder.first_stage_model is not None:
+            encoder.first_stage_model.initialise_head(stages[-1].get_input_embeddings().weight)
+    return encoder
+
+
+def initial_encoder(config: TrainConfig, folder: Path, *, flag: str) -> Encoder:
+    """The encoder that is saved in `folder`, an export or a checkpoint; its settings must be those of `config`.
+
+    Raises ConfigError, naming `flag`, where they are not, or where `folder` holds no model of ours.
+    """
+    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+        raise ConfigError(
+            f"{flag} {folder}: no config.json and model.safetensors here; give the folder of an export or of "
+            "one checkpoint"
+        )
+    with _as_user_error(flag):
+        encoder = load_encoder(folder, attention=config.attention)
+    given = {"context_size": config.model_context_size, "pool_prompt": config.pool_prompt}
+    for name, value in given.items():
+        saved = getattr(encoder.config, name)
+        if saved != value:
+            setting = "--" + name.replace("_", "-")
+            raise ConfigError(
+                f"{flag} {folder}: its model has {setting} {saved} ({encoder.config.architecture}), "
+                f"this training asks for {value}; give the same --architecture and {setting}"
+            )
+    _check_length(encoder.backbone_config, config, str(folder))
+    encoder.config = EncoderConfig(
+        context_size=encoder.config.context_size,
+        max_length_tokens=config.max_length,
+        pool_prompt=encoder.config.pool_prompt,
+    )
+    return encoder
+
+
+def _read_config(folder: Path, config: TrainConfig) -> PreTrainedConfig:
+    try:
+        json.loads((folder / "config.json").read_bytes())
+        backbone = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # whatever transformers says of a configuration that it does not know
+        reason = (str(error).splitlines() or [""])[0][:160]
+        raise ConfigError(f"--backbone {config.backbone}: {folder / 'config.json'} cannot be read: {reason}") from None
+    _check_length(backbone, config, config.backbone)
+    if config.num_layers is not None:
+        if config.num_layers > backbone.num_hidden_layers:
+            raise ConfigError(
+                f"--num-layers {config.num_layers}: {config.backbone} has {backbone.num_hidden_layers} layers"
+            )
+        backbone.num_hidden_layers = config.num_layers
+        if getattr(backbone, "layer_types", None):
+            backbone.layer_types = backbone.layer_types[: config.num_layers]
+    return backbone
+
+
+def _check_length(backbone: PreTrainedConfig, config: TrainConfig, name: str) -> None:
+    limit = getattr(backbone, "max_position_embeddings", None)
+    if limit is not None and config.max_length > limit:
+        raise ConfigError(f"--max-length {config.max_length}: {name} reads at most {limit} tokens")
+
+
+def _load_backbone(folder: Path, backbone: PreTrainedConfig, config: TrainConfig) -> PreTrainedModel:
+    with _as_user_error(f"--backbone {config.backbone}"):
+        if config.random_weights:
+            return new_backbone(backbone, config.attention)
+        options: dict[str, Any] = backbone_options(backbone, config.attention)
+        with _quiet():
+            model, report = AutoModel.from_pretrained(
+                folder,
+                config=backbone,
+                attn_implementation=config.attention,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+        if report["missing_keys"]:
+            missing = sorted(report["missing_keys"])
+            raise ValueError(f"{folder} lacks {len(missing)} of its weights, first: {missing[0]}")
+        return model
+
+
+@contextlib.contextmanager
+def _as_user_error(flag: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, ImportError, OSError, KeyError) as error:  # ImportError: flash-attn is not installed
+        raise ConfigError(f"{flag}: {' '.join(str(error).split())[:300]}") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides the report of weights that are left out on purpose: the pooler's, and layers beyond --num-layers."""
+    disable_progress_bar()
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,180 @@
+"""One batch: forward, loss and gradients, in chunks that fit the memory (two-stage GradCache, Section 4.3).
+
+    pass 1, no graph   context documents ─ M1 ─► context_MH ;  texts, context ─ M2 ─► embeddings_ND ─► loss
+    backward           loss ─► gradient of each embedding
+    pass 2, per chunk  texts ─ M2 ─► its part of that gradient ─► parameters of M2, gradient of context_MH
+                       context documents ─ M1 ─► their part of that gradient ─► parameters of M1
+
+The gradients are those of one graph over the same chunks and draws, since dropout is replayed. With several ranks each
+parameter is reduced once a step: at the last chunk of its stage, of the last batch of the step.
+Chunks hold texts of like length, so that little is padded; embeddings return to the order of the slots.
+
+Shapes: N texts of a batch (queries, documents, hard negatives), M context documents, C rows of a chunk, T tokens,
+J context size, H width of a context vector, D width of an embedding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trainer.batch import Batch, Tokens, chunk_by_length, concat, pad
+from trainer.draws import draw_context, draw_kept_context, replayed
+from trainer.loss import Loss, info_nce
+from trainer.model import Encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """What a step over one batch depends on; names as the flags of `trainer.config`."""
+
+    first_stage_chunk: int
+    second_stage_chunk: int
+    temperature: float
+    sequence_dropout: float
+    no_context_rate: float
+    seed: int
+    autocast: torch.dtype | None = None
+    pad_id: int = 0
+
+
+class GradCache:
+    """Losses and gradients of batches under an encoder whose stages may be wrapped in DistributedDataParallel."""
+
+    def __init__(
+        self, encoder: Encoder, config: StepConfig, *, wrap: Callable[[nn.Module], nn.Module] = lambda stage: stage
+    ) -> None:
+        self._model = encoder.config
+        self._config = config
+        self._first = wrap(encoder.first_stage_model) if encoder.first_stage_model is not None else None
+        self._second = wrap(encoder.second_stage_model)
+        self._device = next(encoder.parameters()).device
+
+    def backward(self, batch: Batch, *, scale: float = 1.0, last: bool = True) -> Loss:
+        """Adds the gradients of `scale` times the loss of the batch to the parameters; returns the unscaled loss.
+
+        `last` says that this is the step's last batch: the ranks reduce their gradients in it.
+        """
+        plan = self._plan(batch)
+        if len(plan.text_chunks) == 1 and len(plan.context_chunks) <= 1:
+            with self._sync(self._first, last), self._sync(self._second, last):
+                loss = self._loss(plan, self._embed(plan, self._embed_context(plan)))
+                (loss.value * scale).backward()
+            return Loss(value=loss.value.detach(), accuracy=loss.accuracy)
+        with torch.no_grad():
+            context_MH = self._embed_context(plan)
+            embeddings_ND = self._embed(plan, context_MH)
+        loss = self._loss(plan, embeddings_ND.requires_grad_())
+        (loss.value * scale).backward()
+        assert embeddings_ND.grad is not None
+        if context_MH is not None:
+            context_MH.requires_grad_()
+        for number, rows_C in enumerate(plan.text_chunks):
+            with self._sync(self._second, last and number == len(plan.text_chunks) - 1):
+                self._embed_chunk(plan, number, context_MH).backward(embeddings_ND.grad[rows_C])
+        for number, rows_C in enumerate(plan.context_chunks):
+            assert context_MH is not None and context_MH.grad is not None
+            with self._sync(self._first, last and number == len(plan.context_chunks) - 1):
+                self._embed_context_chunk(plan, number).backward(context_MH.grad[rows_C])
+        return Loss(value=loss.value.detach(), accuracy=loss.accuracy)
+
+    def _plan(self, batch: Batch) -> _Plan:
+        config, context_size = self._config, self._model.context_size
+        sides = [batch.queries, batch.documents] + ([batch.negatives] if batch.negatives is not None else [])
+        texts = concat(sides)
+        draw = {"seed": config.seed, "position": batch.position}
+        context_rows_M = draw_context(len(batch.documents), context_size, **draw)
+        keep_NJ = draw_kept_context(
+            len(texts),
+            context_size,
+            sequence_dropout=config.sequence_dropout,
+            no_context_rate=config.no_context_rate,
+            **draw,
+        )
+        context_chunks = chunk_by_length(batch.documents.lengths_N[context_rows_M], config.first_stage_chunk)
+        return _Plan(
+            batch=batch,
+            texts=texts,
+            text_chunks=chunk_by_length(texts.lengths_N, config.second_stage_chunk),
+            context_rows_M=context_rows_M,
+            context_chunks=context_chunks if context_size else [],
+            keep_NJ=keep_NJ,
+        )
+
+    def _embed_context(self, plan: _Plan) -> Tensor | None:
+        if self._first is None:
+            return None
+        chunks = [self._embed_context_chunk(plan, number) for number in range(len(plan.context_chunks))]
+        return _in_order(chunks, plan.context_chunks)
+
+    def _embed_context_chunk(self, plan: _Plan, number: int) -> Tensor:
+        assert self._first is not None
+        rows_C = plan.context_rows_M[plan.context_chunks[number]]
+        with replayed(self._device, self._config.seed, plan.batch.position, "first_stage", number), self._autocast():
+            return self._first(*self._pad(plan.batch.documents, rows_C))
+
+    def _embed(self, plan: _Plan, context_MH: Tensor | None) -> Tensor:
+        chunks = [self._embed_chunk(plan, number, context_MH) for number in range(len(plan.text_chunks))]
+        return _in_order(chunks, plan.text_chunks)
+
+    def _embed_chunk(self, plan: _Plan, number: int, context_MH: Tensor | None) -> Tensor:
+        rows_C = plan.text_chunks[number]
+        with replayed(self._device, self._config.seed, plan.batch.position, "second_stage", number), self._autocast():
+            if self._first is None:
+                return self._second(*self._pad(plan.texts, rows_C))
+            keep_CJ = plan.keep_NJ[rows_C].to(self._device, non_blocking=True)
+            return self._second(*self._pad(plan.texts, rows_C), context_MH, keep_CJ)
+
+    def _loss(self, plan: _Plan, embeddings_ND: Tensor) -> Loss:
+        size = len(plan.batch.queries)
+        return info_nce(
+            embeddings_ND[:size],
+            embeddings_ND[size : 2 * size],
+            plan.batch.equivalent_BB.to(self._device, non_blocking=True),
+            temperature=self._config.temperature,
+            negatives_MD=embeddings_ND[2 * size :],
+            negative_owner_M=plan.batch.negative_owner_M.to(self._device, non_blocking=True),
+        )
+
+    def _pad(self, tokens: Tokens, rows_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        padded = pad(tokens, rows_C, self._config.pad_id)
+        pooled_CT = padded.mask_CT if self._model.pool_prompt else padded.without_prompt_CT()
+        ids_CT, mask_CT, pooled_CT = (
+            tensor.to(self._device, non_blocking=True) for tensor in (padded.ids_CT, padded.mask_CT, pooled_CT)
+        )
+        return ids_CT, mask_CT, pooled_CT
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        # entered anew for each chunk: a weight cast and cached in pass 1, without a graph, would get no gradient in 2
+        if self._config.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device.type, dtype=self._config.autocast)
+
+    @staticmethod
+    def _sync(stage: nn.Module | None, sync: bool) -> AbstractContextManager[object]:
+        if sync or not isinstance(stage, nn.parallel.DistributedDataParallel):
+            return contextlib.nullcontext()
+        return stage.no_sync()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """A batch cut into chunks, and its draws; rows and chunks lie on the CPU."""
+
+    batch: Batch
+    texts: Tokens
+    text_chunks: list[Tensor]
+    context_rows_M: Tensor
+    context_chunks: list[Tensor]
+    keep_NJ: Tensor
+
+
+def _in_order(chunks: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
+    """The rows of all chunks, each at its place."""
+    places = torch.cat(list(rows))
+    return torch.cat(list(chunks))[torch.argsort(places).to(chunks[0].device)]

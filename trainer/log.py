@@ -1,0 +1,163 @@
+"""What a training says: a progress line, TensorBoard, and `log.jsonl`, a record per line that survives a resume.
+
+Shapes: N texts of a batch, M context documents.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from pipeline.files import write_file_atomic
+from trainer.batch import Batch
+from trainer.model import Encoder
+
+LOG = "log.jsonl"
+# dense bf16 FLOP/s of the vendors' data sheets
+_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFigures:
+    """Figures of one step over all ranks."""
+
+    loss: float
+    accuracy: float
+    mask_rate: float
+    gradient_norm: float
+    learning_rate: float
+    pairs: int
+    tokens: int
+    flops: float
+    wait_s: float
+    """Seconds that a rank waited for its batches, the mean over ranks."""
+
+
+class RunLog:
+    """The log of a training in `output`; means over the steps between two lines. Only the main rank has one."""
+
+    def __init__(
+        self, output: Path, *, first_step: int, end_position: int, world_size: int, stream: TextIO | None = None
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._path = output / LOG
+        self._keep_until(first_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self._stream = stream or sys.stderr
+        self._end = end_position
+        self._peak = _peak_flops() * world_size
+        self._window: list[StepFigures] = []
+        self._started = time.monotonic()
+        self._paused = 0.0
+
+    def step(self, figures: StepFigures) -> None:
+        """Takes in the figures of a step."""
+        self._window.append(figures)
+
+    def flush(self, *, step: int, position: int, batches_per_step: int) -> None:
+        """Writes the means since the last call, if there were steps."""
+        if not self._window:
+            return
+        window, seconds = self._window, max(time.monotonic() - self._started - self._paused, 1e-9)
+        self._window, self._started, self._paused = [], time.monotonic(), 0.0
+        mean = {
+            name: sum(getattr(one, name) for one in window) / len(window)
+            for name in ("loss", "accuracy", "mask_rate", "gradient_norm")
+        }
+        rates = {
+            "pairs_per_s": sum(one.pairs for one in window) / seconds,
+            "tokens_per_s": sum(one.tokens for one in window) / seconds,
+            "data_wait": sum(one.wait_s for one in window) / seconds,
+        }
+        if self._peak:
+            rates["model_flop_utilisation"] = sum(one.flops for one in window) / seconds / self._peak
+        last = {"learning_rate": window[-1].learning_rate}
+        self.write("train", {**mean, **last, **rates}, step=step, position=position)
+        left_s = (self._end - position) / batches_per_step * seconds / len(window)
+        utilisation = f", MFU {rates['model_flop_utilisation']:.0%}" if self._peak else ""
+        self.say(
+            f"step {step:,}  batch {position:,} of {self._end:,}  loss {mean['loss']:.4f}  accuracy "
+            f"{mean['accuracy']:.3f}  masked {mean['mask_rate']:.3f}  gradient {mean['gradient_norm']:.2f}  "
+            f"{rates['pairs_per_s']:,.0f} pairs/s, {rates['tokens_per_s']:,.0f} tokens/s, "
+            f"waiting {rates['data_wait']:.1%}{utilisation}, {_duration(left_s)} left"
+        )
+
+    def write(self, kind: str, figures: dict[str, float], *, step: int, position: int) -> None:
+        """Appends a record of `kind` to the log, and its figures to TensorBoard."""
+        record = {"kind": kind, "step": step, "position": position, **figures}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in figures.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def say(self, line: str) -> None:
+        """A line for the person who watches."""
+        print(line, file=self._stream, flush=True)
+
+    def pause(self, seconds: float) -> None:
+        """Leaves the seconds of an evaluation or a checkpoint out of the rates."""
+        self._paused += seconds
+
+    def close(self) -> None:
+        """Ends the files."""
+        self._file.close()
+        self._board.close()
+
+    def _keep_until(self, step: int) -> None:
+        """Drops the records after `step`, which a resumed run writes again, and a half-written last line."""
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record: dict[str, Any] = json.loads(line)
+            except ValueError:
+                continue
+            if record.get("step", 0) <= step and step > 0:
+                kept.append(line + "\n")
+        write_file_atomic(self._path, "".join(kept).encode())
+
+
+def model_flops(encoder: Encoder, batch: Batch, context_rows_M: torch.Tensor) -> float:
+    """FLOPs of forward and backward over the real tokens of a batch, context included; second passes are not counted.
+
+    Six for each weight of the layers and token, and 12 · layers · width · length² of attention for each sequence.
+    """
+    lengths_N = torch.cat([tokens.lengths_N for tokens in batch.sides]).double()
+    context_size = encoder.config.context_size
+    total = _stage_flops(encoder.second_stage_model, lengths_N + context_size)
+    if encoder.first_stage_model is not None:
+        total += _stage_flops(encoder.first_stage_model, batch.documents.lengths_N[context_rows_M].double())
+    return total
+
+
+def _stage_flops(stage: torch.nn.Module, lengths: torch.Tensor) -> float:
+    config = stage.backbone.config  # type: ignore[union-attr]
+    weights = sum(
+        parameter.numel()
+        for name, parameter in stage.named_parameters()
+        if "embeddings" not in name and parameter.dim() > 1
+    )
+    attention = 12 * config.num_hidden_layers * config.hidden_size
+    return float(6 * weights * lengths.sum() + attention * lengths.pow(2).sum())
+
+
+def _peak_flops() -> float:
+    if not torch.cuda.is_available():
+        return 0.0
+    name = torch.cuda.get_device_name()
+    return next((peak for part, peak in _PEAK_FLOPS.items() if part in name), 0.0)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5_400 else f"{seconds / 3_600:.1f} h"

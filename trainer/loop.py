@@ -1,0 +1,327 @@
+"""The training loop: steps over the stream, checkpoints, evaluations, and leaving in good order."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from types import FrameType
+from typing import Any
+
+import torch
+
+from pipeline.errors import HardbatchError
+from trainer.batch import Batch
+from trainer.checkpoint import save_checkpoint
+from trainer.draws import draw_context
+from trainer.evaluate import evaluate_retrieval, held_out_loss
+from trainer.export import export_model
+from trainer.log import RunLog, StepFigures, model_flops
+from trainer.loss import mask_rate
+from trainer.stream import BatchStream
+from trainer.training import Training
+
+
+class DivergedError(HardbatchError):
+    """A loss or a gradient that is no number."""
+
+
+def train(training: Training) -> int:
+    """Trains to the end of the schedule, or to a signal; returns the exit code: 0, or 128 + the signal.
+
+    The last line printed is the folder of the export.
+    """
+    ranks, config = training.ranks, training.config
+    log = None
+    if ranks.is_main:
+        state = training.state
+        log = RunLog(config.output, first_step=state.step, end_position=state.end_position, world_size=ranks.world_size)
+        for line in [*_opening(training), *training.notices]:
+            log.say(line)
+    with contextlib.closing(_Loop(training, log)) as loop, _signals() as stop:
+        if training.state.step == 0:
+            loop.evaluate()
+        while training.order.step_at(training.state.position, training.step_size) < training.state.end_position:
+            loop.step()
+            stopped = ranks.max(stop.signum)
+            state = training.state
+            if stopped:
+                loop.save()
+                if log is not None:
+                    log.say(f"stopped by a signal after step {state.step:,}; add --resume auto to go on from there")
+                return 128 + stopped
+            if state.step % config.log_every == 0:
+                loop.flush()
+            if state.step % config.save_every == 0:
+                loop.save()
+            if config.eval_every and state.step % config.eval_every == 0:
+                loop.evaluate()
+        loop.flush()
+        loop.save()
+        if not (config.eval_every and training.state.step % config.eval_every == 0):
+            loop.evaluate()
+        loop.finish()
+    return 0
+
+
+def learning_rate_factor(position: int, step_size: int, *, warmup_batches: int, end_position: int) -> float:
+    """Share of the peak learning rate in the step over batches `position` to `position + step_size`.
+
+    Linear warm-up, then linear decay to 0 at `end_position`; a function of the stream's position alone.
+    """
+    done = position + step_size
+    if done <= warmup_batches:
+        return done / warmup_batches
+    return max(0.0, (end_position - position) / max(step_size, end_position - warmup_batches))
+
+
+class _Loop:
+    """Steps of a training, and what happens between them."""
+
+    def __init__(self, training: Training, log: RunLog | None) -> None:
+        self._training = training
+        self._log = log
+        config, ranks = training.config, training.ranks
+        self._gradients = training.gradients()
+        self._stream = BatchStream(
+            training.shards,
+            seed=config.seed,
+            position=training.state.position,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            accumulate=config.accumulate,
+            stop=training.state.end_position,
+            tokenize=training.tokenizer,
+            num_workers=config.workers,
+            prefetch=config.prefetch,
+            pin_memory=ranks.device.type == "cuda",
+        )
+        self._batches = iter(self._stream)
+        self._waited_s = 0.0
+        self._started = time.monotonic()
+        self._evaluations: dict[str, list[dict[str, float]]] = {}
+
+    def step(self) -> None:
+        """One step: W · A batches, their gradients, one update."""
+        training, ranks = self._training, self._training.ranks
+        config, step_size = training.config, training.step_size
+        position = training.order.step_at(training.state.position, step_size)
+        with ranks.together():  # a damaged batch of one rank ends all of them
+            batches = [next(self._batches) for _ in range(config.accumulate)]
+        losses = [
+            self._gradients.backward(batch, scale=1 / config.accumulate, last=number == config.accumulate - 1)
+            for number, batch in enumerate(batches)
+        ]
+        gradient_norm = float(torch.nn.utils.clip_grad_norm_(training.encoder.parameters(), config.max_gradient_norm))
+        figures = self._figures(position, batches, [(float(one.value), float(one.accuracy)) for one in losses])
+        self._refuse_divergence(batches, [float(one.value) for one in losses], figures["loss"], gradient_norm)
+        learning_rate = config.learning_rate * learning_rate_factor(
+            position,
+            step_size,
+            warmup_batches=training.state.warmup_batches,
+            end_position=training.state.end_position,
+        )
+        for group in training.optimizer.param_groups:
+            group["lr"] = learning_rate
+        training.optimizer.step()
+        training.optimizer.zero_grad(set_to_none=True)
+        training.state = replace(
+            training.state,
+            step=training.state.step + 1,
+            position=position + step_size,
+            pairs=training.state.pairs + int(figures["pairs"]),
+        )
+        if self._log is not None:
+            self._log.step(StepFigures(gradient_norm=gradient_norm, learning_rate=learning_rate, **figures))
+
+    def flush(self) -> None:
+        """A line of the log."""
+        if self._log is not None:
+            state = self._training.state
+            self._log.flush(step=state.step, position=state.position, batches_per_step=self._training.step_size)
+
+    def save(self) -> None:
+        """A checkpoint, written by the main rank."""
+        training = self._training
+        seconds = time.monotonic() - self._started
+        with self._pause(), training.ranks.together():
+            if training.ranks.is_main:
+                save_checkpoint(
+                    training.config.output,
+                    training.encoder,
+                    training.optimizer,
+                    replace(training.state, seconds=training.state.seconds + seconds),
+                    tokenizer_folder=training.tokenizer_folder,
+                    keep_last=training.config.keep_last,
+                )
+
+    def evaluate(self) -> None:
+        """Figures of every --eval folder, from all ranks together, into the log."""
+        training, config, state = self._training, self._training.config, self._training.state
+        options = {
+            "seed": config.seed,
+            "query_prompt": state.prompts["query"],
+            "document_prompt": state.prompts["document"],
+            "texts_per_chunk": config.second_stage_chunk,
+            "precision": training.autocast,
+        }
+        with self._pause():
+            for collection in training.collections:
+                held_out = held_out_loss(
+                    training.encoder,
+                    training.tokenizer,
+                    collection,
+                    batch_size=training.shards.batch_size,
+                    temperature=config.temperature,
+                    **options,
+                )
+                figures = {"loss": held_out.loss, "accuracy": held_out.accuracy}
+                for with_context in (False, True) if training.encoder.config.context_size else (False,):
+                    suffix = "" if with_context else "_no_context"
+                    found = evaluate_retrieval(
+                        training.encoder, training.tokenizer, collection, with_context=with_context, **options
+                    )
+                    figures |= {name + suffix: value for name, value in asdict(found).items()}
+                if self._log is not None:
+                    self._log.write(f"eval/{collection.name}", figures, step=state.step, position=state.position)
+                    self._log.say(f"{collection.name} after step {state.step:,}: {_told(figures)}")
+                    self._evaluations.setdefault(collection.name, []).append(figures)
+
+    def finish(self) -> None:
+        """The export, and the summary; the last line printed is the export's folder."""
+        training = self._training
+        with training.ranks.together():
+            if self._log is not None:
+                export = export_model(
+                    training.encoder,
+                    training.tokenizer_folder,
+                    training.config.output / "export",
+                    prompts=training.state.prompts,
+                )
+                self._log.say(self._summary())
+                print(export)
+
+    def close(self) -> None:
+        """Ends the background threads and the files of the log."""
+        self._stream.close()
+        if self._log is not None:
+            self._log.close()
+
+    def _summary(self) -> str:
+        state = self._training.state
+        seconds = state.seconds + time.monotonic() - self._started
+        lines = [f"trained {state.step:,} steps, {state.pairs:,} pairs, {state.position:,} batches in {seconds:,.0f} s"]
+        for name, evaluations in self._evaluations.items():
+            before, after = evaluations[0], evaluations[-1]
+            told = (
+                f"{figure} {before[figure]:.4f} -> {after[figure]:.4f}"
+                for figure in ("loss", "accuracy", "ndcg_at_10", "ndcg_at_10_no_context")
+                if figure in before
+            )
+            lines.append(f"{name}: {', '.join(told)}")
+        return "\n".join(lines)
+
+    def _figures(self, position: int, batches: list[Batch], losses: list[tuple[float, float]]) -> dict[str, Any]:
+        """Sums and means of the step over all ranks."""
+        training = self._training
+        context_size = training.encoder.config.context_size
+        flops = sum(
+            model_flops(
+                training.encoder,
+                batch,
+                draw_context(len(batch.documents), context_size, seed=training.config.seed, position=batch.position),
+            )
+            for batch in batches
+        )
+        waited = self._stream.waited_s - self._waited_s
+        self._waited_s = self._stream.waited_s
+        sums = training.ranks.sum(
+            sum(loss for loss, _ in losses),
+            sum(accuracy for _, accuracy in losses),
+            sum(mask_rate(batch.equivalent_BB) for batch in batches),
+            sum(len(batch.queries) for batch in batches),
+            sum(batch.num_tokens for batch in batches),
+            flops,
+            waited,
+        )
+        num_batches = training.step_size
+        return {
+            "loss": sums[0] / num_batches,
+            "accuracy": sums[1] / num_batches,
+            "mask_rate": sums[2] / num_batches,
+            "pairs": int(sums[3]),
+            "tokens": int(sums[4]),
+            "flops": sums[5],
+            "wait_s": sums[6] / training.ranks.world_size,
+        }
+
+    def _refuse_divergence(
+        self, batches: list[Batch], losses: list[float], mean_loss: float, gradient_norm: float
+    ) -> None:
+        """Raises DivergedError on every rank, before the update, where the step's loss or gradient is no number."""
+        if math.isfinite(mean_loss) and math.isfinite(gradient_norm):
+            return
+        bad = [
+            f"batch {batch.batch_id} of {batch.domain} (place {batch.position:,} of the order): loss {loss}"
+            for batch, loss in zip(batches, losses, strict=True)
+            if not math.isfinite(loss)
+        ]
+        if not bad and not math.isfinite(gradient_norm):
+            names = ", ".join(str(batch.batch_id) for batch in batches)
+            bad = [f"batches {names}: gradient norm {gradient_norm}"]
+        advice = (
+            "the model was not updated by it; a lower --learning-rate or --precision fp32 may help, with --resume auto"
+        )
+        self._training.ranks.raise_together(DivergedError(f"{'; '.join(bad)}; {advice}") if bad else None)
+
+    @contextlib.contextmanager
+    def _pause(self) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        if self._log is not None:
+            self._log.pause(time.monotonic() - started)
+
+
+@dataclass
+class _Stop:
+    signum: int = 0
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[_Stop]:
+    """Notes SIGTERM and SIGINT for the end of the step; a second one ends the process at once."""
+    stop = _Stop()
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        if stop.signum:
+            raise SystemExit(128 + signum)
+        stop.signum = signum
+
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _opening(training: Training) -> list[str]:
+    """What is about to happen."""
+    shards, state, encoder = training.shards, training.state, training.encoder
+    stages = [stage for stage in (encoder.first_stage_model, encoder.second_stage_model) if stage is not None]
+    sizes = " + ".join(f"{sum(parameter.numel() for parameter in stage.parameters()) / 1e6:.1f}M" for stage in stages)
+    precision = "bf16 autocast" if training.autocast else "fp32"
+    return [
+        f"shards {shards.key}: {training.order.epoch_length:,} batches of {shards.batch_size} pairs an epoch, "
+        f"{len(shards.domains)} domains",
+        f"{encoder.config.architecture} model, {sizes} parameters, J = {encoder.config.context_size}, "
+        f"{encoder.config.max_length_tokens} tokens; {training.ranks.world_size} ranks on "
+        f"{training.ranks.device.type}, {precision}; batches {state.position:,} to {state.end_position:,}",
+    ]
+
+
+def _told(figures: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())

@@ -1,0 +1,42 @@
+"""Trains a contextual document embedding model on batch shards.
+
+torchrun --nproc-per-node 2 trainer/main.py --shards DIR --output DIR
+torchrun -m trainer.main ...            (installed)
+python trainer/main.py ...              (one process)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__" and not __package__:
+    # started as a file, sys.path begins with trainer/: the root must come first, or an installed copy would be loaded
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from pipeline.errors import HardbatchError
+from trainer.config import parse_flags
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs a training; returns the exit code of `pipeline.errors`, or 128 + the signal that ended it."""
+    from trainer.ranks import join_ranks, rank_of_environment
+
+    try:
+        config = parse_flags(arguments)
+        with join_ranks(config.device) as ranks:
+            from trainer.loop import train
+            from trainer.training import start_training
+
+            with ranks.together():
+                training = start_training(config, ranks)
+            return train(training)
+    except HardbatchError as error:
+        if rank_of_environment() == 0:
+            print(f"trainer: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,171 @@
+"""Everything a training needs, found, checked and built before its first step, or from its checkpoint."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline.errors import ConfigError
+from pipeline.files import as_user_error
+from trainer.backbone import build_encoder, find_backbone, initial_encoder
+from trainer.batch import Tokenizer, load_tokenizer
+from trainer.checkpoint import TrainState, check_resumable, find_checkpoint, load_optimizer, read_state
+from trainer.config import TrainConfig
+from trainer.evaluate import Collection, load_collection
+from trainer.gradcache import GradCache, StepConfig
+from trainer.model import Encoder
+from trainer.order import BatchOrder
+from trainer.ranks import Ranks
+from trainer.stream import Shards, open_shards
+
+
+@dataclass(kw_only=True)
+class Training:
+    """A training about to go on at `state`."""
+
+    config: TrainConfig
+    ranks: Ranks
+    shards: Shards
+    order: BatchOrder
+    encoder: Encoder
+    tokenizer: Tokenizer
+    tokenizer_folder: Path
+    optimizer: torch.optim.AdamW
+    collections: list[Collection]
+    state: TrainState
+    notices: list[str]
+
+    @property
+    def step_size(self) -> int:
+        """Batches of a step: W · A."""
+        return self.ranks.world_size * self.config.accumulate
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The type of autocast, None for float32 throughout."""
+        return autocast_dtype(self.config.precision, self.ranks.device)
+
+    def gradients(self) -> GradCache:
+        """What computes losses and gradients. All ranks must ask for it together: they start from the same weights."""
+        config = self.config
+        step = StepConfig(
+            first_stage_chunk=config.first_stage_chunk,
+            second_stage_chunk=config.second_stage_chunk,
+            temperature=config.temperature,
+            sequence_dropout=config.sequence_dropout,
+            no_context_rate=config.no_context_rate,
+            seed=config.seed,
+            autocast=self.autocast,
+            pad_id=self.tokenizer.pad_id,
+        )
+        return GradCache(self.encoder, step, wrap=self.ranks.wrap)
+
+
+def start_training(config: TrainConfig, ranks: Ranks) -> Training:
+    """Opens shards and evaluation folders, builds or loads the model. Waits for no other rank.
+
+    Raises ConfigError, InputError or IntegrityError for what a user can mend.
+    """
+    try:
+        config.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise as_user_error(error) or ConfigError(f"--output {config.output}: {error.strerror}") from None
+    shards = open_shards(config.shards)
+    collections = [load_collection(folder) for folder in config.eval]
+    order = shards.order(seed=config.seed)
+    step_size = ranks.world_size * config.accumulate
+    order.step_at(0, step_size)  # refuses an epoch that holds less than one step
+    checkpoint, notices = find_checkpoint(config.output, config.resume)
+    if checkpoint is not None:
+        state = read_state(checkpoint)
+        check_resumable(checkpoint, state, shards_key=shards.key, settings=config.trajectory())
+        folder, encoder = checkpoint, initial_encoder(config, checkpoint, flag="--resume")
+        notices.append(f"going on from {checkpoint}, step {state.step:,}, batch {state.position:,}")
+    else:
+        folder = config.init_from or find_backbone(config.backbone)
+        encoder = (
+            initial_encoder(config, folder, flag="--init-from") if config.init_from else build_encoder(config, folder)
+        )
+        state = _fresh_state(config, shards, order, step_size)
+    tokenizer = load_tokenizer(
+        folder,
+        max_length_tokens=config.max_length,
+        vocab_size=encoder.backbone_config.vocab_size,
+        hard_negatives=config.hard_negatives,
+    )
+    if config.hard_negatives and not shards.with_negatives:
+        raise ConfigError(
+            f"--hard-negatives {config.hard_negatives}: {config.shards} has no hard negatives; leave it out"
+        )
+    encoder = encoder.to(ranks.device).train()
+    optimizer = _build_optimizer(encoder, config)
+    if checkpoint is not None:
+        load_optimizer(checkpoint, encoder, optimizer)
+    return Training(
+        config=config,
+        ranks=ranks,
+        shards=shards,
+        order=order,
+        encoder=encoder,
+        tokenizer=tokenizer,
+        tokenizer_folder=folder,
+        optimizer=optimizer,
+        collections=collections,
+        state=state,
+        notices=notices,
+    )
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """bfloat16 or None (float32); auto is bfloat16 on a GPU that has it. float16 would need loss scaling."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return torch.bfloat16 if precision == "bf16" else None
+
+
+def _fresh_state(config: TrainConfig, shards: Shards, order: BatchOrder, step_size: int) -> TrainState:
+    """The state before the first step. The schedule is told in batches, so that the number of ranks may change."""
+    end_position = config.epochs * order.epoch_length
+    if config.max_steps is not None:
+        epochs, steps = divmod(config.max_steps, order.epoch_length // step_size)
+        end_position = min(end_position, epochs * order.epoch_length + steps * step_size)
+    return TrainState(
+        step=0,
+        position=0,
+        warmup_batches=config.warmup_steps * step_size,
+        end_position=end_position,
+        shards_key=shards.key,
+        settings=config.trajectory(),
+        prompts=choose_prompts(shards),
+        pairs=0,
+        seconds=0.0,
+    )
+
+
+def choose_prompts(shards: Shards) -> dict[str, str]:
+    """Prompts that an export offers: `query` and `document`, those of most batches, and every other by its name.
+
+    A retrieval prompt (search_query) is preferred where the shards have one: it is what these names are used for.
+    """
+    used: Counter[tuple[str, str]] = Counter()
+    for domain, prompts in shards.prompts.items():
+        used[prompts] += shards.num_batches_of(domain)
+    retrieval = [prompts for prompts in used if prompts[0].startswith("search_query")]
+    query, document = retrieval[0] if retrieval else used.most_common(1)[0][0]
+    named = {
+        text.rstrip().rstrip(":"): text for prompts in sorted(used) for text in prompts if text.rstrip().rstrip(":")
+    }
+    return {**named, "query": query, "document": document}
+
+
+def _build_optimizer(encoder: Encoder, config: TrainConfig) -> torch.optim.AdamW:
+    matrices = [parameter for parameter in encoder.parameters() if parameter.dim() > 1]
+    others = [parameter for parameter in encoder.parameters() if parameter.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate)
