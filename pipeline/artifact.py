@@ -26,7 +26,7 @@ from pipeline.errors import ConfigError, HardbatchError, IntegrityError
 from pipeline.files import as_user_error, canonical_json, fsync_path, sha256_file, temporary_name, write_file_atomic
 from pipeline.lock import lock
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1, still read: an index of shards without `footer_sha256`, `record_offset`, `record_length`
 MANIFEST = "manifest.json"
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,25 @@ def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, as hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_outside(path: Path, ranges: Iterable[tuple[int, int]]) -> str:
+    """SHA-256 of the bytes of a file that lie in none of the byte ranges (offset, length), in the file's order.
+
+    With the digests of the ranges themselves it covers the file: of a Parquet file and its row groups, it is that of
+    the magic bytes in front and of the footer.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        end = 0
+        for offset, length in sorted(ranges):
+            if offset > end:
+                file.seek(end)
+                digest.update(file.read(offset - end))
+            end = max(end, offset + length)
+        file.seek(end)
+        digest.update(file.read())
+    return digest.hexdigest()
 
 
 class DigestCache:

@@ -30,7 +30,7 @@ _STAGES = {  # stage → the module and function that build it; imported only wh
     "mixed": ("pipeline.pack", "build_mixed"),
     "shards": ("pipeline.write", "build"),
 }
-_VERSIONS = {"pairs": 1, "vectors": 1, "clusters": 1, "hardness": 1, "batches": 1, "shards": 1}
+_VERSIONS = {"pairs": 1, "vectors": 1, "clusters": 1, "hardness": 1, "batches": 1, "shards": 2}
 _ITERATIONS = {"folded": 30, "doubled": 100}
 
 

@@ -1,7 +1,7 @@
 """write: batches → shards. One row group is one batch, one row is one slot; texts, prompts and equivalence sets inside.
 
-A unit is a part file of at most 1,024 batches of one domain. Beside `data/` lie `index.parquet` (a row per batch, with
-the byte range and digest of its row group), the manifest and the data card.
+A unit is a part file of at most 1,024 batches of one domain. Beside `data/` lie `index.parquet` (a row per batch: where
+its row group and that one's record in the footer lie, digests of both), the manifest and the data card.
 """
 
 from __future__ import annotations
@@ -20,11 +20,24 @@ from pipeline import schemas
 from pipeline.artifact import ArtifactBuilder, read_artifact, write_unit
 from pipeline.card import data_card
 from pipeline.equivalence import equal_texts, keeps_negative, surrogate_mask
+from pipeline.files import sha256_outside
+from pipeline.footer import record_ranges, row_group_ranges
 from pipeline.hardness import measure_batch
 from pipeline.step import Built, Executor, Progress, Step, Unit, run_pending
 from pipeline.summary import refuse_empty, summarise
 from pipeline.vectors import Array, Texts, load_pairs, open_vectors
 
+# Compressed are texts alone: setting up zstd for a page takes longer than reading a page of integers, packed as they are.
+_TEXTS = ("query", "document", "negatives.list.element")
+_INTEGERS = (
+    "batch_id",
+    "slot",
+    "pair_id",
+    "cluster_id",
+    "query_id",
+    "document_id",
+    "equivalent_slots.list.element",
+)
 _NEGATIVE_COUNTS = (
     "negatives_kept",
     "negatives_removed_known",
@@ -128,7 +141,8 @@ class _WritingWorker:
             with pq.ParquetWriter(
                 path,
                 self._schema,
-                compression="zstd",
+                compression=dict.fromkeys(_TEXTS, "zstd"),
+                column_encoding=dict.fromkeys(_INTEGERS, "DELTA_BINARY_PACKED"),
                 use_dictionary=["domain", "query_prompt", "document_prompt"],
                 write_statistics=["batch_id", "pair_id"],
             ) as parquet:
@@ -247,17 +261,11 @@ def _index_piece(path: Path, unit: str) -> Path:
 
 
 def _index_rows(path: Path, name: str, first_batch_id: int, domain: str, measured: list[dict[str, Any]]) -> list[Any]:
-    metadata = pq.read_metadata(path)
+    ranges = row_group_ranges(path)
+    footer_sha256 = sha256_outside(path, ranges)
     rows = []
     with path.open("rb") as file:
-        for group in range(metadata.num_row_groups):
-            columns = [metadata.row_group(group).column(i) for i in range(metadata.num_columns)]
-            starts = [column.dictionary_page_offset or column.data_page_offset for column in columns]
-            offset = min(starts)
-            length = (
-                max(start + column.total_compressed_size for start, column in zip(starts, columns, strict=True))
-                - offset
-            )
+        for group, ((offset, length), record) in enumerate(zip(ranges, record_ranges(path), strict=True)):
             file.seek(offset)
             rows.append(
                 {
@@ -269,6 +277,9 @@ def _index_rows(path: Path, name: str, first_batch_id: int, domain: str, measure
                     "byte_offset": offset,
                     "byte_length": length,
                     "sha256": hashlib.sha256(file.read(length)).hexdigest(),
+                    "footer_sha256": footer_sha256,
+                    "record_offset": record[0],
+                    "record_length": record[1],
                     **measured[group],
                 }
             )

@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.artifact import (
+    FORMAT_VERSION,
     MANIFEST,
     Artifact,
     find_artifact,
@@ -26,7 +29,7 @@ from pipeline.artifact import (
     write_unit,
 )
 from pipeline.errors import InputError, IntegrityError, LockedError
-from pipeline.files import DigestCache, content_key, write_file_atomic
+from pipeline.files import DigestCache, canonical_json, content_key, sha256_outside, write_file_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLDER = """
@@ -315,11 +318,38 @@ def test_a_newer_format_is_refused_in_one_clear_line(tmp_path: Path) -> None:
     make_artifact(tmp_path / "a")
     manifest = tmp_path / "a" / MANIFEST
     content = json.loads(manifest.read_bytes())
-    manifest.write_text(json.dumps({**content, "format_version": 2, "new_field": 1}))
-    with pytest.raises(IntegrityError, match=r"format version 2.*reads up to 1.*newer hardbatch") as caught:
+    manifest.write_text(json.dumps({**content, "format_version": FORMAT_VERSION + 1, "new_field": 1}))
+    expected = rf"format version {FORMAT_VERSION + 1}.*reads up to {FORMAT_VERSION}.*newer hardbatch"
+    with pytest.raises(IntegrityError, match=expected) as caught:
         find_artifact(tmp_path / "a")
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 4
+
+
+def test_the_format_before_is_read(tmp_path: Path) -> None:
+    make_artifact(tmp_path / "a")
+    manifest = tmp_path / "a" / MANIFEST
+    content = {**json.loads(manifest.read_bytes()), "format_version": FORMAT_VERSION - 1}
+    del content["digest"]
+    content["digest"] = hashlib.sha256(canonical_json(content)).hexdigest()
+    manifest.write_text(json.dumps(content))
+    artifact = find_artifact(tmp_path / "a")
+    assert artifact is not None and artifact.manifest.format_version == FORMAT_VERSION - 1
+    assert verify_artifact(tmp_path / "a") == []
+
+
+@given(
+    data=st.binary(max_size=40),
+    cuts=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 20)), max_size=4),
+)
+def test_the_digest_outside_ranges_is_that_of_the_other_bytes(
+    data: bytes, cuts: list[tuple[int, int]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "outside.bin"
+    path.write_bytes(data)
+    inside = {place for offset, length in cuts for place in range(offset, offset + length)}
+    others = bytes(byte for place, byte in enumerate(data) if place not in inside)
+    assert sha256_outside(path, cuts) == hashlib.sha256(others).hexdigest()
 
 
 # locks

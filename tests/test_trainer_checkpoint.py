@@ -108,7 +108,7 @@ def test_a_damaged_one_is_passed_over_aloud(saver, name):
 def test_all_damaged_is_an_error(saver):
     path = saver(10)
     (path / "state.json").write_text("{}")
-    with pytest.raises(IntegrityError, match="every checkpoint in .* is damaged"):
+    with pytest.raises(IntegrityError, match=r"every checkpoint in .* is damaged"):
         find_checkpoint(saver.output, "auto")
 
 

@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
-
 from models import VOCABULARY_SIZE
+from safetensors.torch import save_file
 from trainer_models import HIDDEN_SIZE, tiny_config, tiny_encoder
+
 from trainer.model import BACKBONE_TYPES, SecondStage, load_encoder, mean_pool, new_backbone
 
 CONTEXT_SIZE = 40  # more than any attention window: modernbert's is 8 here

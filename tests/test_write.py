@@ -165,6 +165,17 @@ def test_byte_ranges_hold_the_whole_row_group_and_nothing_else(written):
         assert end <= len(data)
 
 
+def test_digests_of_the_index_cover_every_byte(written):
+    for (name,), rows in written.index.group_by("file"):
+        data = (written.shards / name).read_bytes()
+        inside = np.zeros(len(data), dtype=bool)
+        for row in rows.iter_rows(named=True):
+            inside[row["byte_offset"] : row["byte_offset"] + row["byte_length"]] = True
+        others = bytes(byte for byte, covered in zip(data, inside, strict=True) if not covered)
+        assert others.startswith(b"PAR1") and others.endswith(b"PAR1")
+        assert set(rows["footer_sha256"]) == {hashlib.sha256(others).hexdigest()}
+
+
 def test_texts_are_those_of_the_source_row(written):
     assert set(written.frame["domain"]) == {"repeats", "plain"}
     for row in written.frame.iter_rows(named=True):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from models import MAX_LENGTH_TOKENS, VOCABULARY_SIZE, minilm_folder
+
 from trainer.model import Encoder, EncoderConfig, new_backbone
 
 HIDDEN_SIZE = 32

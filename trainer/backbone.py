@@ -18,6 +18,14 @@ from pipeline.model_folder import locate_model, require_safetensors
 from trainer.config import TrainConfig
 from trainer.model import Encoder, EncoderConfig, backbone_options, load_encoder, new_backbone
 
+_DROPOUTS = (  # what the known backbones call theirs
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "attention_dropout",
+    "embedding_dropout",
+    "mlp_dropout",
+)
+
 
 def find_backbone(name: str) -> Path:
     """The folder of a backbone: minilm, a folder, NAME or NAME@COMMIT on the hub. Raises ConfigError otherwise."""
@@ -92,6 +100,10 @@ def _read_config(folder: Path, config: TrainConfig) -> PreTrainedConfig:
         reason = (str(error).splitlines() or [""])[0][:160]
         raise ConfigError(f"--backbone {config.backbone}: {folder / 'config.json'} cannot be read: {reason}") from None
     _check_length(backbone, config, config.backbone)
+    if config.dropout is not None:
+        for name in _DROPOUTS:
+            if hasattr(backbone, name):
+                setattr(backbone, name, config.dropout)
     if config.num_layers is not None:
         if config.num_layers > backbone.num_hidden_layers:
             raise ConfigError(

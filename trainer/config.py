@@ -27,6 +27,7 @@ class TrainConfig(BaseModel):
     num_layers: int | None = Field(None, ge=1, description="keep only the first layers of the backbone")
     random_weights: bool = Field(False, description="take the backbone's configuration, not its weights")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention implementation")
+    dropout: float | None = Field(None, ge=0, lt=1, description="the backbone's own dropout; default: as it is set")
     context_size: int = Field(64, ge=1, description="context documents J that the second stage reads")
     max_length: int = Field(64, ge=4, description="tokens of a text, prompt and special tokens included")
     pool_prompt: bool = Field(True, description="whether the prompt's tokens take part in mean pooling")
@@ -41,13 +42,15 @@ class TrainConfig(BaseModel):
     sequence_dropout: float = Field(0.005, ge=0, lt=1, description="rate at which context vectors become null")
     no_context_rate: float = Field(0.0, ge=0, le=1, description="rate of batches whose whole context becomes null")
     hard_negatives: int = Field(0, ge=0, description="hard negatives of each query to use, where the shards have them")
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 autocast on CUDA, else fp32")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 autocast where hardware has it")
     first_stage_chunk: int = Field(256, ge=1, description="context documents of a forward pass of the first stage")
     second_stage_chunk: int = Field(256, ge=1, description="texts of a forward pass of the second stage")
     accumulate: int = Field(1, ge=1, description="batches of a rank in one step")
     seed: int = Field(0, ge=0, description="draws order, context and dropout")
 
-    eval: tuple[Path, ...] = Field((), description="folders of corpus/queries/qrels, separated by commas")
+    eval: tuple[Path, ...] = Field(
+        (), description="folders of corpus/queries/qrels, by commas; `holdout`: the shards' own"
+    )
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; default: first and last only")
     save_every: int = Field(500, ge=1, description="steps between checkpoints")
     keep_last: int = Field(2, ge=1, description="checkpoints that are kept")
@@ -60,8 +63,9 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        if self.init_from is not None and (self.random_weights or self.num_layers is not None):
-            raise ValueError("--init-from brings its own weights and layers: leave --random-weights, --num-layers out")
+        chosen = self.random_weights or self.num_layers is not None or self.dropout is not None
+        if self.init_from is not None and chosen:
+            raise ValueError("--init-from brings its own model: leave --random-weights, --num-layers and --dropout out")
         return self
 
     @property

@@ -64,23 +64,23 @@ class GradCache:
         if len(plan.text_chunks) == 1 and len(plan.context_chunks) <= 1:
             with self._sync(self._first, last), self._sync(self._second, last):
                 loss = self._loss(plan, self._embed(plan, self._embed_context(plan)))
-                (loss.value * scale).backward()
+                torch.autograd.backward(loss.value * scale)
             return Loss(value=loss.value.detach(), accuracy=loss.accuracy)
         with torch.no_grad():
             context_MH = self._embed_context(plan)
             embeddings_ND = self._embed(plan, context_MH)
         loss = self._loss(plan, embeddings_ND.requires_grad_())
-        (loss.value * scale).backward()
+        torch.autograd.backward(loss.value * scale)
         assert embeddings_ND.grad is not None
         if context_MH is not None:
             context_MH.requires_grad_()
         for number, rows_C in enumerate(plan.text_chunks):
             with self._sync(self._second, last and number == len(plan.text_chunks) - 1):
-                self._embed_chunk(plan, number, context_MH).backward(embeddings_ND.grad[rows_C])
+                torch.autograd.backward(self._embed_chunk(plan, number, context_MH), embeddings_ND.grad[rows_C])
         for number, rows_C in enumerate(plan.context_chunks):
             assert context_MH is not None and context_MH.grad is not None
             with self._sync(self._first, last and number == len(plan.context_chunks) - 1):
-                self._embed_context_chunk(plan, number).backward(context_MH.grad[rows_C])
+                torch.autograd.backward(self._embed_context_chunk(plan, number), context_MH.grad[rows_C])
         return Loss(value=loss.value.detach(), accuracy=loss.accuracy)
 
     def _plan(self, batch: Batch) -> _Plan:
@@ -116,7 +116,8 @@ class GradCache:
         assert self._first is not None
         rows_C = plan.context_rows_M[plan.context_chunks[number]]
         with replayed(self._device, self._config.seed, plan.batch.position, "first_stage", number), self._autocast():
-            return self._first(*self._pad(plan.batch.documents, rows_C))
+            vectors_CH: Tensor = self._first(*self._pad(plan.batch.documents, rows_C))
+        return vectors_CH
 
     def _embed(self, plan: _Plan, context_MH: Tensor | None) -> Tensor:
         chunks = [self._embed_chunk(plan, number, context_MH) for number in range(len(plan.text_chunks))]
@@ -125,10 +126,9 @@ class GradCache:
     def _embed_chunk(self, plan: _Plan, number: int, context_MH: Tensor | None) -> Tensor:
         rows_C = plan.text_chunks[number]
         with replayed(self._device, self._config.seed, plan.batch.position, "second_stage", number), self._autocast():
-            if self._first is None:
-                return self._second(*self._pad(plan.texts, rows_C))
             keep_CJ = plan.keep_NJ[rows_C].to(self._device, non_blocking=True)
-            return self._second(*self._pad(plan.texts, rows_C), context_MH, keep_CJ)
+            embeddings_CD: Tensor = self._second(*self._pad(plan.texts, rows_C), context_MH, keep_CJ)
+        return embeddings_CD
 
     def _loss(self, plan: _Plan, embeddings_ND: Tensor) -> Loss:
         size = len(plan.batch.queries)

@@ -133,14 +133,14 @@ def model_flops(encoder: Encoder, batch: Batch, context_rows_M: torch.Tensor) ->
     """
     lengths_N = torch.cat([tokens.lengths_N for tokens in batch.sides]).double()
     context_size = encoder.config.context_size
-    total = _stage_flops(encoder.second_stage_model, lengths_N + context_size)
+    total = _stage_flops(encoder.second_stage_model, encoder.backbone_config, lengths_N + context_size)
     if encoder.first_stage_model is not None:
-        total += _stage_flops(encoder.first_stage_model, batch.documents.lengths_N[context_rows_M].double())
+        lengths_M = batch.documents.lengths_N[context_rows_M].double()
+        total += _stage_flops(encoder.first_stage_model, encoder.backbone_config, lengths_M)
     return total
 
 
-def _stage_flops(stage: torch.nn.Module, lengths: torch.Tensor) -> float:
-    config = stage.backbone.config  # type: ignore[union-attr]
+def _stage_flops(stage: torch.nn.Module, config: Any, lengths: torch.Tensor) -> float:
     weights = sum(
         parameter.numel()
         for name, parameter in stage.named_parameters()

@@ -44,7 +44,7 @@ def train(training: Training) -> int:
     with contextlib.closing(_Loop(training, log)) as loop, _signals() as stop:
         if training.state.step == 0:
             loop.evaluate()
-        while training.order.step_at(training.state.position, training.step_size) < training.state.end_position:
+        while loop.next_position + training.step_size <= training.state.end_position:
             loop.step()
             stopped = ranks.max(stop.signum)
             state = training.state
@@ -104,11 +104,16 @@ class _Loop:
         self._started = time.monotonic()
         self._evaluations: dict[str, list[dict[str, float]]] = {}
 
+    @property
+    def next_position(self) -> int:
+        """Where the next step starts."""
+        return self._training.order.step_at(self._training.state.position, self._training.step_size)
+
     def step(self) -> None:
         """One step: W · A batches, their gradients, one update."""
         training, ranks = self._training, self._training.ranks
         config, step_size = training.config, training.step_size
-        position = training.order.step_at(training.state.position, step_size)
+        position = self.next_position
         with ranks.together():  # a damaged batch of one rank ends all of them
             batches = [next(self._batches) for _ in range(config.accumulate)]
         losses = [
@@ -161,7 +166,7 @@ class _Loop:
     def evaluate(self) -> None:
         """Figures of every --eval folder, from all ranks together, into the log."""
         training, config, state = self._training, self._training.config, self._training.state
-        options = {
+        options: dict[str, Any] = {
             "seed": config.seed,
             "query_prompt": state.prompts["query"],
             "document_prompt": state.prompts["document"],

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from pipeline.errors import ConfigError
@@ -13,13 +14,13 @@ from pipeline.files import as_user_error
 from trainer.backbone import build_encoder, find_backbone, initial_encoder
 from trainer.batch import Tokenizer, load_tokenizer
 from trainer.checkpoint import TrainState, check_resumable, find_checkpoint, load_optimizer, read_state
+from trainer.collection import Collection, load_collection
 from trainer.config import TrainConfig
-from trainer.evaluate import Collection, load_collection
 from trainer.gradcache import GradCache, StepConfig
 from trainer.model import Encoder
 from trainer.order import BatchOrder
 from trainer.ranks import Ranks
-from trainer.stream import Shards, open_shards
+from trainer.shards import Shards, open_shards
 
 
 @dataclass(kw_only=True)
@@ -74,7 +75,7 @@ def start_training(config: TrainConfig, ranks: Ranks) -> Training:
     except OSError as error:
         raise as_user_error(error) or ConfigError(f"--output {config.output}: {error.strerror}") from None
     shards = open_shards(config.shards)
-    collections = [load_collection(folder) for folder in config.eval]
+    collections = [load_collection(folder) for folder in evaluation_folders(config, shards)]
     order = shards.order(seed=config.seed)
     step_size = ranks.world_size * config.accumulate
     order.step_at(0, step_size)  # refuses an epoch that holds less than one step
@@ -119,10 +120,33 @@ def start_training(config: TrainConfig, ranks: Ranks) -> Training:
     )
 
 
+def evaluation_folders(config: TrainConfig, shards: Shards) -> list[Path]:
+    """The folders that --eval names; `holdout` among them stands for what the pipeline held out of these shards.
+
+    Raises ConfigError where nothing was held out, or where the shards were moved away from their workspace.
+    """
+    folders: list[Path] = []
+    for given in config.eval:
+        if str(given) != "holdout" or given.is_dir():
+            folders.append(given)
+            continue
+        found = [shards.path.resolve().parent.parent / source / "holdout" for source in shards.pairs]
+        found = [folder for folder in found if folder.is_dir()]
+        if not found:
+            raise ConfigError(
+                f"--eval holdout: nothing was held out of {shards.path}, or its workspace is elsewhere; set holdout of "
+                "a dataset in the manifest, or name folders"
+            )
+        folders += found
+    return folders
+
+
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """bfloat16 or None (float32); auto is bfloat16 on a GPU that has it. float16 would need loss scaling."""
+    """bfloat16, or None for float32; auto is bfloat16 where the hardware has it. float16 would need loss scaling."""
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        on_cpu = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        precision = "bf16" if on_gpu or on_cpu else "fp32"
     return torch.bfloat16 if precision == "bf16" else None
 
 
@@ -150,9 +174,11 @@ def choose_prompts(shards: Shards) -> dict[str, str]:
 
     A retrieval prompt (search_query) is preferred where the shards have one: it is what these names are used for.
     """
+    num_batches = np.bincount(shards.index.domains_I, minlength=len(shards.domains))
     used: Counter[tuple[str, str]] = Counter()
-    for domain, prompts in shards.prompts.items():
-        used[prompts] += shards.num_batches_of(domain)
+    for domain, number in zip(shards.domains, num_batches, strict=True):
+        if domain in shards.prompts:  # `mixed` has those of its pairs
+            used[shards.prompts[domain]] += int(number)
     retrieval = [prompts for prompts in used if prompts[0].startswith("search_query")]
     query, document = retrieval[0] if retrieval else used.most_common(1)[0][0]
     named = {

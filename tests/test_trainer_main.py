@@ -1,0 +1,279 @@
+"""A training from the command line: steps, ranks, kills, resumes, mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from trainer_models import tiny_backbone, tiny_config
+
+ROOT = Path(__file__).parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    """A tiny BERT with dropout."""
+    folder = tmp_path_factory.mktemp("backbone")
+    tiny_backbone(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def flags(finished_run, backbone, tmp_path):
+    """Flags of a training of 3 epochs of 6 batches of 8 pairs, in chunks, that logs every step."""
+    return {
+        "--shards": finished_run[2],
+        "--output": tmp_path / "out",
+        "--backbone": backbone,
+        "--context-size": 6,
+        "--max-length": 24,
+        "--warmup-steps": 3,
+        "--learning-rate": 1e-3,
+        "--sequence-dropout": 0.1,
+        "--first-stage-chunk": 4,
+        "--second-stage-chunk": 6,
+        "--precision": "fp32",
+        "--log-every": 1,
+        "--save-every": 4,
+    }
+
+
+def words(flags):
+    return [str(word) for pair in flags.items() for word in pair if word != ""]
+
+
+def run(flags, *, nproc=None, cwd=ROOT, command=None):
+    """Runs a training to its end; returns the finished process."""
+    start = [*TORCHRUN, str(nproc)] if nproc else [sys.executable]
+    return subprocess.run(
+        [*start, *(command or [str(ROOT / "trainer" / "main.py")]), *words(flags)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=ENVIRONMENT,
+        timeout=300,
+        check=False,
+    )
+
+
+def log_of(flags, kind="train"):
+    lines = (Path(flags["--output"]) / "log.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def losses_of(flags):
+    return {record["step"]: record["loss"] for record in log_of(flags)}
+
+
+def in_process(flags, capsys):
+    """Runs a training in this process; returns (exit code, standard error)."""
+    from trainer.main import main
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    code = main(words(flags))
+    torch.set_num_threads(threads)
+    return code, capsys.readouterr().err
+
+
+def test_a_whole_training(flags, finished_run, write_jsonl, run_corpus, rows, capsys):
+    """Loss falls on a corpus that can be learned; what was promised lies in the output."""
+    write_jsonl("held.jsonl", rows(80))
+    plan = run_corpus(
+        'corpus = "held"\n[[dataset]]\nname = "numbers"\nsource = "held.jsonl"\nholdout = 0.2\n[pack]\nbatch_size = 8\n'
+    )
+    flags |= {"--shards": plan.shards, "--eval": "holdout", "--epochs": 12, "--eval-every": 30}
+    code, error = in_process(flags, capsys)
+    assert code == 0, error
+    losses = list(losses_of(flags).values())
+    assert len(losses) == 12 * 8 and sum(losses[-8:]) < 0.8 * sum(losses[:8])
+    rates = [record["learning_rate"] for record in log_of(flags)]
+    assert rates[0] == pytest.approx(1e-3 / 3) and max(rates) == pytest.approx(1e-3) and rates[-1] < 2e-5
+    evaluations = log_of(flags, "eval/numbers_holdout")
+    assert [record["step"] for record in evaluations] == [0, 30, 60, 90, 96]
+    assert evaluations[-1]["loss"] < evaluations[0]["loss"] and 0 < evaluations[-1]["ndcg_at_10_no_context"] <= 1
+    output = Path(flags["--output"])
+    assert list((output / "tensorboard").glob("events*"))
+    assert sorted(path.name for path in (output / "checkpoints").glob("step-*")) == ["step-00000092", "step-00000096"]
+    assert (output / "export" / "modules.json").is_file()
+    assert "numbers_holdout: loss" in error and "pairs/s" in error
+
+
+def test_biencoder_bf16_random_weights_and_init_from(flags, capsys, tmp_path):
+    flags |= {"--architecture": "biencoder", "--precision": "bf16", "--random-weights": "", "--epochs": 1}
+    assert in_process(flags, capsys)[0] == 0
+    first = Path(flags["--output"])
+    del flags["--random-weights"]
+    flags |= {"--output": tmp_path / "second", "--init-from": first / "export"}
+    code, error = in_process(flags, capsys)
+    assert code == 0, error
+    again = {**flags, "--output": tmp_path / "third", "--init-from": first / "checkpoints" / "step-00000006"}
+    assert in_process(again, capsys)[0] == 0
+    assert losses_of(flags) == losses_of(again)  # the same weights, from both
+    code, error = in_process({**again, "--output": tmp_path / "fourth", "--architecture": "contextual"}, capsys)
+    assert code == 2 and "its model has --context-size 0 (biencoder), this training asks for 6" in error
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_killed_and_resumed_losses_are_equal_to_the_bit(flags, nproc, tmp_path):
+    flags |= {"--epochs": 4}
+    unbroken = {**flags, "--output": tmp_path / "unbroken"}
+    assert run(unbroken, nproc=nproc).returncode == 0
+    for kill_after in (5, 9):  # twice in a row
+        process = subprocess.Popen(
+            [*TORCHRUN, str(nproc), str(ROOT / "trainer" / "main.py"), *words(flags), "--resume", "auto"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=ENVIRONMENT,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            log = Path(flags["--output"]) / "log.jsonl"
+            if log.exists() and log.read_text().count("\n") >= kill_after:
+                break
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    finished = run({**flags, "--resume": "auto"}, nproc=nproc)
+    assert finished.returncode == 0, finished.stderr
+    assert "going on from" in finished.stderr
+    expected, found = losses_of(unbroken), losses_of(flags)
+    assert len(expected) == 24 // nproc and found == expected
+    ends = [Path(run_flags["--output"]) / "export" / "model.safetensors" for run_flags in (unbroken, flags)]
+    assert ends[0].read_bytes() == ends[1].read_bytes()
+
+
+def test_another_number_of_ranks_goes_on_in_the_same_order(flags, tmp_path):
+    """2 ranks to step 4, then 1 that does not accumulate: the batches are those of 1 rank alone, each once an epoch."""
+    flags |= {"--epochs": 2}
+    alone = {**flags, "--output": tmp_path / "alone", "--warmup-steps": 6}  # the same number of batches
+    assert run(alone).returncode == 0
+    begun = run({**flags, "--save-every": 2}, nproc=2)
+    assert begun.returncode == 0
+    checkpoints = Path(flags["--output"]) / "checkpoints"
+    fresh = tmp_path / "fresh" / "checkpoints"
+    fresh.mkdir(parents=True)
+    shutil.copytree(sorted(checkpoints.glob("step-*"))[0], fresh / "step-00000004")
+    went_on = {**flags, "--output": fresh.parent, "--resume": "auto"}
+    finished = run(went_on)
+    assert finished.returncode == 0, finished.stderr
+    assert [record["position"] for record in log_of(alone)] == list(range(1, 13))
+    assert [record["position"] for record in log_of(went_on)] == [9, 10, 11, 12]
+    for expected, found in zip(log_of(alone)[-4:], log_of(went_on), strict=True):  # the same batches, the same schedule
+        assert found["mask_rate"] == expected["mask_rate"]
+        assert found["learning_rate"] == pytest.approx(expected["learning_rate"], rel=1e-9)
+
+
+def test_two_ranks_equal_one_that_accumulates(flags, tmp_path):
+    alone = {**flags, "--output": tmp_path / "alone", "--accumulate": 2}
+    assert run(alone).returncode == 0
+    assert run(flags, nproc=2, cwd=tmp_path).returncode == 0  # from another folder
+    expected, found = losses_of(alone), losses_of(flags)
+    assert expected.keys() == found.keys()
+    assert all(found[step] == pytest.approx(expected[step], rel=1e-4) for step in expected)
+
+
+def test_sigterm_saves_and_leaves(flags):
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "trainer" / "main.py"), *words({**flags, "--epochs": 100_000})],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    log = Path(flags["--output"]) / "log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 6):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 143 and "--resume auto" in error and "Traceback" not in error
+    steps = [record["step"] for record in log_of(flags)]
+    newest = sorted((log.parent / "checkpoints").glob("step-*"))[-1]
+    assert int(newest.name.removeprefix("step-")) >= steps[-1]
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_end_in_one_line(flags, tmp_path, capsys, copied_run, backbone):
+    shards = copied_run[2]
+    (tmp_path / "empty").mkdir()
+    part = next(shards.glob("data/*.parquet"))
+    cases = {
+        "nothing there": ({"--shards": tmp_path / "empty"}, "empty"),
+        "no such eval": ({"--eval": tmp_path / "nowhere"}, "no such folder"),
+        "too long": ({"--max-length": 129}, "reads at most 128 tokens"),
+        "too many layers": ({"--num-layers": 9}, "has 2 layers"),
+        "too few batches": ({"--accumulate": 7}, "6 batches"),
+        "no negatives": ({"--hard-negatives": 2}, "no hard negatives"),
+        "no backbone": ({"--backbone": tmp_path / "empty"}, "config.json"),
+        "no gpu": ({"--device": "cuda"}, "no CUDA device") if not torch.cuda.is_available() else ({}, ""),
+        "flash": ({"--attention": "flash_attention_2"}, "--backbone"),
+    }
+    for name, (changed, message) in cases.items():
+        if not changed:
+            continue
+        code, error = in_process({**flags, **changed}, capsys)
+        assert code in (2, 3, 4), name
+        assert message in error and error.count("\n") == 1 and "Traceback" not in error, (name, error)
+    part.write_bytes(part.read_bytes()[:-9])
+    code, error = in_process({**flags, "--shards": shards}, capsys)
+    assert code == 4 and part.name in error
+
+
+def test_a_tokenizer_that_does_not_match(flags, tmp_path, backbone, capsys):
+    config = tiny_config("bert")
+    config.vocab_size = 100
+    from trainer.model import new_backbone
+
+    folder = shutil.copytree(backbone, tmp_path / "small")
+    new_backbone(config).save_pretrained(folder)
+    code, error = in_process({**flags, "--backbone": folder}, capsys)
+    assert code == 2 and "do not belong together" in error
+
+
+def test_a_loss_that_is_no_number_stops_all_ranks_and_names_the_batch(flags):
+    finished = run({**flags, "--learning-rate": 1e30, "--warmup-steps": 0}, nproc=2)
+    assert finished.returncode != 0
+    told = [line for line in finished.stderr.splitlines() if line.startswith("trainer:")]
+    assert len(told) == 1 and "batch " in told[0] and "numbers" in told[0]
+
+
+def test_a_damaged_batch_ends_all_ranks_together(flags, copied_run):
+    """Found as it is read, by the rank that reads it; the other one leaves too, and nobody hangs."""
+    shards = copied_run[2]
+    part = next(shards.glob("data/*.parquet"))
+    content = bytearray(part.read_bytes())
+    content[200] ^= 1
+    part.write_bytes(content)
+    finished = run({**flags, "--shards": shards}, nproc=2)
+    assert finished.returncode != 0
+    told = [line for line in finished.stderr.splitlines() if line.startswith("trainer:")]
+    assert len(told) == 1 and part.name in told[0]
+
+
+def test_other_settings_and_other_shards_are_not_resumed(flags, capsys, copied_run):
+    assert in_process({**flags, "--epochs": 1}, capsys)[0] == 0
+    code, error = in_process({**flags, "--epochs": 1}, capsys)
+    assert code == 2 and "already holds checkpoints" in error
+    code, error = in_process({**flags, "--epochs": 2, "--resume": "auto"}, capsys)
+    assert code == 2 and "--epochs 1 there, 2 here" in error
+    code, error = in_process({**flags, "--epochs": 1, "--context-size": 5, "--resume": "auto"}, capsys)
+    assert code == 2 and "--context-size 6 there, 5 here" in error
+    code, error = in_process({**flags, "--epochs": 1, "--resume": "auto"}, capsys)  # finished already
+    assert code == 0

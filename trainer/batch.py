@@ -1,0 +1,144 @@
+"""A batch of shards as tokens: what a training step takes.
+
+Legend: B slots of a batch, M hard negatives of all its queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import ConfigError
+from trainer.shards import TextBatch
+from trainer.tokens import Padded, TextTokenizer, Tokens, chunk_by_length, concat, pad, padding_ratio
+
+__all__ = [
+    "Batch",
+    "Padded",
+    "TextTokenizer",
+    "Tokenizer",
+    "Tokens",
+    "chunk_by_length",
+    "concat",
+    "load_tokenizer",
+    "pad",
+    "padding_ratio",
+]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """B pairs as tokens, prompts included, by slot.
+
+    equivalent_BB[i, j] says that document j may answer query i too, so is no negative; False on the diagonal.
+    """
+
+    position: int
+    batch_id: int
+    domain: str
+    queries: Tokens
+    documents: Tokens
+    negatives: Tokens | None  # None where no query has any
+    negative_owner_M: Tensor  # int64: the slot whose query each negative belongs to
+    equivalent_BB: Tensor  # bool
+
+    @property
+    def sides(self) -> list[Tokens]:
+        """Queries, documents and, where there are any, negatives."""
+        return [self.queries, self.documents] + ([self.negatives] if self.negatives is not None else [])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all texts, without padding."""
+        return sum(len(tokens.ids) for tokens in self.sides)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """The same on `device`; lengths stay on the CPU."""
+        return replace(
+            self,
+            queries=self.queries.to(device, non_blocking=non_blocking),
+            documents=self.documents.to(device, non_blocking=non_blocking),
+            negatives=None if self.negatives is None else self.negatives.to(device, non_blocking=non_blocking),
+            negative_owner_M=self.negative_owner_M.to(device, non_blocking=non_blocking),
+            equivalent_BB=self.equivalent_BB.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> Batch:
+        """The same in pinned memory, so that `to` may be non-blocking."""
+        return replace(
+            self,
+            queries=self.queries.pin_memory(),
+            documents=self.documents.pin_memory(),
+            negatives=None if self.negatives is None else self.negatives.pin_memory(),
+            negative_owner_M=self.negative_owner_M.pin_memory(),
+            equivalent_BB=self.equivalent_BB.pin_memory(),
+        )
+
+
+class Tokenizer(TextTokenizer):
+    """Turns a `TextBatch` into a `Batch`, with the first `hard_negatives` of each query; made by `load_tokenizer`."""
+
+    def __init__(self, pretrained: Any, max_length_tokens: int, *, hard_negatives: int = 0) -> None:
+        super().__init__(pretrained, max_length_tokens)
+        self._hard_negatives = hard_negatives
+
+    def __call__(self, batch: TextBatch) -> Batch:
+        size = len(batch.queries)
+        texts, prompts = batch.queries + batch.documents, batch.query_prompts + batch.document_prompts
+        owners: list[int] = []
+        if self._hard_negatives and batch.negatives is not None:
+            kept = [of_slot[: self._hard_negatives] for of_slot in batch.negatives]
+            owners = [slot for slot, of_slot in enumerate(kept) for _ in of_slot]
+            texts += [negative for of_slot in kept for negative in of_slot]
+            prompts += [batch.document_prompts[slot] for slot in owners]
+        queries, documents, negatives = _split(self.tokenize(texts, prompts), [size, size, len(owners)])
+        return Batch(
+            position=batch.position,
+            batch_id=batch.batch_id,
+            domain=batch.domain,
+            queries=queries,
+            documents=documents,
+            negatives=negatives if owners else None,
+            negative_owner_M=torch.tensor(owners, dtype=torch.int64),
+            equivalent_BB=torch.from_numpy(batch.equivalent_BB),
+        )
+
+
+def load_tokenizer(
+    folder: Path | str, *, max_length_tokens: int, vocab_size: int | None = None, hard_negatives: int = 0
+) -> Tokenizer:
+    """The tokenizer in `folder`. `vocab_size` is the backbone's, which every id has to be below.
+
+    Raises ConfigError where there is no fast tokenizer, where it does not match the backbone, or where
+    `max_length_tokens` leaves no room for a text.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        pretrained = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(f"{folder}: no tokenizer that transformers can load: {str(error).splitlines()[0]}") from None
+    try:
+        tokenizer = Tokenizer(pretrained, max_length_tokens, hard_negatives=hard_negatives)
+    except ValueError as error:
+        raise ConfigError(f"{folder}: {error}") from None
+    if vocab_size is not None and tokenizer.largest_id >= vocab_size:
+        raise ConfigError(
+            f"{folder}: the tokenizer has ids up to {tokenizer.largest_id}, the backbone a vocabulary of {vocab_size}: "
+            "they do not belong together"
+        )
+    return tokenizer
+
+
+def _split(tokens: Tokens, sizes: list[int]) -> list[Tokens]:
+    """The texts in parts of `sizes`."""
+    lengths = torch.split(tokens.lengths_N, sizes)
+    ids = torch.split(tokens.ids, [int(part.sum()) for part in lengths])
+    prompt_lengths = torch.split(tokens.prompt_lengths_N, sizes)
+    return [
+        Tokens(ids=i, lengths_N=n, prompt_lengths_N=p) for i, n, p in zip(ids, lengths, prompt_lengths, strict=True)
+    ]

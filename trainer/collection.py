@@ -1,0 +1,155 @@
+"""Retrieval test collections: a folder of corpus.parquet, queries.parquet and qrels.parquet (`hardbatch run` holds such
+folders out).
+
+    corpus   doc_id, text, title (may be absent)     queries   query_id, text     qrels   query_id, doc_id, score
+
+A document's text is title + " " + text where it has a title. Ids are strings or integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.errors import InputError
+
+_HELP = "give a folder with corpus.parquet, queries.parquet and qrels.parquet"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collection:
+    """Texts by row, and the answers: `scores[i]` is how relevant document `document_rows[i]` is to `query_rows[i]`.
+
+    A document with a score of 0 or less, or none, is not relevant. At least one is.
+    """
+
+    name: str
+    documents: Sequence[str]
+    queries: Sequence[str]
+    query_rows: NDArray[np.int64]
+    document_rows: NDArray[np.int64]
+    scores: NDArray[np.int64]
+
+
+def load_collection(folder: Path) -> Collection:
+    """The collection in `folder`. Raises InputError naming the file, and the column, row or id that is wrong in it."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; {_HELP}")
+    corpus_path, queries_path, qrels_path = (folder / f"{name}.parquet" for name in ("corpus", "queries", "qrels"))
+    corpus = _read(corpus_path, ("doc_id", "text"), optional=("title",))
+    queries = _read(queries_path, ("query_id", "text"))
+    qrels = _read(qrels_path, ("query_id", "doc_id", "score"))
+    document_row_of = _rows_by_id(_strings(corpus, "doc_id", corpus_path), "doc_id", corpus_path)
+    query_row_of = _rows_by_id(_strings(queries, "query_id", queries_path), "query_id", queries_path)
+    query_rows = _look_up(qrels, "query_id", query_row_of, qrels_path, queries_path)
+    document_rows = _look_up(qrels, "doc_id", document_row_of, qrels_path, corpus_path)
+    scores = _scores(qrels, qrels_path)
+    _refuse_repeated(query_rows * len(document_row_of) + document_rows, qrels_path)
+    if not (scores > 0).any():
+        raise InputError(f"{qrels_path}: no score is above 0, so there is nothing to find; {_HELP}")
+    return Collection(
+        name=_name_of(folder.resolve()),
+        documents=_documents(corpus, corpus_path),
+        queries=_strings(queries, "text", queries_path),
+        query_rows=query_rows,
+        document_rows=document_rows,
+        scores=scores,
+    )
+
+
+def _name_of(folder: Path) -> str:
+    """The folder's name; that of its domain where it is a holdout of the pipeline, pairs/DOMAIN/KEY/holdout."""
+    return f"{folder.parent.parent.name}_holdout" if folder.name == "holdout" else folder.name
+
+
+def _read(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> pa.Table:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; {_HELP}")
+    try:
+        file = pq.ParquetFile(path)
+        present = file.schema_arrow.names
+        for name in columns:
+            if name not in present:
+                raise InputError(f"{path}: no column '{name}', it has {', '.join(present)}")
+        table = file.read([*columns, *(name for name in optional if name in present)])
+        table.validate(full=True)  # for one, that strings are UTF-8
+        return table
+    except (OSError, pa.ArrowException) as error:
+        reason = (str(error).splitlines() or [""])[0][:160]
+        raise InputError(f"{path}: cannot be read as Parquet: {reason}") from None
+
+
+def _strings(table: pa.Table, column: str, path: Path) -> list[str]:
+    values = table[column]
+    kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    if not text and not (column.endswith("_id") and pa.types.is_integer(kind)):
+        raise InputError(f"{path}: column '{column}' holds {values.type}, it must hold strings")
+    if values.null_count:
+        row = pc.index(pc.is_null(values), True).as_py()
+        raise InputError(f"{path}: column '{column}' is null in row {row}; give every row a value")
+    strings: list[str] = values.cast(pa.large_utf8()).to_pylist()
+    return strings
+
+
+def _documents(corpus: pa.Table, path: Path) -> list[str]:
+    texts = _strings(corpus, "text", path)
+    if "title" not in corpus.schema.names or pa.types.is_null(corpus["title"].type):
+        return texts
+    titles = pc.fill_null(corpus["title"], "")
+    titles = _strings(pa.table({"title": titles}), "title", path)
+    return [f"{title} {text}" if title else text for title, text in zip(titles, texts, strict=True)]
+
+
+def _rows_by_id(ids: Sequence[str], column: str, path: Path) -> dict[str, int]:
+    if not ids:
+        raise InputError(f"{path}: it has no rows; {_HELP}")
+    rows: dict[str, int] = {}
+    for row, identifier in enumerate(ids):
+        first = rows.setdefault(identifier, row)
+        if first != row:
+            raise InputError(f"{path}: {column} '{identifier}' is in rows {first} and {row}; ids must be unique")
+    return rows
+
+
+def _look_up(
+    qrels: pa.Table, column: str, rows: dict[str, int], qrels_path: Path, other_path: Path
+) -> NDArray[np.int64]:
+    found = np.empty(qrels.num_rows, np.int64)
+    for place, identifier in enumerate(_strings(qrels, column, qrels_path)):
+        row = rows.get(identifier)
+        if row is None:
+            raise InputError(
+                f"{qrels_path}: {column} '{identifier}' in row {place} is not in {other_path.name}; "
+                "remove the row, or add what it speaks of"
+            )
+        found[place] = row
+    return found
+
+
+def _scores(qrels: pa.Table, path: Path) -> NDArray[np.int64]:
+    values: Any = qrels["score"]
+    try:
+        scores = values.cast(pa.int64())  # raises for a fraction
+    except pa.ArrowException as error:
+        raise InputError(f"{path}: column 'score' must hold whole numbers: {error}") from None
+    if scores.null_count:
+        raise InputError(f"{path}: column 'score' is null in row {pc.index(pc.is_null(scores), True).as_py()}")
+    numbers: NDArray[np.int64] = scores.to_numpy()
+    return numbers
+
+
+def _refuse_repeated(pairs: NDArray[np.int64], path: Path) -> None:
+    order = np.argsort(pairs, kind="stable")
+    again = np.flatnonzero(np.diff(pairs[order]) == 0)
+    if len(again):
+        first, second = order[again[0] : again[0] + 2]
+        raise InputError(f"{path}: rows {first} and {second} judge the same document for the same query; keep one")

@@ -1,0 +1,124 @@
+"""The index of shards as arrays, and the checks before step 1: what is written holds, down to every footer.
+
+Reads no batch: the manifest has the digest of the index, and the index those of the footers. Shards of format version 1
+have no digests of footers; their files are read whole and compared with the manifest, which takes longer.
+
+Legend: I rows of the index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.artifact import MANIFEST, Artifact
+from pipeline.errors import IntegrityError
+from pipeline.files import sha256_file, sha256_outside
+from pipeline.footer import read_head, record_ranges
+
+INDEX = "index.parquet"
+_COLUMNS = ["batch_id", "packing", "domain", "file", "row_group", "byte_offset", "byte_length", "sha256"]
+_SINCE_VERSION_2 = ["footer_sha256", "record_offset", "record_length"]
+_FOOTER_READERS = 8  # threads: they wait for the disk
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Index:
+    """Where each batch lies, and its digest; offsets and lengths in bytes of its file."""
+
+    files: tuple[str, ...]
+    heads: tuple[bytes, ...]  # of each file's footer
+    domains: tuple[str, ...]
+    batch_ids_I: NDArray[np.int64]
+    packings_I: NDArray[np.int32]
+    domains_I: NDArray[np.int64]  # places in `domains`
+    files_I: NDArray[np.int64]  # places in `files`
+    row_groups_I: NDArray[np.int32]
+    offsets_I: NDArray[np.int64]  # of the row group's data
+    lengths_I: NDArray[np.int64]
+    record_offsets_I: NDArray[np.int64]  # of the row group's record in the footer
+    record_lengths_I: NDArray[np.int64]
+    sha256_I: NDArray[np.uint8]  # of the row group's data, I × 32
+
+
+def read_index(artifact: Artifact) -> Index:
+    """The index of a `shards` artifact; raises IntegrityError where it or a footer is not what was written."""
+    table = _read_table(artifact)
+    files, files_I = _encode(table["file"])
+    domains, domains_I = _encode(table["domain"])
+    listed = {name for name in artifact.manifest.files if name.startswith("data/")}
+    if listed != set(files):
+        name = min(listed ^ set(files))
+        raise IntegrityError(f"{artifact.path}: {MANIFEST} and {INDEX} differ on {name}; {make_anew(artifact.path)}")
+    rows_of = [np.flatnonzero(files_I == place) for place in range(len(files))]
+    with ThreadPoolExecutor(_FOOTER_READERS, thread_name_prefix="footers") as pool:
+        parts = list(pool.map(lambda name, rows: _check_footer(artifact, name, table.take(rows)), files, rows_of))
+    records_I = np.empty((len(table), 2), dtype=np.int64)
+    for rows, (_, records) in zip(rows_of, parts, strict=True):
+        records_I[rows] = records
+    return Index(
+        files=files,
+        heads=tuple(head for head, _ in parts),
+        domains=domains,
+        batch_ids_I=table["batch_id"].to_numpy(),
+        packings_I=table["packing"].to_numpy(),
+        domains_I=domains_I,
+        files_I=files_I,
+        row_groups_I=table["row_group"].to_numpy(),
+        offsets_I=table["byte_offset"].to_numpy(),
+        lengths_I=table["byte_length"].to_numpy(),
+        record_offsets_I=records_I[:, 0].copy(),
+        record_lengths_I=records_I[:, 1].copy(),
+        sha256_I=np.frombuffer(bytes.fromhex("".join(table["sha256"].to_pylist())), np.uint8).reshape(-1, 32),
+    )
+
+
+def make_anew(path: Path) -> str:
+    """What to do about a damaged artifact."""
+    return f"delete the folder {path} and run the pipeline again to make it anew"
+
+
+def _read_table(artifact: Artifact) -> pa.Table:
+    path = artifact.path / INDEX
+    record = artifact.manifest.files.get(INDEX)
+    data = b"" if record is None else path.read_bytes()
+    if record is None or hashlib.sha256(data).hexdigest() != record.sha256:
+        raise IntegrityError(f"{path}: is not what was written: its sha256 differs; {make_anew(artifact.path)}")
+    file = pq.ParquetFile(pa.BufferReader(data))
+    since = _SINCE_VERSION_2 if artifact.manifest.format_version >= 2 else []
+    return file.read(columns=[*_COLUMNS, *since], use_threads=False)
+
+
+def _encode(column: pa.ChunkedArray) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """The distinct words of a column in order of the alphabet, and the place of each row's word among them."""
+    encoded = column.combine_chunks().dictionary_encode()
+    words = encoded.dictionary.to_pylist()
+    alphabetical = sorted(words)
+    places = np.array([alphabetical.index(word) for word in words], dtype=np.int64)
+    return tuple(alphabetical), places[encoded.indices.to_numpy()]
+
+
+def _check_footer(artifact: Artifact, name: str, rows: pa.Table) -> tuple[bytes, NDArray[np.int64]]:
+    """Head of a file's footer, and (offset, length) of the record of each row of the index in `rows`."""
+    path = artifact.path / name
+    try:
+        if "footer_sha256" in rows.column_names:
+            ranges = zip(rows["byte_offset"].to_pylist(), rows["byte_length"].to_pylist(), strict=True)
+            what, expected, found = "footer", rows["footer_sha256"][0].as_py(), sha256_outside(path, ranges)
+            records = np.stack([rows["record_offset"].to_numpy(), rows["record_length"].to_numpy()], axis=1)
+        else:
+            what, expected, found = "file", artifact.manifest.files[name].sha256, sha256_file(path)
+            records = np.array(record_ranges(path))[rows["row_group"].to_numpy()]
+        if found != expected:
+            raise ValueError(f"the sha256 of the {what} differs")
+        return read_head(path), records
+    except (OSError, ValueError) as error:
+        anew = make_anew(artifact.path)
+        raise IntegrityError(f"{path}: is not what was written: {error}; {anew}") from None

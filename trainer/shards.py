@@ -1,0 +1,239 @@
+"""Shards as the trainer sees them: checked before step 1, then read batch by batch through their index.
+
+`open_shards` reads the manifest, the sizes of all files, the index and every footer, and no batch. Each batch is one
+row group: its bytes are read in one piece, compared with the digest in the index, and only then parsed, by the record
+of this row group alone (`pipeline/footer.py`). Nothing stays open or cached, so a batch costs the same from one file or
+from any of thousands, and threads share nothing.
+
+Legend: B slots of a batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.artifact import MANIFEST, Artifact, read_artifact
+from pipeline.errors import ConfigError, IntegrityError
+from pipeline.footer import end_of_file
+from trainer.index import Index, make_anew, read_index
+from trainer.order import BatchOrder
+
+_COLUMNS = ["batch_id", "slot", "query", "document", "query_prompt", "document_prompt", "equivalent_slots"]
+_MAX_SUGGESTED = 3
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TextBatch:
+    """One batch as text, by slot: what a row group holds.
+
+    Prompts are apart from the texts they come before. `negatives` is None where the shards have none, else a list per
+    slot. equivalent_BB[i, j] says that document j may answer query i too, so is no negative; False on the diagonal.
+    """
+
+    position: int
+    batch_id: int
+    domain: str
+    queries: list[str]
+    documents: list[str]
+    query_prompts: list[str]
+    document_prompts: list[str]
+    negatives: list[list[str]] | None
+    equivalent_BB: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Shards:
+    """A complete `shards` artifact whose index and footers are those that were written; made by `open_shards`."""
+
+    path: Path
+    key: str
+    batch_size: int
+    num_batches: int  # over all packings
+    domains: tuple[str, ...]  # those that have batches
+    prompts: dict[str, tuple[str, str]]  # domain → prompt of a query, prompt of a document
+    weights: dict[str, float]  # domain → how often an epoch reads its batches
+    with_negatives: bool
+    pairs: tuple[str, ...]  # pairs artifacts they were made from, as pairs/DOMAIN/KEY below the corpus
+    index: Index
+
+    def order(self, *, seed: int = 0, weights: Mapping[str, float] | None = None) -> BatchOrder:
+        """The order of batches for a seed; `weights` replaces those of the shards for the domains it names."""
+        return BatchOrder(
+            batch_ids_I=self.index.batch_ids_I,
+            packings_I=self.index.packings_I,
+            domains_I=self.index.domains_I,
+            domains=self.domains,
+            weights={**self.weights, **(weights or {})},
+            seed=seed,
+        )
+
+    def read_batch(self, row: int, position: int) -> TextBatch:
+        """The batch in row `row` of the index; may be called from several threads.
+
+        Raises IntegrityError, naming file and batch, where its bytes are not those that were written.
+        """
+        index, size = self.index, self.batch_size
+        data, record = self._read_bytes(row)
+        columns = [*_COLUMNS, "negatives"] if self.with_negatives else _COLUMNS
+        try:
+            end = end_of_file(index.heads[index.files_I[row]], record)
+            file = pq.ParquetFile(_Window(data + end, int(index.offsets_I[row])), pre_buffer=False)
+            table = file.read_row_group(0, columns=columns, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise self._damage(row, f"cannot be parsed: {error}") from error
+        batch_id = int(index.batch_ids_I[row])
+        if not table["slot"].equals(_slots(size)) or (table["batch_id"].to_numpy() != batch_id).any():
+            raise self._damage(row, f"does not hold slots 0 to {size - 1} of that batch")
+        return TextBatch(
+            position=position,
+            batch_id=batch_id,
+            domain=index.domains[index.domains_I[row]],
+            queries=table["query"].to_pylist(),
+            documents=table["document"].to_pylist(),
+            query_prompts=table["query_prompt"].to_pylist(),
+            document_prompts=table["document_prompt"].to_pylist(),
+            negatives=table["negatives"].to_pylist() if self.with_negatives else None,
+            equivalent_BB=_as_matrix(table["equivalent_slots"].combine_chunks(), size),
+        )
+
+    def _read_bytes(self, row: int) -> tuple[bytes, bytes]:
+        """The row group, with the digest it was written with, and its record."""
+        index = self.index
+        try:
+            descriptor = os.open(f"{self.path}/{index.files[index.files_I[row]]}", os.O_RDONLY)
+            try:
+                data = _read_range(descriptor, int(index.offsets_I[row]), int(index.lengths_I[row]))
+                record = _read_range(descriptor, int(index.record_offsets_I[row]), int(index.record_lengths_I[row]))
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise self._damage(row, f"cannot be read: {error.strerror}") from None
+        if hashlib.sha256(data).digest() != index.sha256_I[row].tobytes():
+            raise self._damage(row, "is not what was written: its sha256 differs")
+        return data, record
+
+    def _damage(self, row: int, what: str) -> IntegrityError:
+        index = self.index
+        where = f"batch {index.batch_ids_I[row]} (row group {index.row_groups_I[row]})"
+        return IntegrityError(f"{self.path / index.files[index.files_I[row]]}: {where} {what}; {make_anew(self.path)}")
+
+
+def open_shards(path: Path | str) -> Shards:
+    """The shards in the folder `path`, all of them checked but the batches themselves.
+
+    Raises ConfigError where `path` is no folder of shards, IntegrityError where it is incomplete, of a newer format, or
+    where the manifest, the size of a file, the index or a footer is not what was written.
+    """
+    artifact = _find(Path(path))
+    index = read_index(artifact)
+    config = artifact.manifest.config
+    datasets = config["datasets"]
+    return Shards(
+        path=artifact.path,
+        key=artifact.manifest.key,
+        batch_size=config["batch_size"],
+        num_batches=len(index.batch_ids_I),
+        domains=index.domains,
+        prompts={name: (dataset["query_prompt"], dataset["document_prompt"]) for name, dataset in datasets.items()},
+        weights={name: float(datasets[name]["weight"]) for name in index.domains if name in datasets},
+        with_negatives="negatives" in pq.read_schema(artifact.path / index.files[0]).names,
+        pairs=tuple(f"{name}/{key}" for name, key in artifact.manifest.inputs.items() if name.startswith("pairs/")),
+        index=index,
+    )
+
+
+class _Window(io.RawIOBase):
+    """The end of a file, in memory: read by the offsets of the whole file, with zeros before the window."""
+
+    def __init__(self, data: bytes, offset: int) -> None:
+        self._data = data
+        self._offset = offset
+        self._place = 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_END:
+            offset += self._offset + len(self._data)
+        self._place = offset + (self._place if whence == io.SEEK_CUR else 0)
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def read(self, size: int = -1) -> bytes:
+        start = self._place - self._offset
+        found = self._data[max(0, start) : None if size < 0 else max(0, start + size)]
+        if start < 0:  # pyarrow asks for the last 64 KiB of a file, in search of the footer
+            found = bytes(-start if size < 0 else min(-start, size)) + found
+        self._place += len(found)
+        return found
+
+
+@lru_cache(maxsize=4)
+def _slots(size: int) -> pa.ChunkedArray:
+    return pa.chunked_array([np.arange(size, dtype=np.int32)])
+
+
+def _read_range(descriptor: int, offset: int, length: int) -> bytes:
+    data = os.pread(descriptor, length, offset)
+    while len(data) < length and (more := os.pread(descriptor, length - len(data), offset + len(data))):
+        data += more  # the kernel gives at most 2 GiB at once
+    return data
+
+
+def _as_matrix(slots: pa.ListArray, size: int) -> NDArray[np.bool_]:
+    """equivalent_slots as a matrix: row i is True at the slots of S(i)."""
+    ends, values = slots.offsets.to_numpy(), slots.values.to_numpy()
+    matrix_BB = np.zeros((size, size), dtype=np.bool_)
+    matrix_BB[np.repeat(np.arange(size), ends[1:] - ends[:-1]), values[ends[0] : ends[-1]]] = True
+    return matrix_BB
+
+
+def _find(path: Path) -> Artifact:
+    """The artifact at `path`, told apart from the folders that a user may take for it."""
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "no such folder"
+        raise ConfigError(f"{path}: {what}; give the folder of the shards, the last line that `hardbatch run` prints")
+    if not (path / MANIFEST).is_file():
+        if (path / "units").is_dir():
+            raise IntegrityError(f"{path}: no {MANIFEST} yet, so these shards are not complete; run the pipeline again")
+        raise ConfigError(f"{path}: holds no shards{_suggest(path)}")
+    artifact = read_artifact(path)
+    if artifact.manifest.stage != "shards":
+        raise ConfigError(
+            f"{path}: holds {artifact.manifest.stage}, not shards; give the folder .../shards/KEY, the last line that "
+            "`hardbatch run` prints"
+        )
+    return artifact
+
+
+def _suggest(path: Path) -> str:
+    if path.name == "data" and (path.parent / MANIFEST).is_file():
+        return f" but their part files; give the folder above: {path.parent}"
+    found = [
+        manifest.parent
+        for pattern in ("*", "shards/*", "*/shards/*")
+        for manifest in sorted(path.glob(f"{pattern}/{MANIFEST}"))
+        if manifest.parent.parent.resolve().name == "shards"
+    ]
+    if not found:
+        return "; give the folder .../shards/KEY, the last line that `hardbatch run` prints"
+    listed = ", ".join(map(str, found[:_MAX_SUGGESTED])) + (", ..." if len(found) > _MAX_SUGGESTED else "")
+    return f" itself; give {'this folder' if len(found) == 1 else 'one of these folders'} in it: {listed}"
