@@ -7,7 +7,7 @@ BIN = .venv/bin
 SHELL = /bin/bash
 .SHELLFLAGS = -o pipefail -c
 # about three minutes on two cores: MiniLM's first layers in both stages, 24 context documents
-DEMO_TRAINING = --num-layers 2 --dropout 0 --context-size 24 --max-length 48 --max-steps 60 --warmup-steps 10 \
+DEMO_TRAINING = --num-layers 3 --dropout 0 --context-size 24 --max-length 48 --max-steps 120 --warmup-steps 15 \
 	--learning-rate 1e-4 --eval holdout
 
 .PHONY: demo test lint check up down clean

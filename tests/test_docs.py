@@ -10,6 +10,7 @@ import pytest
 
 from pipeline import ingest, schemas
 from pipeline.config import CorpusManifest, Dataset, load_manifest
+from trainer.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 TABLES = {
@@ -54,6 +55,20 @@ def test_the_papers_corpus() -> None:
 
 def test_the_readme_names_every_module() -> None:
     tree = (ROOT / "README.md").read_text().split("## Where things are")[1]
-    for path in (ROOT / "pipeline").glob("[a-z]*.py"):
+    for path in sorted([*(ROOT / "pipeline").glob("[a-z]*.py"), *(ROOT / "trainer").glob("[a-z]*.py")]):
         if path.stem != "progress":
             assert path.name in tree, f"{path.name} is missing in the README's tree"
+
+
+def test_every_flag_of_the_trainer_is_documented_with_its_default() -> None:
+    table = (ROOT / "docs" / "training.md").read_text().split("## Every flag")[1]
+    documented = dict(re.findall(r"^\| `--([a-z-]+)` \| ([^|]*) \|", table, flags=re.M))
+    assert list(documented) == [name.replace("_", "-") for name in TrainConfig.model_fields]
+    for name, field in TrainConfig.model_fields.items():
+        shown = documented[name.replace("_", "-")]
+        if field.is_required():
+            assert shown == "required"
+        elif field.default in (None, ()):
+            assert shown == ""
+        else:
+            assert shown.strip("`").lower() == str(field.default).lower()

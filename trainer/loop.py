@@ -6,7 +6,7 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import FrameType
 from typing import Any
@@ -23,6 +23,14 @@ from trainer.log import RunLog, StepFigures, model_flops
 from trainer.loss import mask_rate
 from trainer.stream import BatchStream
 from trainer.training import Training
+
+# figures of an evaluation that are printed; the log has all
+_TOLD = {
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "ndcg_at_10": "nDCG@10",
+    "ndcg_at_10_no_context": "nDCG@10 without context",
+}
 
 
 class DivergedError(HardbatchError):
@@ -205,6 +213,7 @@ class _Loop:
                     training.tokenizer_folder,
                     training.config.output / "export",
                     prompts=training.state.prompts,
+                    trained_on=f"shards {training.shards.key} ({', '.join(training.shards.domains)})",
                 )
                 self._log.say(self._summary())
                 print(export)
@@ -218,14 +227,14 @@ class _Loop:
     def _summary(self) -> str:
         state = self._training.state
         seconds = state.seconds + time.monotonic() - self._started
-        lines = [f"trained {state.step:,} steps, {state.pairs:,} pairs, {state.position:,} batches in {seconds:,.0f} s"]
-        for name, evaluations in self._evaluations.items():
-            before, after = evaluations[0], evaluations[-1]
-            told = (
-                f"{figure} {before[figure]:.4f} -> {after[figure]:.4f}"
-                for figure in ("loss", "accuracy", "ndcg_at_10", "ndcg_at_10_no_context")
-                if figure in before
-            )
+        lines = [f"trained {state.step:,} steps, {state.pairs:,} pairs in {seconds:,.0f} s"]
+        measured = {name: found for name, found in self._evaluations.items() if len(found) > 1}
+        ends = {name: (found[0], found[-1]) for name, found in measured.items()}
+        if len(ends) > 1:
+            befores, afters = zip(*ends.values(), strict=True)
+            ends["mean"] = (_mean(befores), _mean(afters))
+        for name, (before, after) in ends.items():
+            told = [f"{_TOLD[key]} {before[key]:.4f} -> {after[key]:.4f}" for key in _TOLD if key in before]
             lines.append(f"{name}: {', '.join(told)}")
         return "\n".join(lines)
 
@@ -329,4 +338,8 @@ def _opening(training: Training) -> list[str]:
 
 
 def _told(figures: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+    return ", ".join(f"{told} {figures[key]:.4f}" for key, told in _TOLD.items() if key in figures)
+
+
+def _mean(several: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {key: sum(figures[key] for figures in several) / len(several) for key in several[0]}

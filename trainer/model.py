@@ -65,7 +65,7 @@ class FirstStage(nn.Module):
         hidden_NTH = self.backbone(input_ids=ids_NT, attention_mask=mask_NT).last_hidden_state
         pooled_NH = mean_pool(hidden_NTH, pooled_NT)
         unit_NH = pooled_NH * torch.rsqrt(pooled_NH.pow(2).mean(-1, keepdim=True) + 1e-12)
-        vectors_NH: Tensor = self.head(unit_NH)
+        vectors_NH: Tensor = self.head(unit_NH.to(self.head.weight.dtype))
         return vectors_NH.float()
 
 

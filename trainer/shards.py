@@ -11,13 +11,10 @@ Legend: B slots of a batch.
 from __future__ import annotations
 
 import hashlib
-import io
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +23,7 @@ from numpy.typing import NDArray
 
 from pipeline.artifact import MANIFEST, Artifact, read_artifact
 from pipeline.errors import ConfigError, IntegrityError
-from pipeline.footer import end_of_file
+from pipeline.footer import MAGIC, end_of_file
 from trainer.index import Index, make_anew, read_index
 from trainer.order import BatchOrder
 
@@ -85,14 +82,20 @@ class Shards:
         Raises IntegrityError, naming file and batch, where its bytes are not those that were written.
         """
         index, size = self.index, self.batch_size
-        data, record = self._read_bytes(row)
         columns = [*_COLUMNS, "negatives"] if self.with_negatives else _COLUMNS
         try:
-            end = end_of_file(index.heads[index.files_I[row]], record)
-            file = pq.ParquetFile(_Window(data + end, int(index.offsets_I[row])), pre_buffer=False)
-            table = file.read_row_group(0, columns=columns, use_threads=False)
+            with pa.OSFile(
+                f"{self.path}/{index.files[index.files_I[row]]}"
+            ) as file:  # no mmap: a cut file would kill us
+                data = file.read_at(int(index.lengths_I[row]), int(index.offsets_I[row]))
+                if hashlib.sha256(data).digest() != index.sha256_I[row].tobytes():
+                    raise self._damage(row, "is not what was written: its sha256 differs")
+                record = file.read_at(int(index.record_lengths_I[row]), int(index.record_offsets_I[row]))
+                end = pa.BufferReader(MAGIC + end_of_file(index.heads[index.files_I[row]], record))
+                parquet = pq.ParquetFile(file, metadata=pq.read_metadata(end), pre_buffer=False)
+                table = parquet.read_row_group(0, columns=columns, use_threads=False)
         except (pa.ArrowException, OSError) as error:
-            raise self._damage(row, f"cannot be parsed: {error}") from error
+            raise self._damage(row, f"cannot be read: {error}") from error
         batch_id = int(index.batch_ids_I[row])
         if not table["slot"].equals(_slots(size)) or (table["batch_id"].to_numpy() != batch_id).any():
             raise self._damage(row, f"does not hold slots 0 to {size - 1} of that batch")
@@ -107,22 +110,6 @@ class Shards:
             negatives=table["negatives"].to_pylist() if self.with_negatives else None,
             equivalent_BB=_as_matrix(table["equivalent_slots"].combine_chunks(), size),
         )
-
-    def _read_bytes(self, row: int) -> tuple[bytes, bytes]:
-        """The row group, with the digest it was written with, and its record."""
-        index = self.index
-        try:
-            descriptor = os.open(f"{self.path}/{index.files[index.files_I[row]]}", os.O_RDONLY)
-            try:
-                data = _read_range(descriptor, int(index.offsets_I[row]), int(index.lengths_I[row]))
-                record = _read_range(descriptor, int(index.record_offsets_I[row]), int(index.record_lengths_I[row]))
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise self._damage(row, f"cannot be read: {error.strerror}") from None
-        if hashlib.sha256(data).digest() != index.sha256_I[row].tobytes():
-            raise self._damage(row, "is not what was written: its sha256 differs")
-        return data, record
 
     def _damage(self, row: int, what: str) -> IntegrityError:
         index = self.index
@@ -154,48 +141,9 @@ def open_shards(path: Path | str) -> Shards:
     )
 
 
-class _Window(io.RawIOBase):
-    """The end of a file, in memory: read by the offsets of the whole file, with zeros before the window."""
-
-    def __init__(self, data: bytes, offset: int) -> None:
-        self._data = data
-        self._offset = offset
-        self._place = 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        if whence == io.SEEK_END:
-            offset += self._offset + len(self._data)
-        self._place = offset + (self._place if whence == io.SEEK_CUR else 0)
-        return self._place
-
-    def tell(self) -> int:
-        return self._place
-
-    def read(self, size: int = -1) -> bytes:
-        start = self._place - self._offset
-        found = self._data[max(0, start) : None if size < 0 else max(0, start + size)]
-        if start < 0:  # pyarrow asks for the last 64 KiB of a file, in search of the footer
-            found = bytes(-start if size < 0 else min(-start, size)) + found
-        self._place += len(found)
-        return found
-
-
 @lru_cache(maxsize=4)
 def _slots(size: int) -> pa.ChunkedArray:
     return pa.chunked_array([np.arange(size, dtype=np.int32)])
-
-
-def _read_range(descriptor: int, offset: int, length: int) -> bytes:
-    data = os.pread(descriptor, length, offset)
-    while len(data) < length and (more := os.pread(descriptor, length - len(data), offset + len(data))):
-        data += more  # the kernel gives at most 2 GiB at once
-    return data
 
 
 def _as_matrix(slots: pa.ListArray, size: int) -> NDArray[np.bool_]:
