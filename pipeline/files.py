@@ -112,7 +112,7 @@ def as_user_error(error: OSError) -> HardbatchError | None:
         where = f" while writing {error.filename}" if error.filename else ""
         return NoSpaceError(f"no space left{where}; free some and run the same command again: it goes on from there")
     if error.errno in _NO_ACCESS:
-        return ConfigError(f"{error.filename}: {error.strerror}; choose another workspace, or mend its permissions")
+        return ConfigError(f"{error.filename}: {error.strerror}; choose another place, or mend its permissions")
     return None
 
 

@@ -36,7 +36,7 @@ def _acquire(path: Path) -> int:
             holder = os.pread(descriptor, 4096, 0).decode(errors="replace") or "another process"
             os.close(descriptor)
             artifact = path.parent / path.name.removeprefix(".").removesuffix(".lock")
-            raise LockedError(f"{artifact}: being built by {holder}; wait for it or use another workspace") from None
+            raise LockedError(f"{artifact}: being written by {holder}; wait for it, or write elsewhere") from None
         try:
             if os.fstat(descriptor).st_ino == path.stat().st_ino:
                 return descriptor

@@ -27,7 +27,7 @@ from pipeline.step import Built, Executor, Progress, Step, Unit, run_pending
 from pipeline.summary import refuse_empty, summarise
 from pipeline.vectors import Array, Texts, load_pairs, open_vectors
 
-# Compressed are texts alone: setting up zstd for a page takes longer than reading a page of integers, packed as they are.
+# Only texts are compressed: to set up zstd takes longer than to read a page of packed integers, which is no larger.
 _TEXTS = ("query", "document", "negatives.list.element")
 _INTEGERS = (
     "batch_id",

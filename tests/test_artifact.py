@@ -358,7 +358,9 @@ def test_the_digest_outside_ranges_is_that_of_the_other_bytes(
 def test_a_live_owner_keeps_others_out_and_is_named(tmp_path: Path) -> None:
     path = tmp_path / "d" / "key"
     with holder(path) as process:
-        with pytest.raises(LockedError, match=rf"being built by process {process.pid} on .* since \d{{4}}-") as caught:
+        with pytest.raises(
+            LockedError, match=rf"being written by process {process.pid} on .* since \d{{4}}-"
+        ) as caught:
             open_builder(path).__enter__()
         assert caught.value.exit_code == 5
         assert str(path) in str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -348,6 +349,18 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="no tokenizer") as caught:
             load_tokenizer(folder, max_length_tokens=8)
         assert str(caught.value).startswith(str(folder)) and "\n" not in str(caught.value)
+
+
+def test_a_broken_tokenizer_is_refused(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders("bytes"), tmp_path / "broken")
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BPE"')
+    with pytest.raises(ConfigError, match="broken: no tokenizer that transformers can load: "):
+        load_tokenizer(folder, max_length_tokens=8)
+
+
+def test_no_text_gives_no_token(folders: Callable[[str], Path]) -> None:
+    tokens = load_tokenizer(folders("wordpiece"), max_length_tokens=8).tokenize([], "query: ")
+    assert len(tokens) == len(tokens.ids) == len(tokens.prompt_lengths_N) == 0
 
 
 def test_a_tokenizer_that_is_not_fast_is_refused() -> None:

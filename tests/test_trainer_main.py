@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -67,6 +68,25 @@ def run(flags, *, nproc=None, cwd=ROOT, command=None):
         timeout=300,
         check=False,
     )
+
+
+def kill_all(process, output):
+    """SIGKILL to a launcher and its workers, which torchrun starts in sessions of their own."""
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    for worker in workers_of(output):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
+
+
+def workers_of(output):
+    """Processes that train into `output`."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(output) in (folder / "cmdline").read_bytes().decode(errors="replace").split("\0"):
+                found.append(int(folder.name))
+    return found
 
 
 def log_of(flags, kind="train"):
@@ -146,8 +166,7 @@ def test_killed_and_resumed_losses_are_equal_to_the_bit(flags, nproc, tmp_path):
             if log.exists() and log.read_text().count("\n") >= kill_after:
                 break
             time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_all(process, flags["--output"])
     finished = run({**flags, "--resume": "auto"}, nproc=nproc)
     assert finished.returncode == 0, finished.stderr
     assert "going on from" in finished.stderr
@@ -195,16 +214,54 @@ def test_sigterm_saves_and_leaves(flags):
         text=True,
         env=ENVIRONMENT,
     )
-    log = Path(flags["--output"]) / "log.jsonl"
-    while not (log.exists() and log.read_text().count("\n") >= 6):
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_for_lines(flags, 6, process)
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=30)
     assert process.returncode == 143 and "--resume auto" in error and "Traceback" not in error
     steps = [record["step"] for record in log_of(flags)]
-    newest = sorted((log.parent / "checkpoints").glob("step-*"))[-1]
+    newest = sorted((Path(flags["--output"]) / "checkpoints").glob("step-*"))[-1]
     assert int(newest.name.removeprefix("step-")) >= steps[-1]
+
+
+def wait_for_lines(flags, number, process):
+    log = Path(flags["--output"]) / "log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= number):
+        assert process.poll() is None
+        time.sleep(0.05)
+
+
+def test_workers_save_and_leave_when_their_launcher_is_killed(flags):
+    process = subprocess.Popen(
+        [*TORCHRUN, "2", str(ROOT / "trainer" / "main.py"), *words({**flags, "--epochs": 100_000})],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=ENVIRONMENT,
+    )
+    wait_for_lines(flags, 4, process)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while workers_of(flags["--output"]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert workers_of(flags["--output"]) == []
+    last = log_of(flags)[-1]["step"]
+    assert (Path(flags["--output"]) / "checkpoints" / f"step-{last:08d}" / "manifest.json").is_file()
+
+
+def test_a_second_training_of_the_same_output_is_refused(flags, capsys):
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "trainer" / "main.py"), *words({**flags, "--epochs": 100_000})],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=ENVIRONMENT,
+    )
+    wait_for_lines(flags, 2, process)
+    code, error = in_process({**flags, "--resume": "auto"}, capsys)
+    process.kill()
+    process.wait()
+    assert code == 5 and f"being written by process {process.pid}" in error
+    shutil.rmtree(Path(flags["--output"]) / "checkpoints", ignore_errors=True)
+    assert in_process({**flags, "--epochs": 1}, capsys)[0] == 0  # the dead one's lock is free
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------

@@ -298,6 +298,12 @@ def test_an_index_without_a_file_of_the_manifest_is_refused(shards: Path) -> Non
         open_shards(shards)
 
 
+def test_an_index_without_a_column_is_refused(shards: Path) -> None:
+    rewrite_index(shards, pl.read_parquet(shards / "index.parquet").drop("record_length"))
+    with pytest.raises(IntegrityError, match=r"index\.parquet: has no column record_length"):
+        open_shards(shards)
+
+
 @pytest.mark.parametrize("fault", ["gone", "cut", "swapped"])
 def test_damage_after_opening_is_found_as_a_batch_is_read(shards: Path, fault: str) -> None:
     opened = open_shards(shards)
@@ -306,7 +312,8 @@ def test_damage_after_opening_is_found_as_a_batch_is_read(shards: Path, fault: s
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:200] if fault == "cut" else (shards / opened.index.files[1]).read_bytes())
-    with pytest.raises(IntegrityError, match=rf"{re.escape(str(path))}: batch 0 \(row group 0\)"):
+    what = r"cannot be read: No such file or directory; delete" if fault == "gone" else "is not what was written"
+    with pytest.raises(IntegrityError, match=rf"{re.escape(str(path))}: batch 0 \(row group 0\) {what}"):
         opened.read_batch(0, 0)
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from samples import WORDS
@@ -15,6 +16,7 @@ from samples import WORDS
 from pipeline import write
 from pipeline.artifact import read_artifact, verify_artifact
 from pipeline.errors import InputError
+from pipeline.footer import end_of_file, read_head
 from pipeline.schemas import INDEX, SHARDS, SHARDS_WITH_NEGATIVES
 
 B = 8
@@ -136,6 +138,26 @@ def test_statistics_only_where_they_help(written):
         for group in range(metadata.num_row_groups):
             columns = [metadata.row_group(group).column(i) for i in range(metadata.num_columns)]
             assert {c.path_in_schema for c in columns if c.is_stats_set} == {"batch_id", "pair_id"}
+
+
+def test_only_texts_are_compressed_and_numbers_are_packed(written):
+    for path in (written.shards / "data").iterdir():
+        metadata = pq.read_metadata(path)
+        columns = [metadata.row_group(0).column(i) for i in range(metadata.num_columns)]
+        packed = {c.path_in_schema for c in columns if "DELTA_BINARY_PACKED" in c.encodings}
+        assert packed == {c.path_in_schema for c in columns if c.physical_type in ("INT32", "INT64")}
+        compressed = {c.path_in_schema for c in columns if c.compression == "ZSTD"}
+        assert compressed == {"query", "document", "negatives.list.element"}
+
+
+def test_the_record_of_each_batch_is_that_of_its_row_group(written):
+    for row in written.index.iter_rows(named=True):
+        path = written.shards / row["file"]
+        data = path.read_bytes()
+        record = data[row["record_offset"] : row["record_offset"] + row["record_length"]]
+        metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + end_of_file(read_head(path), record)))
+        table = pq.ParquetFile(path, metadata=metadata).read_row_group(0)
+        assert set(table["batch_id"].to_pylist()) == {row["batch_id"]}
 
 
 def test_index_has_a_row_per_batch(written):

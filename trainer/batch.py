@@ -120,8 +120,9 @@ def load_tokenizer(
 
     try:
         pretrained = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigError(f"{folder}: no tokenizer that transformers can load: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # of many kinds; `tokenizers` raises plain ones
+        told = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{folder}: no tokenizer that transformers can load: {told}") from None
     try:
         tokenizer = Tokenizer(pretrained, max_length_tokens, hard_negatives=hard_negatives)
     except ValueError as error:

@@ -29,7 +29,10 @@ from trainer.model import Encoder
 
 STATE_VERSION = 1
 _STAGE = "checkpoint"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+_TOKENIZER_FILES = (  # of any kind: whichever the backbone's folder has
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt"),
+    *("vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

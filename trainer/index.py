@@ -57,7 +57,8 @@ def read_index(artifact: Artifact) -> Index:
     if listed != set(files):
         name = min(listed ^ set(files))
         raise IntegrityError(f"{artifact.path}: {MANIFEST} and {INDEX} differ on {name}; {make_anew(artifact.path)}")
-    rows_of = [np.flatnonzero(files_I == place) for place in range(len(files))]
+    by_file_I = np.argsort(files_I, kind="stable")
+    rows_of = np.split(by_file_I, np.searchsorted(files_I[by_file_I], np.arange(1, len(files))))
     with ThreadPoolExecutor(_FOOTER_READERS, thread_name_prefix="footers") as pool:
         parts = list(pool.map(lambda name, rows: _check_footer(artifact, name, table.take(rows)), files, rows_of))
     records_I = np.empty((len(table), 2), dtype=np.int64)
@@ -76,7 +77,7 @@ def read_index(artifact: Artifact) -> Index:
         lengths_I=table["byte_length"].to_numpy(),
         record_offsets_I=records_I[:, 0].copy(),
         record_lengths_I=records_I[:, 1].copy(),
-        sha256_I=np.frombuffer(bytes.fromhex("".join(table["sha256"].to_pylist())), np.uint8).reshape(-1, 32),
+        sha256_I=_digests(table["sha256"]),
     )
 
 
@@ -92,17 +93,25 @@ def _read_table(artifact: Artifact) -> pa.Table:
     if record is None or hashlib.sha256(data).hexdigest() != record.sha256:
         raise IntegrityError(f"{path}: is not what was written: its sha256 differs; {make_anew(artifact.path)}")
     file = pq.ParquetFile(pa.BufferReader(data))
-    since = _SINCE_VERSION_2 if artifact.manifest.format_version >= 2 else []
-    return file.read(columns=[*_COLUMNS, *since], use_threads=False)
+    columns = _COLUMNS + (_SINCE_VERSION_2 if artifact.manifest.format_version >= 2 else [])
+    table = file.read(columns=columns, use_threads=False)
+    if missing := set(columns) - set(table.column_names):
+        raise IntegrityError(f"{path}: has no column {min(missing)}; {make_anew(artifact.path)}")
+    return table
 
 
 def _encode(column: pa.ChunkedArray) -> tuple[tuple[str, ...], NDArray[np.int64]]:
     """The distinct words of a column in order of the alphabet, and the place of each row's word among them."""
     encoded = column.combine_chunks().dictionary_encode()
     words = encoded.dictionary.to_pylist()
-    alphabetical = sorted(words)
-    places = np.array([alphabetical.index(word) for word in words], dtype=np.int64)
-    return tuple(alphabetical), places[encoded.indices.to_numpy()]
+    order = sorted(range(len(words)), key=words.__getitem__)
+    return tuple(words[i] for i in order), np.argsort(order)[encoded.indices.to_numpy()]
+
+
+def _digests(column: pa.ChunkedArray) -> NDArray[np.uint8]:
+    """Digests as 32 bytes each, from 64 hex digits each."""
+    text = column.combine_chunks().buffers()[2]
+    return np.frombuffer(bytes.fromhex(text[: 64 * len(column)].to_pybytes().decode()), np.uint8).reshape(-1, 32)
 
 
 def _check_footer(artifact: Artifact, name: str, rows: pa.Table) -> tuple[bytes, NDArray[np.int64]]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from types import FrameType
 from typing import Any
 
@@ -162,7 +163,7 @@ class _Loop:
         seconds = time.monotonic() - self._started
         with self._pause(), training.ranks.together():
             if training.ranks.is_main:
-                save_checkpoint(
+                training.tokenizer_folder = save_checkpoint(  # an older one that held the tokenizer may go
                     training.config.output,
                     training.encoder,
                     training.optimizer,
@@ -299,9 +300,18 @@ class _Loop:
             self._log.pause(time.monotonic() - started)
 
 
-@dataclass
 class _Stop:
-    signum: int = 0
+    """Whether to stop: a signal came, or torchrun, which would send one, is gone."""
+
+    def __init__(self) -> None:
+        self.noted = 0
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+    @property
+    def signum(self) -> int:
+        """The signal, 0 for none."""
+        orphaned = self._launcher is not None and os.getppid() != self._launcher
+        return self.noted or (signal.SIGTERM if orphaned else 0)
 
 
 @contextlib.contextmanager
@@ -310,9 +320,9 @@ def _signals() -> Iterator[_Stop]:
     stop = _Stop()
 
     def note(signum: int, frame: FrameType | None) -> None:
-        if stop.signum:
+        if stop.noted:
             raise SystemExit(128 + signum)
-        stop.signum = signum
+        stop.noted = signum
 
     before = {signum: signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 if __name__ == "__main__" and not __package__:
@@ -25,11 +26,13 @@ def main(arguments: Sequence[str]) -> int:
 
     try:
         config = parse_flags(arguments)
-        with join_ranks(config.device) as ranks:
+        with join_ranks(config.device) as ranks, ExitStack() as held:
             from trainer.loop import train
-            from trainer.training import start_training
+            from trainer.training import hold_output, start_training
 
             with ranks.together():
+                if ranks.is_main:
+                    held.enter_context(hold_output(config.output))
                 training = start_training(config, ranks)
             return train(training)
     except HardbatchError as error:

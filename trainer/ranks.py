@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -37,12 +38,14 @@ class Ranks:
         """The stage with gradients averaged over the ranks, each parameter once a step; itself where there is one."""
         if self.world_size == 1:
             return stage
-        return nn.parallel.DistributedDataParallel(
-            stage,
-            device_ids=[self.device] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the newer name of broadcast_buffers is newer than 2.10
+            return nn.parallel.DistributedDataParallel(
+                stage,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
+                broadcast_buffers=False,  # constants: positions and frequencies
+                gradient_as_bucket_view=True,
+            )
 
     def sum(self, *values: float) -> list[float]:
         """Sums of the values over all ranks, in float64."""

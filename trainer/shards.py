@@ -11,6 +11,7 @@ Legend: B slots of a batch.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -84,9 +85,8 @@ class Shards:
         index, size = self.index, self.batch_size
         columns = [*_COLUMNS, "negatives"] if self.with_negatives else _COLUMNS
         try:
-            with pa.OSFile(
-                f"{self.path}/{index.files[index.files_I[row]]}"
-            ) as file:  # no mmap: a cut file would kill us
+            # not memory-mapped: a file that is cut while it is read would end the process
+            with pa.OSFile(f"{self.path}/{index.files[index.files_I[row]]}") as file:
                 data = file.read_at(int(index.lengths_I[row]), int(index.offsets_I[row]))
                 if hashlib.sha256(data).digest() != index.sha256_I[row].tobytes():
                     raise self._damage(row, "is not what was written: its sha256 differs")
@@ -95,7 +95,8 @@ class Shards:
                 parquet = pq.ParquetFile(file, metadata=pq.read_metadata(end), pre_buffer=False)
                 table = parquet.read_row_group(0, columns=columns, use_threads=False)
         except (pa.ArrowException, OSError) as error:
-            raise self._damage(row, f"cannot be read: {error}") from error
+            told = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+            raise self._damage(row, f"cannot be read: {told}") from error
         batch_id = int(index.batch_ids_I[row])
         if not table["slot"].equals(_slots(size)) or (table["batch_id"].to_numpy() != batch_id).any():
             raise self._damage(row, f"does not hold slots 0 to {size - 1} of that batch")

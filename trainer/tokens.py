@@ -131,16 +131,11 @@ class TextTokenizer:
         encodings = self._backend.encode_batch_fast(
             [prompt + text for prompt, text in zip(of_texts, texts, strict=True)]
         )
-        ids: list[int] = []
-        lengths = []
-        for encoding in encodings:
-            of_text = encoding.ids or self._for_no_token
-            ids += of_text
-            lengths.append(len(of_text))
-        lengths_N = torch.tensor(lengths, dtype=torch.int64)
+        ids_of = [np.array(encoding.ids or self._for_no_token, dtype=np.int64) for encoding in encodings]
+        lengths_N = torch.tensor([len(ids) for ids in ids_of], dtype=torch.int64)
         prompt_lengths_N = torch.tensor([self._prompt_length(prompt) for prompt in of_texts], dtype=torch.int64)
         return Tokens(
-            ids=torch.from_numpy(np.array(ids, dtype=np.int64)),  # five times as fast as torch.tensor
+            ids=torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *ids_of])),
             lengths_N=lengths_N,
             prompt_lengths_N=torch.minimum(prompt_lengths_N, lengths_N - 1),
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 
 from pipeline.errors import ConfigError
 from pipeline.files import as_user_error
+from pipeline.lock import lock
 from trainer.backbone import build_encoder, find_backbone, initial_encoder
 from trainer.batch import Tokenizer, load_tokenizer
 from trainer.checkpoint import TrainState, check_resumable, find_checkpoint, load_optimizer, read_state
@@ -65,15 +68,26 @@ class Training:
         return GradCache(self.encoder, step, wrap=self.ranks.wrap)
 
 
+@contextlib.contextmanager
+def hold_output(output: Path) -> Iterator[None]:
+    """Makes the folder `output` and keeps other trainings out of it for the body.
+
+    Raises ConfigError where it cannot be made, LockedError where another training writes to it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(output / ".training.lock"))
+        except OSError as error:
+            raise as_user_error(error) or ConfigError(f"--output {output}: {error.strerror}") from None
+        yield
+
+
 def start_training(config: TrainConfig, ranks: Ranks) -> Training:
     """Opens shards and evaluation folders, builds or loads the model. Waits for no other rank.
 
     Raises ConfigError, InputError or IntegrityError for what a user can mend.
     """
-    try:
-        config.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise as_user_error(error) or ConfigError(f"--output {config.output}: {error.strerror}") from None
     shards = open_shards(config.shards)
     collections = [load_collection(folder) for folder in evaluation_folders(config, shards)]
     order = shards.order(seed=config.seed)
