@@ -1,0 +1,108 @@
+"""What a training says, and what its log keeps over a resume."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import torch
+from trainer_models import tiny_encoder
+
+from trainer.batch import Batch, Tokens
+from trainer.log import LOG, RunLog, StepFigures, model_flops
+
+
+def make_figures(loss=1.0, **changed):
+    figures = {
+        "accuracy": 0.5,
+        "mask_rate": 0.1,
+        "gradient_norm": 2.0,
+        "learning_rate": 1e-4,
+        "pairs": 8,
+        "tokens": 100,
+        "flops": 1e6,
+        "wait_s": 0.0,
+    }
+    return StepFigures(loss=loss, **{**figures, **changed})
+
+
+def open_log(folder, first_step=0):
+    return RunLog(folder, first_step=first_step, end_position=100, world_size=1, stream=io.StringIO())
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+
+
+def test_a_line_tells_means_rates_and_time_left(tmp_path):
+    log = open_log(tmp_path)
+    log.step(make_figures(1.0))
+    log.step(make_figures(2.0, wait_s=1e-6))
+    log.flush(step=2, position=4, batches_per_step=2)
+    log.flush(step=2, position=4, batches_per_step=2)  # nothing new: no line
+    log.close()
+    (record,) = records(tmp_path)
+    assert record["kind"] == "train" and record["step"] == 2 and record["position"] == 4
+    assert record["loss"] == 1.5 and record["learning_rate"] == 1e-4 and record["data_wait"] > 0
+    assert record["tokens_per_s"] == pytest.approx(record["pairs_per_s"] * 12.5)
+    line = log._stream.getvalue()
+    assert "batch 4 of 100" in line and "loss 1.5000" in line and "left" in line and line.count("\n") == 1
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_a_resumed_log_goes_on_where_its_checkpoint_was(tmp_path):
+    log = open_log(tmp_path)
+    for step in (1, 2, 3):
+        log.write("train", {"loss": float(step)}, step=step, position=step)
+    log.close()
+    with (tmp_path / LOG).open("a") as file:
+        file.write('{"kind": "train", "st')  # a kill amid a line
+    log = open_log(tmp_path, first_step=2)
+    log.write("train", {"loss": 3.5}, step=3, position=3)
+    log.close()
+    assert [(record["step"], record["loss"]) for record in records(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 3.5)]
+    log = open_log(tmp_path)  # a new training
+    log.close()
+    assert records(tmp_path) == []
+
+
+def test_a_new_training_keeps_no_evaluation_of_the_old_one(tmp_path):
+    log = open_log(tmp_path)
+    log.write("eval/x", {"loss": 1.0}, step=0, position=0)
+    log.close()
+    open_log(tmp_path, first_step=0).close()
+    assert records(tmp_path) == []
+
+
+def test_the_evaluation_before_step_1_survives_a_resume(tmp_path):
+    log = open_log(tmp_path)
+    log.write("eval/x", {"loss": 1.0}, step=0, position=0)
+    log.close()
+    open_log(tmp_path, first_step=5).close()
+    assert len(records(tmp_path)) == 1
+
+
+def tokens(lengths):
+    lengths_N = torch.tensor(lengths)
+    ids = torch.zeros(int(lengths_N.sum()), dtype=torch.int64)
+    return Tokens(ids=ids, lengths_N=lengths_N, prompt_lengths_N=torch.zeros_like(lengths_N))
+
+
+@pytest.mark.parametrize("context_size", [0, 2])
+def test_flops_by_hand(context_size):
+    encoder = tiny_encoder("bert", context_size, num_layers=3, hidden_size=32)
+    batch = Batch(
+        position=0,
+        batch_id=0,
+        domain="x",
+        queries=tokens([3, 4]),
+        documents=tokens([5, 6]),
+        negatives=None,
+        negative_owner_M=torch.zeros(0, dtype=torch.int64),
+        equivalent_BB=torch.zeros(2, 2, dtype=torch.bool),
+    )
+    layer = 4 * 32 * 32 + 2 * 32 * 64
+    second = sum(6 * 3 * layer * (n + context_size) + 12 * 3 * 32 * (n + context_size) ** 2 for n in (3, 4, 5, 6))
+    first = sum(6 * (3 * layer + 32 * 32) * n + 12 * 3 * 32 * n**2 for n in (5, 6)) if context_size else 0
+    assert model_flops(encoder, batch, torch.tensor([0, 1])) == pytest.approx(second + first)

@@ -1,0 +1,63 @@
+"""Several processes: sums, and leaving together."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from test_trainer_gradcache import free_port
+
+from pipeline.errors import ConfigError, InputError, IntegrityError
+from trainer.ranks import join_ranks
+
+
+def rank_main(rank, world_size, port, folder):
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    told = []
+    with join_ranks("cpu") as ranks:
+        told.append([ranks.rank, ranks.is_main, ranks.sum(rank + 0.5, 1.0), ranks.max(10 * rank)])
+        for bad in ({1: "on one"}, {0: "same", 1: "same"}, {0: "first", 1: "second"}, {}):
+            try:
+                with ranks.together():
+                    if rank in bad:
+                        raise (InputError if rank else IntegrityError)(bad[rank])
+                told.append("nothing")
+            except (InputError, IntegrityError) as error:
+                told.append([type(error).__name__, str(error)])
+    Path(folder, f"{rank}.json").write_text(json.dumps(told))
+
+
+def test_errors_of_any_rank_are_raised_by_all(tmp_path):
+    mp.spawn(rank_main, args=(2, free_port(), str(tmp_path)), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first[0] == [0, True, [2.0, 2.0], 10] and second[0] == [1, False, [2.0, 2.0], 10]
+    assert first[1:] == second[1:]
+    assert first[1] == ["InputError", "on one"]
+    assert first[2] == ["IntegrityError", "same"]
+    assert first[3] == ["IntegrityError", "first\nsecond"]
+    assert first[4] == "nothing"
+
+
+def test_one_process_alone():
+    with join_ranks("auto" if not torch.cuda.is_available() else "cpu") as ranks:
+        stage = torch.nn.Linear(2, 2)
+        assert ranks.wrap(stage) is stage and ranks.sum(1.5, 2) == [1.5, 2] and ranks.max(3) == 3
+        with pytest.raises(InputError, match="alone"), ranks.together():
+            raise InputError("alone")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
+def test_cuda_in_vain():
+    with pytest.raises(ConfigError, match="no CUDA device can be used here"), join_ranks("cuda"):
+        pass
