@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
+    tempfile.tempdir = str(folder)  # mosaicml leaves lock files there
     try:
         for batch_size in options.batch_sizes:
             shards = open_shards(build(folder, options.pairs, batch_size))

@@ -3,7 +3,7 @@
     python benchmarks/training.py --shards DIR [--backbone minilm] [--num-layers 3] [--rounds 5]
 
 gradcache  CPU seconds of a step in chunks over those of the same step in one graph, rounds interleaved, medians
-padding    tokens computed with over tokens of the texts, when chunks are sorted by length, and when they are not
+padding    tokens computed with over tokens of the texts: chunks sorted by length, in pieces; sorted alone; in order
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from trainer.backbone import build_encoder, find_backbone
-from trainer.batch import Batch, chunk_by_length, concat, load_tokenizer, padding_ratio
+from trainer.batch import Batch, chunk_by_length, concat, load_tokenizer, padding_ratio, split_tightly
 from trainer.config import parse_flags
 from trainer.gradcache import GradCache, StepConfig
 from trainer.model import Encoder
@@ -51,18 +51,20 @@ def main() -> None:
 def print_padding(batches: list[Batch]) -> None:
     """Over whole batches: how much longer the padded texts are than the texts."""
     print(f"padding, {len(batches)} batches: tokens computed with / tokens of the texts")
-    print(f"{'chunk':>8}{'sorted':>9}{'not':>9}")
+    print(f"{'chunk':>8}{'pieces':>9}{'sorted':>9}{'in order':>10}")
     for size in (*CHUNKS, WHOLE):
-        ratios = []
-        for in_order in (False, True):
-            padded = real = 0.0
-            for batch in batches:
-                lengths_N = concat(batch.sides).lengths_N
-                rows = list(torch.arange(len(lengths_N)).split(size)) if in_order else chunk_by_length(lengths_N, size)
-                padded += padding_ratio(lengths_N, rows) * float(lengths_N.sum())
-                real += float(lengths_N.sum())
-            ratios.append(padded / real)
-        print(f"{'whole' if size == WHOLE else size:>8}{ratios[0]:>9.3f}{ratios[1]:>9.3f}")
+        padded = dict.fromkeys(("pieces", "sorted", "in order"), 0.0)
+        real = 0.0
+        for batch in batches:
+            lengths_N = concat(batch.sides).lengths_N
+            chunks = chunk_by_length(lengths_N, size)
+            pieces = [piece for rows in chunks for piece in rows.split(split_tightly(lengths_N[rows]))]
+            in_order = list(torch.arange(len(lengths_N)).split(size))
+            for name, parts in zip(padded, (pieces, chunks, in_order), strict=True):
+                padded[name] += padding_ratio(lengths_N, parts) * float(lengths_N.sum())
+            real += float(lengths_N.sum())
+        ratios = [total / real for total in padded.values()]
+        print(f"{'whole' if size == WHOLE else size:>8}{ratios[0]:>9.3f}{ratios[1]:>9.3f}{ratios[2]:>10.3f}")
 
 
 def print_gradcache(encoder: Encoder, batches: list[Batch]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline.artifact import (
@@ -342,6 +342,7 @@ def test_the_format_before_is_read(tmp_path: Path) -> None:
     data=st.binary(max_size=40),
     cuts=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 20)), max_size=4),
 )
+@example(data=b"abcdef", cuts=[(0, 5), (1, 2)])
 def test_the_digest_outside_ranges_is_that_of_the_other_bytes(
     data: bytes, cuts: list[tuple[int, int]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -107,6 +107,36 @@ def test_a_file_without_row_groups_in_its_footer_is_refused(folder: Path, data: 
         record_ranges(folder / "no.parquet")
 
 
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (1, b""),  # true, false: in the header
+        (2, b""),
+        (3, b"\x07"),  # byte
+        (4, b"\xff\xff\x03"),  # integers
+        (5, b"\x81\x01"),
+        (6, b"\x05"),
+        (7, b"\x01\x02\x03\x04\x05\x06\x07\x08"),  # double
+        (8, b"\x03abc"),  # binary
+        (9, b"\x22\x01\x02"),  # two booleans
+        (9, b"\x13\x01"),  # a byte
+        (9, b"\x27" + b"\x09" * 16),  # two doubles
+        (9, b"\x25\x81\x01\x02"),  # two integers
+        (9, b"\xf5\x10" + b"\x02" * 16),  # sixteen integers
+        (10, b"\x28\x01a\x02bc"),  # a set of two binaries
+        (12, b"\x15\x02\x05\x40\x02\x11\x00"),  # a struct: an integer, field 32 (told in full), a boolean
+    ],
+)
+def test_values_of_every_type_are_stepped_over(folder: Path, kind: int, value: bytes) -> None:
+    head = bytes([0x10 | kind]) + value + b"\x39"  # field 1, then the header of field 4
+    record = b"\x15\x02\x00"
+    path = folder / "crafted.parquet"
+    path.write_bytes(b"PAR1" + head + b"\x2c" + record * 2 + b"\x00" + (len(head) + 8).to_bytes(4, "little") + b"PAR1")
+    assert read_head(path) == head
+    first = 4 + len(head) + 1
+    assert record_ranges(path) == [(first, len(record)), (first + len(record), len(record))]
+
+
 def test_a_list_of_absurd_length_ends_at_once(folder: Path) -> None:
     """A flipped bit can make a list of 2^60 items: none of their types may be walked item by item past the end."""
     for item in range(16):

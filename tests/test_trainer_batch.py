@@ -157,8 +157,9 @@ def test_a_prompt_for_each_text(folders: Callable[[str], Path]) -> None:
         tokenizer.tokenize(["river", "stone"], ["query: "])
 
 
-def test_a_prompt_as_long_as_the_limit_leaves_a_token(folders: Callable[[str], Path]) -> None:
-    tokens = load_tokenizer(folders("wordpiece"), max_length_tokens=4).tokenize(["river"], "a much too long prompt: ")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_as_long_as_the_limit_leaves_a_token(folders: Callable[[str], Path], kind: str) -> None:
+    tokens = load_tokenizer(folders(kind), max_length_tokens=4).tokenize(["river"], "a much too long prompt: ")
     assert tokens.lengths_N.tolist() == [4] and tokens.prompt_lengths_N.tolist() == [3]
     assert pad(tokens, torch.tensor([0]), 0).without_prompt_CT().tolist() == [[False, False, False, True]]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.errors import ConfigError
 from trainer.shards import TextBatch
-from trainer.tokens import Padded, TextTokenizer, Tokens, chunk_by_length, concat, pad, padding_ratio
+from trainer.tokens import Padded, TextTokenizer, Tokens, chunk_by_length, concat, pad, padding_ratio, split_tightly
 
 __all__ = [
     "Batch",
@@ -27,6 +27,7 @@ __all__ = [
     "load_tokenizer",
     "pad",
     "padding_ratio",
+    "split_tightly",
 ]
 
 

@@ -7,7 +7,8 @@
 
 The gradients are those of one graph over the same chunks and draws, since dropout is replayed. With several ranks each
 parameter is reduced once a step: at the last chunk of its stage, of the last batch of the step.
-Chunks hold texts of like length, so that little is padded; embeddings return to the order of the slots.
+Chunks hold texts of like length, and go through a stage in pieces of nearly the same, so that little is padded;
+embeddings return to the order of the slots.
 
 Shapes: N texts of a batch (queries, documents, hard negatives), M context documents, C rows of a chunk, T tokens,
 J context size, H width of a context vector, D width of an embedding.
@@ -16,14 +17,14 @@ J context size, H width of a context vector, D width of an embedding.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from trainer.batch import Batch, Tokens, chunk_by_length, concat, pad
+from trainer.batch import Batch, Tokens, chunk_by_length, concat, pad, split_tightly
 from trainer.draws import draw_context, draw_kept_context, replayed
 from trainer.loss import Loss, info_nce
 from trainer.model import Encoder
@@ -116,8 +117,8 @@ class GradCache:
         assert self._first is not None
         rows_C = plan.context_rows_M[plan.context_chunks[number]]
         with replayed(self._device, self._config.seed, plan.batch.position, "first_stage", number), self._autocast():
-            vectors_CH: Tensor = self._first(*self._pad(plan.batch.documents, rows_C))
-        return vectors_CH
+            pieces = self._pieces(plan.batch.documents, rows_C)
+            return torch.cat([self._first(*piece) for _, piece in pieces])
 
     def _embed(self, plan: _Plan, context_MH: Tensor | None) -> Tensor:
         chunks = [self._embed_chunk(plan, number, context_MH) for number in range(len(plan.text_chunks))]
@@ -126,28 +127,38 @@ class GradCache:
     def _embed_chunk(self, plan: _Plan, number: int, context_MH: Tensor | None) -> Tensor:
         rows_C = plan.text_chunks[number]
         with replayed(self._device, self._config.seed, plan.batch.position, "second_stage", number), self._autocast():
-            keep_CJ = plan.keep_NJ[rows_C].to(self._device, non_blocking=True)
-            embeddings_CD: Tensor = self._second(*self._pad(plan.texts, rows_C), context_MH, keep_CJ)
-        return embeddings_CD
+            keep_NJ, pieces = plan.keep_NJ, self._pieces(plan.texts, rows_C)
+            return torch.cat(
+                [self._second(*piece, context_MH, self._to_device(keep_NJ[piece_rows])) for piece_rows, piece in pieces]
+            )
 
     def _loss(self, plan: _Plan, embeddings_ND: Tensor) -> Loss:
         size = len(plan.batch.queries)
         return info_nce(
             embeddings_ND[:size],
             embeddings_ND[size : 2 * size],
-            plan.batch.equivalent_BB.to(self._device, non_blocking=True),
+            self._to_device(plan.batch.equivalent_BB),
             temperature=self._config.temperature,
             negatives_MD=embeddings_ND[2 * size :],
-            negative_owner_M=plan.batch.negative_owner_M.to(self._device, non_blocking=True),
+            negative_owner_M=self._to_device(plan.batch.negative_owner_M),
         )
 
-    def _pad(self, tokens: Tokens, rows_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        padded = pad(tokens, rows_C, self._config.pad_id)
-        pooled_CT = padded.mask_CT if self._model.pool_prompt else padded.without_prompt_CT()
-        ids_CT, mask_CT, pooled_CT = (
-            tensor.to(self._device, non_blocking=True) for tensor in (padded.ids_CT, padded.mask_CT, pooled_CT)
-        )
-        return ids_CT, mask_CT, pooled_CT
+    def _pieces(self, tokens: Tokens, rows_C: Tensor) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor, Tensor]]]:
+        """The rows of each piece of a chunk, and its ids, its mask and the tokens that are pooled, on the device."""
+        for piece_rows in torch.split(rows_C, split_tightly(tokens.lengths_N[rows_C])):
+            padded = pad(tokens, piece_rows, self._config.pad_id)
+            pooled = padded.mask_CT if self._model.pool_prompt else padded.without_prompt_CT()
+            yield (
+                piece_rows,
+                (
+                    self._to_device(padded.ids_CT),
+                    self._to_device(padded.mask_CT),
+                    self._to_device(pooled),
+                ),
+            )
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device, non_blocking=True)
 
     def _autocast(self) -> AbstractContextManager[object]:
         # entered anew for each chunk: a weight cast and cached in pass 1, without a graph, would get no gradient in 2

@@ -87,6 +87,20 @@ def chunk_by_length(lengths_N: Tensor, chunk_size: int) -> list[Tensor]:
     return list(torch.split(torch.argsort(lengths_N, descending=True, stable=True), chunk_size))
 
 
+def split_tightly(lengths_C: Tensor, *, shrink: float = 0.8, least: int = 16) -> list[int]:
+    """Sizes of pieces of a chunk, whose lengths fall, that hold little padding when each is padded by itself.
+
+    A piece ends before a text shorter than `shrink` of its longest, but has `least` texts: smaller ones are slow.
+    """
+    lengths = lengths_C.tolist()
+    sizes, start = [], 0
+    for place, length in enumerate(lengths):
+        if place - start >= least and length < shrink * lengths[start]:
+            sizes.append(place - start)
+            start = place
+    return [*sizes, len(lengths) - start]
+
+
 def padding_ratio(lengths_N: Tensor, chunks: Sequence[Tensor]) -> float:
     """Tokens computed with, padding included, over tokens of the texts."""
     padded = sum(int(lengths_N[rows_C].max()) * len(rows_C) for rows_C in chunks)
