@@ -29,6 +29,7 @@ from trainer.batch import (
     load_tokenizer,
     pad,
     padding_ratio,
+    split_tightly,
 )
 from trainer.shards import TextBatch, open_shards
 from trainer.stream import BatchStream
@@ -372,3 +373,18 @@ def test_a_tokenizer_that_is_not_fast_is_refused() -> None:
 @pytest.mark.parametrize(("kind", "pad_id"), [("wordpiece", 0), ("bytes with specials", 2), ("bytes", 0)])
 def test_the_padding_token(folders: Callable[[str], Path], kind: str, pad_id: int) -> None:
     assert load_tokenizer(folders(kind), max_length_tokens=8).pad_id == pad_id
+
+
+def test_pieces_hold_little_padding_and_every_row() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for size in (1, 15, 40, 500):
+        lengths_N = torch.randint(1, 400, (size,), generator=generator)
+        (rows_C,) = chunk_by_length(lengths_N, size)
+        sizes = split_tightly(lengths_N[rows_C])
+        assert sum(sizes) == size and all(piece >= 16 for piece in sizes[:-1]) and sizes[-1] >= 1
+        pieces = list(torch.split(rows_C, sizes))
+        assert padding_ratio(lengths_N, pieces) <= padding_ratio(lengths_N, [rows_C])
+        if size == 500:
+            assert padding_ratio(lengths_N, pieces) < 1.15 < padding_ratio(lengths_N, [rows_C])
+    assert split_tightly(torch.tensor([10] * 50)) == [50]
+    assert split_tightly(torch.tensor([10] * 16 + [8] * 5 + [7] * 20)) == [21, 20]

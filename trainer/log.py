@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,6 +22,14 @@ from trainer.model import Encoder
 LOG = "log.jsonl"
 # dense bf16 FLOP/s of the vendors' data sheets
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
+
+# figures of an evaluation that are printed; the log has all
+_TOLD = {
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "ndcg_at_10": "nDCG@10",
+    "ndcg_at_10_no_context": "nDCG@10 without context",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +135,24 @@ class RunLog:
         write_file_atomic(self._path, "".join(kept).encode())
 
 
+def evaluation_text(figures: Mapping[str, float]) -> str:
+    """The figures of an evaluation that are printed, in a line."""
+    return ", ".join(f"{told} {figures[key]:.4f}" for key, told in _TOLD.items() if key in figures)
+
+
+def summary_text(evaluations: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """A line for each collection that was measured more than once: first and last figures; and one for their mean."""
+    ends = {name: (found[0], found[-1]) for name, found in evaluations.items() if len(found) > 1}
+    if len(ends) > 1:
+        befores, afters = zip(*ends.values(), strict=True)
+        ends["mean"] = (_mean(befores), _mean(afters))
+    lines = []
+    for name, (before, after) in ends.items():
+        told = [f"{_TOLD[key]} {before[key]:.4f} -> {after[key]:.4f}" for key in _TOLD if key in before]
+        lines.append(f"\n{name}: {', '.join(told)}")
+    return "".join(lines)
+
+
 def model_flops(encoder: Encoder, batch: Batch, context_rows_M: torch.Tensor) -> float:
     """FLOPs of forward and backward over the real tokens of a batch, context included; second passes are not counted.
 
@@ -161,3 +188,7 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5_400 else f"{seconds / 3_600:.1f} h"
+
+
+def _mean(several: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: sum(figures[key] for figures in several) / len(several) for key in several[0]}

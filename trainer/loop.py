@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, replace
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,18 +17,11 @@ from trainer.checkpoint import save_checkpoint
 from trainer.draws import draw_context
 from trainer.evaluate import evaluate_retrieval, held_out_loss
 from trainer.export import export_model
-from trainer.log import RunLog, StepFigures, model_flops
+from trainer.log import RunLog, StepFigures, evaluation_text, model_flops, summary_text
 from trainer.loss import mask_rate
+from trainer.signals import noted_signals
 from trainer.stream import BatchStream
 from trainer.training import Training
-
-# figures of an evaluation that are printed; the log has all
-_TOLD = {
-    "loss": "loss",
-    "accuracy": "accuracy",
-    "ndcg_at_10": "nDCG@10",
-    "ndcg_at_10_no_context": "nDCG@10 without context",
-}
 
 
 class DivergedError(HardbatchError):
@@ -50,7 +40,7 @@ def train(training: Training) -> int:
         log = RunLog(config.output, first_step=state.step, end_position=state.end_position, world_size=ranks.world_size)
         for line in [*_opening(training), *training.notices]:
             log.say(line)
-    with contextlib.closing(_Loop(training, log)) as loop, _signals() as stop:
+    with contextlib.closing(_Loop(training, log)) as loop, noted_signals() as stop:
         if training.state.step == 0:
             loop.evaluate()
         while loop.next_position + training.step_size <= training.state.end_position:
@@ -201,7 +191,7 @@ class _Loop:
                     figures |= {name + suffix: value for name, value in asdict(found).items()}
                 if self._log is not None:
                     self._log.write(f"eval/{collection.name}", figures, step=state.step, position=state.position)
-                    self._log.say(f"{collection.name} after step {state.step:,}: {_told(figures)}")
+                    self._log.say(f"{collection.name} after step {state.step:,}: {evaluation_text(figures)}")
                     self._evaluations.setdefault(collection.name, []).append(figures)
 
     def finish(self) -> None:
@@ -216,7 +206,11 @@ class _Loop:
                     prompts=training.state.prompts,
                     trained_on=f"shards {training.shards.key} ({', '.join(training.shards.domains)})",
                 )
-                self._log.say(self._summary())
+                state = replace(training.state, seconds=training.state.seconds + time.monotonic() - self._started)
+                self._log.say(
+                    f"trained {state.step:,} steps, {state.pairs:,} pairs in {state.seconds:,.0f} s"
+                    + summary_text(self._evaluations)
+                )
                 print(export)
 
     def close(self) -> None:
@@ -224,20 +218,6 @@ class _Loop:
         self._stream.close()
         if self._log is not None:
             self._log.close()
-
-    def _summary(self) -> str:
-        state = self._training.state
-        seconds = state.seconds + time.monotonic() - self._started
-        lines = [f"trained {state.step:,} steps, {state.pairs:,} pairs in {seconds:,.0f} s"]
-        measured = {name: found for name, found in self._evaluations.items() if len(found) > 1}
-        ends = {name: (found[0], found[-1]) for name, found in measured.items()}
-        if len(ends) > 1:
-            befores, afters = zip(*ends.values(), strict=True)
-            ends["mean"] = (_mean(befores), _mean(afters))
-        for name, (before, after) in ends.items():
-            told = [f"{_TOLD[key]} {before[key]:.4f} -> {after[key]:.4f}" for key in _TOLD if key in before]
-            lines.append(f"{name}: {', '.join(told)}")
-        return "\n".join(lines)
 
     def _figures(self, position: int, batches: list[Batch], losses: list[tuple[float, float]]) -> dict[str, Any]:
         """Sums and means of the step over all ranks."""
@@ -300,38 +280,6 @@ class _Loop:
             self._log.pause(time.monotonic() - started)
 
 
-class _Stop:
-    """Whether to stop: a signal came, or torchrun, which would send one, is gone."""
-
-    def __init__(self) -> None:
-        self.noted = 0
-        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-
-    @property
-    def signum(self) -> int:
-        """The signal, 0 for none."""
-        orphaned = self._launcher is not None and os.getppid() != self._launcher
-        return self.noted or (signal.SIGTERM if orphaned else 0)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[_Stop]:
-    """Notes SIGTERM and SIGINT for the end of the step; a second one ends the process at once."""
-    stop = _Stop()
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        if stop.noted:
-            raise SystemExit(128 + signum)
-        stop.noted = signum
-
-    before = {signum: signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
 def _opening(training: Training) -> list[str]:
     """What is about to happen."""
     shards, state, encoder = training.shards, training.state, training.encoder
@@ -345,11 +293,3 @@ def _opening(training: Training) -> list[str]:
         f"{encoder.config.max_length_tokens} tokens; {training.ranks.world_size} ranks on "
         f"{training.ranks.device.type}, {precision}; batches {state.position:,} to {state.end_position:,}",
     ]
-
-
-def _told(figures: dict[str, float]) -> str:
-    return ", ".join(f"{told} {figures[key]:.4f}" for key, told in _TOLD.items() if key in figures)
-
-
-def _mean(several: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {key: sum(figures[key] for figures in several) / len(several) for key in several[0]}
