@@ -14,7 +14,8 @@ DEMO_TRAINING = --num-layers 3 --dropout 0 --context-size 24 --max-length 48 --m
 
 demo: .venv/.installed-demo
 	@shards=$$($(BIN)/hardbatch demo | tee /dev/stderr | tail -n 1) && \
-		$(BIN)/python trainer/main.py --shards "$$shards" --output workspace/demo-training --resume auto $(DEMO_TRAINING)
+		$(BIN)/python trainer/main.py --shards "$$shards" --output "workspace/demo-training/$$(basename "$$shards")" \
+		--resume auto $(DEMO_TRAINING)
 
 test: .venv/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests

@@ -9,7 +9,7 @@ from pipeline.errors import ConfigError
 
 _MODEL_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 _MODEL_HELP = (
-    "give minilm, lexical, a folder with a sentence-transformers model, or a name on the hub that can be reached"
+    "give minilm, a folder with a model, or a name on the hub that can be reached (to embed, also: lexical)"
 )
 
 

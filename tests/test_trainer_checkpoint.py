@@ -23,10 +23,10 @@ from trainer.model import load_encoder
 SETTINGS = {"learning_rate": 0.1, "seed": 0}
 
 
-def make_state(step=10):
+def make_state(step=10, position=None):
     return TrainState(
         step=step,
-        position=2 * step,
+        position=2 * step if position is None else position,
         warmup_batches=5,
         end_position=100,
         shards_key="abc",
@@ -42,17 +42,18 @@ def saver(tmp_path):
     """`saver(step, keep_last=2)`: saves a trained encoder below tmp_path/run; it has `.encoder` and `.optimizer`."""
     encoder = tiny_encoder("bert", 4)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=0.01)
-    tokenizer = save_tokenizer(tmp_path / "tokenizer")
+    tokenizer = {path.name: path.read_bytes() for path in save_tokenizer(tmp_path / "tokenizer").iterdir()}
 
     def save(step=10, keep_last=2):
         for parameter in encoder.parameters():
             parameter.grad = torch.randn_like(parameter)
         optimizer.step()
+        state = make_state(step, save.position)
         return save_checkpoint(
-            tmp_path / "run", encoder, optimizer, make_state(step), tokenizer_folder=tokenizer, keep_last=keep_last
+            tmp_path / "run", encoder, optimizer, state, tokenizer_files=tokenizer, keep_last=keep_last
         )
 
-    save.encoder, save.optimizer, save.output = encoder, optimizer, tmp_path / "run"
+    save.encoder, save.optimizer, save.output, save.position = encoder, optimizer, tmp_path / "run", None
     return save
 
 
@@ -121,6 +122,33 @@ def test_never_and_named(saver, tmp_path):
     assert find_checkpoint(saver.output, str(path)) == (path, [])
     with pytest.raises(ConfigError, match="no checkpoint there"):
         find_checkpoint(saver.output, str(tmp_path / "nowhere"))
+
+
+def test_the_same_step_of_another_way_is_written_anew(saver):
+    """A run that went on with other ranks comes to the same step at another place of the order."""
+    path = saver(10)
+    before = (path / "model.safetensors").read_bytes()
+    saver(10)
+    assert (path / "model.safetensors").read_bytes() == before  # that state is saved
+    content = json.loads((path / "state.json").read_text())
+    saver.position = content["position"] + 1
+    saver(10)
+    assert read_state(path).position == saver.position and (path / "model.safetensors").read_bytes() != before
+
+
+def test_a_named_one_that_is_not_the_newest_would_mix_two_trainings(saver):
+    older, newest = saver(10), saver(20)
+    with pytest.raises(ConfigError, match="another newest checkpoint, step-00000020"):
+        find_checkpoint(saver.output, str(older))
+    assert find_checkpoint(saver.output, str(newest)) == (newest, [])
+
+
+def test_a_setting_that_an_old_checkpoint_does_not_know_is_its_default(saver):
+    path = saver(10)
+    state = read_state(path)
+    check_resumable(path, state, shards_key="abc", settings={**SETTINGS, "no_context_rate": 0.0})
+    with pytest.raises(ConfigError, match=r"--no-context-rate 0.0 there, 0.5 here"):
+        check_resumable(path, state, shards_key="abc", settings={**SETTINGS, "no_context_rate": 0.5})
 
 
 def test_other_shards_and_other_settings_are_refused(saver):

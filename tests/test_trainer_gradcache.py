@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from models import VOCABULARY_SIZE
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from trainer_models import tiny_config
 
 from trainer.batch import Batch, Tokens
@@ -230,17 +229,18 @@ def test_bf16_autocast_gives_every_weight_its_gradient():
 ACCUMULATE, NUM_STEPS = 2, 50
 
 
-def train_rank(rank, world_size, accumulate, config, device="cpu"):
+def train_rank(rank, world_size, accumulate, config, num_negatives=lambda position: 0):
     """Yields (gradients, parameters) of one rank after each step; batches in the order of the stream."""
     encoder = make_encoder()
-    ranks = Ranks(rank=rank, world_size=world_size, device=torch.device(device), _control=None)
-    step = GradCache(encoder, config, wrap=ranks.wrap)
+    ranks = Ranks(rank=rank, world_size=world_size, device=torch.device("cpu"))
+    step = GradCache(encoder, config)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3)
     position = 0
     while True:
         for number in range(accumulate):
-            batch = make_batch(position + number * world_size + rank)
-            step.backward(batch, scale=1 / accumulate, last=number == accumulate - 1)
+            place = position + number * world_size + rank
+            step.backward(make_batch(place, num_negatives(place)), scale=1 / accumulate)
+        ranks.average_gradients(encoder)
         gradients = gradients_of(encoder)
         torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
         optimizer.step()
@@ -261,6 +261,14 @@ CONFIGS = {
 }
 
 
+UNEVEN = replace(STEP, first_stage_chunk=6, second_stage_chunk=16)  # one chunk, or two where there are negatives
+
+
+def uneven(position):
+    """Hard negatives of the batch at `position`: none on some ranks, some on others."""
+    return 5 * (position % 2)
+
+
 def rank_main(rank, world_size, port, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
@@ -271,34 +279,28 @@ def rank_main(rank, world_size, port, folder):
         for _ in range((NUM_STEPS if name == "dropping" else 4) - 1):
             _, parameters = next(steps)
         results[name] = {"gradients": gradients, "digest": digest(parameters)}
+    steps = train_rank(rank, world_size, 1, UNEVEN, uneven)
+    results["uneven"] = {"gradients": next(steps)[0], "digest": digest([next(steps) for _ in range(4)][-1][1])}
     results["reduced"] = count_reduced(rank, world_size)
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 def count_reduced(rank, world_size):
-    """Elements that one step of two micro-batches reduces, and the number of parameters, of each stage."""
-    encoder = make_encoder()
-    ranks = Ranks(rank=rank, world_size=world_size, device=torch.device("cpu"))
+    """Elements that a step reduces, and the number of parameters."""
     counted = []
+    reduce = dist.all_reduce
 
-    def wrap(stage):
-        wrapped = ranks.wrap(stage)
-        place = len(counted)
-        counted.append(0)
+    def count(tensor, **options):
+        counted.append(tensor.numel())
+        return reduce(tensor, **options)
 
-        def hook(state, bucket):
-            counted[place] += bucket.buffer().numel()
-            return allreduce_hook(None, bucket)
-
-        wrapped.register_comm_hook(None, hook)
-        return wrapped
-
-    step = GradCache(encoder, STEP, wrap=wrap)
-    for number in range(2):
-        step.backward(make_batch(number * world_size + rank), scale=0.5, last=number == 1)
-    stages = (encoder.first_stage_model, encoder.second_stage_model)
-    return counted, [sum(parameter.numel() for parameter in stage.parameters()) for stage in stages]
+    dist.all_reduce = count
+    try:
+        next(train_rank(rank, world_size, ACCUMULATE, STEP))
+    finally:
+        dist.all_reduce = reduce
+    return sum(counted), sum(parameter.numel() for parameter in make_encoder().parameters())
 
 
 def free_port():
@@ -316,6 +318,10 @@ def test_ranks_equal_one_rank_that_accumulates(world_size, tmp_path):
         for rank in range(world_size):
             assert worst_error(found[rank][name]["gradients"], alone) < BOUND, name
         assert len({found[rank][name]["digest"] for rank in range(world_size)}) == 1, name
+    alone, _ = next(train_rank(0, 1, world_size, UNEVEN, uneven))
+    for rank in range(world_size):
+        assert worst_error(found[rank]["uneven"]["gradients"], alone) < BOUND
+        assert found[rank]["uneven"]["digest"] == found[0]["uneven"]["digest"]
     for rank in range(world_size):
         counted, parameters = found[rank]["reduced"]
         assert counted == parameters

@@ -35,6 +35,19 @@ def rank_main(rank, world_size, port, folder):
                 told.append("nothing")
             except (InputError, IntegrityError) as error:
                 told.append([type(error).__name__, str(error)])
+        for facts in ({"step": 3}, {"step": rank, "shards": "x"}):
+            try:
+                ranks.require_equal(facts, "share it")
+                told.append("agreed")
+            except ConfigError as error:
+                told.append(str(error))
+        layer = torch.nn.Linear(2, 1)
+        with torch.no_grad():
+            layer.weight.fill_(rank + 1.0)
+        ranks.share_weights(layer)
+        layer.weight.grad = torch.full_like(layer.weight, float(rank))  # and none for the bias
+        ranks.average_gradients(layer)
+        told.append([layer.weight.tolist(), layer.weight.grad.tolist(), layer.bias.grad.tolist()])
     Path(folder, f"{rank}.json").write_text(json.dumps(told))
 
 
@@ -47,12 +60,15 @@ def test_errors_of_any_rank_are_raised_by_all(tmp_path):
     assert first[2] == ["IntegrityError", "same"]
     assert first[3] == ["IntegrityError", "first\nsecond"]
     assert first[4] == "nothing"
+    assert first[5:7] == ["agreed", "the ranks do not agree (step: 0, 1); share it"]
+    assert first[7] == [[[1.0, 1.0]], [[0.5, 0.5]], [0.0]]
 
 
 def test_one_process_alone():
     with join_ranks("auto" if not torch.cuda.is_available() else "cpu") as ranks:
         stage = torch.nn.Linear(2, 2)
-        assert ranks.wrap(stage) is stage and ranks.sum(1.5, 2) == [1.5, 2] and ranks.max(3) == 3
+        ranks.average_gradients(stage)
+        assert stage.weight.grad is None and ranks.sum(1.5, 2) == [1.5, 2] and ranks.max(3) == 3
         with pytest.raises(InputError, match="alone"), ranks.together():
             raise InputError("alone")
 

@@ -13,7 +13,8 @@ import torch
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from pipeline.errors import ConfigError
+from pipeline.artifact import MANIFEST, verify_artifact
+from pipeline.errors import ConfigError, HardbatchError, IntegrityError
 from pipeline.model_folder import locate_model, require_safetensors
 from trainer.config import TrainConfig
 from trainer.model import Encoder, EncoderConfig, backbone_options, load_encoder, new_backbone
@@ -72,6 +73,10 @@ def initial_encoder(config: TrainConfig, folder: Path, *, flag: str) -> Encoder:
             f"{flag} {folder}: no config.json and model.safetensors here; give the folder of an export or of "
             "one checkpoint"
         )
+    if (folder / MANIFEST).is_file():
+        faults = verify_artifact(folder)
+        if faults:
+            raise IntegrityError("\n".join(faults))
     with _as_user_error(flag):
         encoder = load_encoder(folder, attention=config.attention)
     given = {"context_size": config.model_context_size, "pool_prompt": config.pool_prompt}
@@ -95,7 +100,7 @@ def initial_encoder(config: TrainConfig, folder: Path, *, flag: str) -> Encoder:
 def _read_config(folder: Path, config: TrainConfig) -> PreTrainedConfig:
     try:
         json.loads((folder / "config.json").read_bytes())
-        backbone = AutoConfig.from_pretrained(folder)
+        backbone = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever transformers says of a configuration that it does not know
         reason = (str(error).splitlines() or [""])[0][:160]
         raise ConfigError(f"--backbone {config.backbone}: {folder / 'config.json'} cannot be read: {reason}") from None
@@ -146,7 +151,9 @@ def _load_backbone(folder: Path, backbone: PreTrainedConfig, config: TrainConfig
 def _as_user_error(flag: str) -> Iterator[None]:
     try:
         yield
-    except (ValueError, ImportError, OSError, KeyError) as error:  # ImportError: flash-attn is not installed
+    except HardbatchError:
+        raise
+    except Exception as error:  # whatever torch, transformers and safetensors say of files that do not fit
         raise ConfigError(f"{flag}: {' '.join(str(error).split())[:300]}") from None
 
 

@@ -120,7 +120,7 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     try:
-        pretrained = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        pretrained = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of many kinds; `tokenizers` raises plain ones
         told = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{folder}: no tokenizer that transformers can load: {told}") from None
@@ -128,6 +128,8 @@ def load_tokenizer(
         tokenizer = Tokenizer(pretrained, max_length_tokens, hard_negatives=hard_negatives)
     except ValueError as error:
         raise ConfigError(f"{folder}: {error}") from None
+    if len(pretrained.get_vocab()) <= len(set(pretrained.all_special_ids)):
+        raise ConfigError(f"{folder}: has no vocabulary; add the tokenizer's files (tokenizer.json) to it")
     if vocab_size is not None and tokenizer.largest_id >= vocab_size:
         raise ConfigError(
             f"{folder}: the tokenizer has ids up to {tokenizer.largest_id}, the backbone a vocabulary of {vocab_size}: "

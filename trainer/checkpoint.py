@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,11 @@ from torch import Tensor
 from pipeline.artifact import MANIFEST, open_builder, verify_artifact, write_unit
 from pipeline.errors import ConfigError, IntegrityError, NoSpaceError
 from pipeline.files import as_user_error
+from trainer.config import TrainConfig
 from trainer.model import Encoder
 
 STATE_VERSION = 1
 _STAGE = "checkpoint"
-_TOKENIZER_FILES = (  # of any kind: whichever the backbone's folder has
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt"),
-    *("vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +55,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: TrainState,
     *,
-    tokenizer_folder: Path,
+    tokenizer_files: Mapping[str, bytes],
     keep_last: int,
 ) -> Path:
     """Commits a checkpoint below `output`, then deletes all but the newest `keep_last`. Returns its folder.
@@ -66,7 +64,7 @@ def save_checkpoint(
     """
     path = output / "checkpoints" / f"step-{state.step:08d}"
     try:
-        if verify_artifact(path):  # absent, unfinished or damaged
+        if not _is_saved(path, state):  # absent, unfinished, damaged, or of a run that went on from elsewhere
             _delete(path)
             with open_builder(path) as builder:
                 with write_unit(path, _STAGE) as unit:
@@ -74,11 +72,10 @@ def save_checkpoint(
                     unit.add_file("config.json").write_text(config, encoding="utf-8")
                     save_file(_contiguous(encoder.state_dict()), unit.add_file("model.safetensors"))
                     save_file(_optimizer_tensors(encoder, optimizer), unit.add_file("optimizer.safetensors"))
-                    content = json.dumps(asdict(state), indent=1, sort_keys=True)
-                    unit.add_file("state.json").write_text(content, encoding="utf-8")
-                    for name in _TOKENIZER_FILES:
-                        if (tokenizer_folder / name).is_file():
-                            shutil.copyfile(tokenizer_folder / name, unit.add_file(name))
+                    told = json.dumps(asdict(state), indent=1, sort_keys=True)
+                    unit.add_file("state.json").write_text(told, encoding="utf-8")
+                    for name, content in tokenizer_files.items():
+                        unit.add_file(name).write_bytes(content)
                 builder.finish(
                     units=[_STAGE],
                     stage=_STAGE,
@@ -114,6 +111,12 @@ def find_checkpoint(output: Path, resume: str) -> tuple[Path | None, list[str]]:
         faults = verify_artifact(path)
         if faults:
             raise IntegrityError("\n".join([f"--resume {resume}: damaged", *faults]))
+        found = _checkpoint_folders(output)
+        if found and found[-1].resolve() != path.resolve():
+            raise ConfigError(
+                f"--resume {resume}: {output} holds another newest checkpoint, {found[-1].name}, and two trainings "
+                "would mix; give another --output, or --resume auto"
+            )
         return path, []
     found = _checkpoint_folders(output)
     if resume == "never":
@@ -155,10 +158,11 @@ def check_resumable(path: Path, state: TrainState, *, shards_key: str, settings:
             f"{path}: belongs to the shards {state.shards_key}, --shards gives {shards_key}; give those, or start anew "
             "in another --output with --init-from"
         )
+    saved = {name: field.default for name, field in TrainConfig.model_fields.items()} | state.settings
     changed = [
-        f"{'--' + name.replace('_', '-')} {state.settings.get(name)} there, {value} here"
+        f"{'--' + name.replace('_', '-')} {saved.get(name)} there, {value} here"
         for name, value in settings.items()
-        if state.settings.get(name) != value
+        if saved.get(name) != value
     ]
     if changed:
         raise ConfigError(
@@ -182,6 +186,10 @@ def load_optimizer(path: Path, encoder: Encoder, optimizer: torch.optim.Optimize
             }
     except (KeyError, OSError, SafetensorError) as error:
         raise IntegrityError(f"{path / 'optimizer.safetensors'}: does not fit the model ({error})") from None
+
+
+def _is_saved(path: Path, state: TrainState) -> bool:
+    return not verify_artifact(path) and replace(read_state(path), seconds=0) == replace(state, seconds=0)
 
 
 def _optimizer_tensors(encoder: Encoder, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

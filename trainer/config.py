@@ -46,7 +46,7 @@ class TrainConfig(BaseModel):
     first_stage_chunk: int = Field(256, ge=1, description="context documents of a forward pass of the first stage")
     second_stage_chunk: int = Field(256, ge=1, description="texts of a forward pass of the second stage")
     accumulate: int = Field(1, ge=1, description="batches of a rank in one step")
-    seed: int = Field(0, ge=0, description="draws order, context and dropout")
+    seed: int = Field(0, ge=0, lt=2**63, description="draws order, context and dropout")
 
     eval: tuple[Path, ...] = Field(
         (), description="folders of corpus/queries/qrels, by commas; `holdout`: the shards' own"
@@ -81,7 +81,6 @@ class TrainConfig(BaseModel):
 _FREE_TO_CHANGE = {
     *("shards", "output", "eval", "eval_every", "save_every", "keep_last", "log_every", "resume", "device"),
     *("workers", "prefetch", "first_stage_chunk", "second_stage_chunk", "accumulate", "attention"),
-    *("backbone", "random_weights", "num_layers", "init_from"),  # the checkpoint holds the model
 }
 
 

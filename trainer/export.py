@@ -52,11 +52,13 @@ def export_model(
     from trainer.sentence_module import ContextualModule  # late: sentence-transformers takes seconds to import
 
     assert {"query", "document"} <= prompts.keys(), "the two prompts that users name"
-    _refuse_foreign(output)
+    refuse_foreign(output)
     staging = temporary_name(output)
     try:
         staging.mkdir(parents=True)
-        ContextualModule(encoder, AutoTokenizer.from_pretrained(tokenizer_folder)).save(staging)
+        ContextualModule(encoder, AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)).save(
+            staging
+        )
         for name in CODE_FILES:
             shutil.copyfile(Path(__file__).with_name(name), staging / name)
         for name, content in (
@@ -144,7 +146,7 @@ def main(arguments: Sequence[str]) -> int:
     return exit_code_of(export)
 
 
-def _refuse_foreign(output: Path) -> None:
+def refuse_foreign(output: Path) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     try:

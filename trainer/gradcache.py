@@ -5,8 +5,8 @@
     pass 2, per chunk  texts ─ M2 ─► its part of that gradient ─► parameters of M2, gradient of context_MH
                        context documents ─ M1 ─► their part of that gradient ─► parameters of M1
 
-The gradients are those of one graph over the same chunks and draws, since dropout is replayed. With several ranks each
-parameter is reduced once a step: at the last chunk of its stage, of the last batch of the step.
+The gradients are those of one graph over the same chunks and draws, since dropout is replayed. Nothing here knows of
+ranks: they average their gradients when a step's batches are done (`Ranks.average_gradients`).
 Chunks hold texts of like length, and go through a stage in pieces of nearly the same, so that little is padded;
 embeddings return to the order of the slots.
 
@@ -17,12 +17,12 @@ J context size, H width of a context vector, D width of an embedding.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer.batch import Batch, Tokens, chunk_by_length, concat, pad, split_tightly
 from trainer.draws import draw_context, draw_kept_context, replayed
@@ -45,27 +45,21 @@ class StepConfig:
 
 
 class GradCache:
-    """Losses and gradients of batches under an encoder whose stages may be wrapped in DistributedDataParallel."""
+    """Losses and gradients of batches under an encoder."""
 
-    def __init__(
-        self, encoder: Encoder, config: StepConfig, *, wrap: Callable[[nn.Module], nn.Module] = lambda stage: stage
-    ) -> None:
+    def __init__(self, encoder: Encoder, config: StepConfig) -> None:
         self._model = encoder.config
         self._config = config
-        self._first = wrap(encoder.first_stage_model) if encoder.first_stage_model is not None else None
-        self._second = wrap(encoder.second_stage_model)
+        self._first = encoder.first_stage_model
+        self._second = encoder.second_stage_model
         self._device = next(encoder.parameters()).device
 
-    def backward(self, batch: Batch, *, scale: float = 1.0, last: bool = True) -> Loss:
-        """Adds the gradients of `scale` times the loss of the batch to the parameters; returns the unscaled loss.
-
-        `last` says that this is the step's last batch: the ranks reduce their gradients in it.
-        """
-        plan = self._plan(batch)
+    def backward(self, batch: Batch, *, scale: float = 1.0) -> Loss:
+        """Adds the gradients of `scale` times the loss of the batch to the parameters; returns the unscaled loss."""
+        plan = self._plan(batch.to(self._device, non_blocking=True))
         if len(plan.text_chunks) == 1 and len(plan.context_chunks) <= 1:
-            with self._sync(self._first, last), self._sync(self._second, last):
-                loss = self._loss(plan, self._embed(plan, self._embed_context(plan)))
-                torch.autograd.backward(loss.value * scale)
+            loss = self._loss(plan, self._embed(plan, self._embed_context(plan)))
+            torch.autograd.backward(loss.value * scale)
             return Loss(value=loss.value.detach(), accuracy=loss.accuracy)
         with torch.no_grad():
             context_MH = self._embed_context(plan)
@@ -76,12 +70,12 @@ class GradCache:
         if context_MH is not None:
             context_MH.requires_grad_()
         for number, rows_C in enumerate(plan.text_chunks):
-            with self._sync(self._second, last and number == len(plan.text_chunks) - 1):
-                torch.autograd.backward(self._embed_chunk(plan, number, context_MH), embeddings_ND.grad[rows_C])
+            gradient_CD = embeddings_ND.grad[self._to_device(rows_C)]
+            torch.autograd.backward(self._embed_chunk(plan, number, context_MH), gradient_CD)
         for number, rows_C in enumerate(plan.context_chunks):
             assert context_MH is not None and context_MH.grad is not None
-            with self._sync(self._first, last and number == len(plan.context_chunks) - 1):
-                torch.autograd.backward(self._embed_context_chunk(plan, number), context_MH.grad[rows_C])
+            gradient_CH = context_MH.grad[self._to_device(rows_C)]
+            torch.autograd.backward(self._embed_context_chunk(plan, number), gradient_CH)
         return Loss(value=loss.value.detach(), accuracy=loss.accuracy)
 
     def _plan(self, batch: Batch) -> _Plan:
@@ -166,16 +160,10 @@ class GradCache:
             return contextlib.nullcontext()
         return torch.autocast(self._device.type, dtype=self._config.autocast)
 
-    @staticmethod
-    def _sync(stage: nn.Module | None, sync: bool) -> AbstractContextManager[object]:
-        if sync or not isinstance(stage, nn.parallel.DistributedDataParallel):
-            return contextlib.nullcontext()
-        return stage.no_sync()
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """A batch cut into chunks, and its draws; rows and chunks lie on the CPU."""
+    """A batch cut into chunks, and its draws; rows, chunks and lengths lie on the CPU."""
 
     batch: Batch
     texts: Tokens

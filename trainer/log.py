@@ -20,6 +20,7 @@ from trainer.batch import Batch
 from trainer.model import Encoder
 
 LOG = "log.jsonl"
+_EVALUATION = "eval/"
 # dense bf16 FLOP/s of the vendors' data sheets
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
 
@@ -56,6 +57,8 @@ class RunLog:
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self.evaluations: dict[str, dict[int, dict[str, float]]] = {}
+        """Figures by collection and step, also of the runs that this one goes on from."""
         self._path = output / LOG
         self._keep_until(first_step)
         self._file = self._path.open("a", encoding="utf-8")
@@ -107,6 +110,12 @@ class RunLog:
         for name, value in figures.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
 
+    def evaluation(self, name: str, figures: dict[str, float], *, step: int, position: int) -> None:
+        """Takes in the figures of a collection."""
+        self.write(f"{_EVALUATION}{name}", figures, step=step, position=position)
+        self.say(f"{name} after step {step:,}: {evaluation_text(figures)}")
+        self.evaluations.setdefault(name, {})[step] = figures
+
     def say(self, line: str) -> None:
         """A line for the person who watches."""
         print(line, file=self._stream, flush=True)
@@ -130,8 +139,13 @@ class RunLog:
                 record: dict[str, Any] = json.loads(line)
             except ValueError:
                 continue
-            if record.get("step", 0) <= step and step > 0:
+            if isinstance(record, dict) and record.get("step", 0) <= step and step > 0:
                 kept.append(line + "\n")
+                if str(record["kind"]).startswith(_EVALUATION):
+                    figures = {
+                        name: value for name, value in record.items() if name not in ("kind", "step", "position")
+                    }
+                    self.evaluations.setdefault(record["kind"].removeprefix(_EVALUATION), {})[record["step"]] = figures
         write_file_atomic(self._path, "".join(kept).encode())
 
 
@@ -140,9 +154,9 @@ def evaluation_text(figures: Mapping[str, float]) -> str:
     return ", ".join(f"{told} {figures[key]:.4f}" for key, told in _TOLD.items() if key in figures)
 
 
-def summary_text(evaluations: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+def summary_text(evaluations: Mapping[str, Mapping[int, Mapping[str, float]]]) -> str:
     """A line for each collection that was measured more than once: first and last figures; and one for their mean."""
-    ends = {name: (found[0], found[-1]) for name, found in evaluations.items() if len(found) > 1}
+    ends = {name: (found[min(found)], found[max(found)]) for name, found in evaluations.items() if len(found) > 1}
     if len(ends) > 1:
         befores, afters = zip(*ends.values(), strict=True)
         ends["mean"] = (_mean(befores), _mean(afters))
@@ -180,8 +194,8 @@ def _stage_flops(stage: torch.nn.Module, config: Any, lengths: torch.Tensor) -> 
 def _peak_flops() -> float:
     if not torch.cuda.is_available():
         return 0.0
-    name = torch.cuda.get_device_name()
-    return next((peak for part, peak in _PEAK_FLOPS.items() if part in name), 0.0)
+    parts = torch.cuda.get_device_name().replace("-", " ").split()
+    return next((peak for part, peak in _PEAK_FLOPS.items() if part in parts), 0.0)
 
 
 def _duration(seconds: float) -> str:

@@ -7,21 +7,23 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.errors import HardbatchError
 from trainer.batch import Batch
-from trainer.checkpoint import save_checkpoint
+from trainer.checkpoint import TrainState, save_checkpoint
+from trainer.collection import Collection
 from trainer.draws import draw_context
 from trainer.evaluate import evaluate_retrieval, held_out_loss
 from trainer.export import export_model
-from trainer.log import RunLog, StepFigures, evaluation_text, model_flops, summary_text
+from trainer.log import RunLog, StepFigures, model_flops, summary_text
 from trainer.loss import mask_rate
-from trainer.signals import noted_signals
+from trainer.signals import Stop, noted_signals
 from trainer.stream import BatchStream
-from trainer.training import Training
+from trainer.training import Training, export_folder
 
 
 class DivergedError(HardbatchError):
@@ -34,36 +36,30 @@ def train(training: Training) -> int:
     The last line printed is the folder of the export.
     """
     ranks, config = training.ranks, training.config
-    log = None
-    if ranks.is_main:
-        state = training.state
-        log = RunLog(config.output, first_step=state.step, end_position=state.end_position, world_size=ranks.world_size)
-        for line in [*_opening(training), *training.notices]:
-            log.say(line)
-    with contextlib.closing(_Loop(training, log)) as loop, noted_signals() as stop:
-        if training.state.step == 0:
-            loop.evaluate()
-        while loop.next_position + training.step_size <= training.state.end_position:
+    with contextlib.ExitStack() as stack:
+        log = None
+        with ranks.together():
+            if ranks.is_main:
+                log = stack.enter_context(contextlib.closing(_open_log(training)))
+        stop = stack.enter_context(noted_signals())
+        loop = stack.enter_context(contextlib.closing(_Loop(training, log, stop)))
+        loop.evaluate(due=training.state.step == 0)
+        while loop.next_position + training.step_size <= training.state.end_position and not loop.stopped():
             loop.step()
-            stopped = ranks.max(stop.signum)
-            state = training.state
-            if stopped:
-                loop.save()
-                if log is not None:
-                    log.say(f"stopped by a signal after step {state.step:,}; add --resume auto to go on from there")
-                return 128 + stopped
-            if state.step % config.log_every == 0:
+            step = training.state.step
+            if step % config.log_every == 0:
                 loop.flush()
-            if state.step % config.save_every == 0:
+            if step % config.save_every == 0:
                 loop.save()
-            if config.eval_every and state.step % config.eval_every == 0:
-                loop.evaluate()
-        loop.flush()
-        loop.save()
-        if not (config.eval_every and training.state.step % config.eval_every == 0):
             loop.evaluate()
-        loop.finish()
-    return 0
+        loop.save()
+        loop.evaluate(due=True)
+        stopped = loop.stopped()
+        if not stopped:
+            loop.finish()
+        elif log is not None:
+            log.say(f"stopped by a signal after step {training.state.step:,}; add --resume auto to go on from there")
+    return 128 + stopped if stopped else 0
 
 
 def learning_rate_factor(position: int, step_size: int, *, warmup_batches: int, end_position: int) -> float:
@@ -74,13 +70,13 @@ def learning_rate_factor(position: int, step_size: int, *, warmup_batches: int, 
     done = position + step_size
     if done <= warmup_batches:
         return done / warmup_batches
-    return max(0.0, (end_position - position) / max(step_size, end_position - warmup_batches))
+    return min(1.0, max(0.0, (end_position - position) / max(step_size, end_position - warmup_batches)))
 
 
 class _Loop:
     """Steps of a training, and what happens between them."""
 
-    def __init__(self, training: Training, log: RunLog | None) -> None:
+    def __init__(self, training: Training, log: RunLog | None, stop: Stop) -> None:
         self._training = training
         self._log = log
         config, ranks = training.config, training.ranks
@@ -101,7 +97,8 @@ class _Loop:
         self._batches = iter(self._stream)
         self._waited_s = 0.0
         self._started = time.monotonic()
-        self._evaluations: dict[str, list[dict[str, float]]] = {}
+        self._stop = stop
+        self._checkpoint = Path()
 
     @property
     def next_position(self) -> int:
@@ -115,10 +112,8 @@ class _Loop:
         position = self.next_position
         with ranks.together():  # a damaged batch of one rank ends all of them
             batches = [next(self._batches) for _ in range(config.accumulate)]
-        losses = [
-            self._gradients.backward(batch, scale=1 / config.accumulate, last=number == config.accumulate - 1)
-            for number, batch in enumerate(batches)
-        ]
+        losses = [self._gradients.backward(batch, scale=1 / config.accumulate) for batch in batches]
+        ranks.average_gradients(training.encoder)
         gradient_norm = float(torch.nn.utils.clip_grad_norm_(training.encoder.parameters(), config.max_gradient_norm))
         figures = self._figures(position, batches, [(float(one.value), float(one.accuracy)) for one in losses])
         self._refuse_divergence(batches, [float(one.value) for one in losses], figures["loss"], gradient_norm)
@@ -141,58 +136,68 @@ class _Loop:
         if self._log is not None:
             self._log.step(StepFigures(gradient_norm=gradient_norm, learning_rate=learning_rate, **figures))
 
+    def stopped(self) -> int:
+        """The signal that any rank was sent, 0 for none."""
+        return self._training.ranks.max(self._stop.signum)
+
     def flush(self) -> None:
         """A line of the log."""
-        if self._log is not None:
-            state = self._training.state
-            self._log.flush(step=state.step, position=state.position, batches_per_step=self._training.step_size)
+        state = self._training.state
+        with self._training.ranks.together():
+            if self._log is not None:
+                self._log.flush(step=state.step, position=state.position, batches_per_step=self._training.step_size)
 
     def save(self) -> None:
-        """A checkpoint, written by the main rank."""
+        """A checkpoint, written by the main rank, after a line of the log for the steps since the last one."""
         training = self._training
-        seconds = time.monotonic() - self._started
+        self.flush()
         with self._pause(), training.ranks.together():
             if training.ranks.is_main:
-                training.tokenizer_folder = save_checkpoint(  # an older one that held the tokenizer may go
+                self._checkpoint = save_checkpoint(
                     training.config.output,
                     training.encoder,
                     training.optimizer,
-                    replace(training.state, seconds=training.state.seconds + seconds),
-                    tokenizer_folder=training.tokenizer_folder,
+                    self._state_now(),
+                    tokenizer_files=training.tokenizer_files,
                     keep_last=training.config.keep_last,
                 )
 
-    def evaluate(self) -> None:
-        """Figures of every --eval folder, from all ranks together, into the log."""
+    def evaluate(self, *, due: bool = False) -> None:
+        """Figures of every --eval folder, by all ranks together, where the step is `due` or one of --eval-every.
+
+        What the log has is not measured again; a signal ends it between two folders.
+        """
         training, config, state = self._training, self._training.config, self._training.state
+        if not due and not (config.eval_every and state.step % config.eval_every == 0):
+            return
+        with self._pause():
+            for collection in training.collections:
+                known = self._log is not None and state.step in self._log.evaluations.get(collection.name, {})
+                if self.stopped() or training.ranks.max(known):
+                    continue
+                figures = self._measure(collection)
+                with training.ranks.together():
+                    if self._log is not None:
+                        self._log.evaluation(collection.name, figures, step=state.step, position=state.position)
+
+    def _measure(self, collection: Collection) -> dict[str, float]:
+        training, config = self._training, self._training.config
+        encoder, tokenizer = training.encoder, training.tokenizer
         options: dict[str, Any] = {
             "seed": config.seed,
-            "query_prompt": state.prompts["query"],
-            "document_prompt": state.prompts["document"],
+            "query_prompt": training.state.prompts["query"],
+            "document_prompt": training.state.prompts["document"],
             "texts_per_chunk": config.second_stage_chunk,
             "precision": training.autocast,
         }
-        with self._pause():
-            for collection in training.collections:
-                held_out = held_out_loss(
-                    training.encoder,
-                    training.tokenizer,
-                    collection,
-                    batch_size=training.shards.batch_size,
-                    temperature=config.temperature,
-                    **options,
-                )
-                figures = {"loss": held_out.loss, "accuracy": held_out.accuracy}
-                for with_context in (False, True) if training.encoder.config.context_size else (False,):
-                    suffix = "" if with_context else "_no_context"
-                    found = evaluate_retrieval(
-                        training.encoder, training.tokenizer, collection, with_context=with_context, **options
-                    )
-                    figures |= {name + suffix: value for name, value in asdict(found).items()}
-                if self._log is not None:
-                    self._log.write(f"eval/{collection.name}", figures, step=state.step, position=state.position)
-                    self._log.say(f"{collection.name} after step {state.step:,}: {evaluation_text(figures)}")
-                    self._evaluations.setdefault(collection.name, []).append(figures)
+        sizes: dict[str, Any] = {"batch_size": training.shards.batch_size, "temperature": config.temperature}
+        held_out = held_out_loss(encoder, tokenizer, collection, **sizes, **options)
+        figures = {"loss": held_out.loss, "accuracy": held_out.accuracy}
+        for with_context in (False, True) if encoder.config.context_size else (False,):
+            suffix = "" if with_context else "_no_context"
+            found = evaluate_retrieval(encoder, tokenizer, collection, with_context=with_context, **options)
+            figures |= {name + suffix: value for name, value in asdict(found).items()}
+        return figures
 
     def finish(self) -> None:
         """The export, and the summary; the last line printed is the export's folder."""
@@ -201,23 +206,25 @@ class _Loop:
             if self._log is not None:
                 export = export_model(
                     training.encoder,
-                    training.tokenizer_folder,
-                    training.config.output / "export",
+                    self._checkpoint,
+                    export_folder(training.config.output),
                     prompts=training.state.prompts,
                     trained_on=f"shards {training.shards.key} ({', '.join(training.shards.domains)})",
                 )
-                state = replace(training.state, seconds=training.state.seconds + time.monotonic() - self._started)
+                state = self._state_now()
                 self._log.say(
                     f"trained {state.step:,} steps, {state.pairs:,} pairs in {state.seconds:,.0f} s"
-                    + summary_text(self._evaluations)
+                    + summary_text(self._log.evaluations)
                 )
                 print(export)
 
     def close(self) -> None:
-        """Ends the background threads and the files of the log."""
+        """Ends the background threads."""
         self._stream.close()
-        if self._log is not None:
-            self._log.close()
+
+    def _state_now(self) -> TrainState:
+        state = self._training.state
+        return replace(state, seconds=state.seconds + time.monotonic() - self._started)
 
     def _figures(self, position: int, batches: list[Batch], losses: list[tuple[float, float]]) -> dict[str, Any]:
         """Sums and means of the step over all ranks."""
@@ -264,11 +271,12 @@ class _Loop:
             for batch, loss in zip(batches, losses, strict=True)
             if not math.isfinite(loss)
         ]
-        if not bad and not math.isfinite(gradient_norm):
+        if math.isfinite(mean_loss):
             names = ", ".join(str(batch.batch_id) for batch in batches)
             bad = [f"batches {names}: gradient norm {gradient_norm}"]
         advice = (
-            "the model was not updated by it; a lower --learning-rate or --precision fp32 may help, with --resume auto"
+            "the model was not updated by it; start anew with --init-from the last checkpoint, another --output, and "
+            "a lower --learning-rate or --precision fp32"
         )
         self._training.ranks.raise_together(DivergedError(f"{'; '.join(bad)}; {advice}") if bad else None)
 
@@ -278,6 +286,19 @@ class _Loop:
         yield
         if self._log is not None:
             self._log.pause(time.monotonic() - started)
+
+
+def _open_log(training: Training) -> RunLog:
+    state = training.state
+    log = RunLog(
+        training.config.output,
+        first_step=state.step,
+        end_position=state.end_position,
+        world_size=training.ranks.world_size,
+    )
+    for line in [*_opening(training), *training.notices]:
+        log.say(line)
+    return log
 
 
 def _opening(training: Training) -> list[str]:

@@ -34,11 +34,15 @@ def main(arguments: Sequence[str]) -> int:
                 if ranks.is_main:
                     held.enter_context(hold_output(config.output))
                 training = start_training(config, ranks)
+            ranks.require_equal(training.facts(), "--output and --shards must be folders that all of them share")
+            ranks.share_weights(training.encoder)
             return train(training)
     except HardbatchError as error:
         if rank_of_environment() == 0:
             print(f"trainer: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -209,7 +209,7 @@ def read_encoder_config(folder: Path) -> tuple[EncoderConfig, PreTrainedConfig]:
         max_length_tokens=own["max_length_tokens"],
         pool_prompt=own["pool_prompt"],
     )
-    return config, AutoConfig.from_pretrained(folder)
+    return config, AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def load_encoder(folder: Path, attention: str = "sdpa") -> Encoder:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, HardbatchError
+from pipeline.files import as_user_error
+
+_BUCKET_ELEMENTS = 2**24  # reduced at once: 64 MiB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,18 +36,49 @@ class Ranks:
         """True in the rank that prints and writes."""
         return self.rank == 0
 
-    def wrap(self, stage: nn.Module) -> nn.Module:
-        """The stage with gradients averaged over the ranks, each parameter once a step; itself where there is one."""
+    def share_weights(self, module: nn.Module) -> None:
+        """Gives every rank the parameters of the main one."""
+        if self.world_size > 1:
+            for parameter in module.parameters():
+                dist.broadcast(parameter.data, src=0)
+
+    def average_gradients(self, module: nn.Module) -> None:
+        """Averages the gradients over the ranks: each parameter once, in a fixed order, so that runs repeat to the bit.
+
+        Called once a step, when all its batches are done: what the ranks did for them may differ. The last chunk of
+        each stage is all that a reduction during the backward pass could overlap with.
+        """
         if self.world_size == 1:
-            return stage
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # the newer name of broadcast_buffers is newer than 2.10
-            return nn.parallel.DistributedDataParallel(
-                stage,
-                device_ids=[self.device] if self.device.type == "cuda" else None,
-                broadcast_buffers=False,  # constants: positions and frequencies
-                gradient_as_bucket_view=True,
-            )
+            return
+        bucket: list[Tensor] = []
+        for parameter in module.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            bucket.append(parameter.grad)
+            if sum(gradient.numel() for gradient in bucket) >= _BUCKET_ELEMENTS:
+                self._average(bucket)
+                bucket = []
+        if bucket:
+            self._average(bucket)
+
+    def _average(self, gradients: list[Tensor]) -> None:
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= self.world_size
+        parts = torch.split(flat, [gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def require_equal(self, facts: dict[str, Any], help_line: str) -> None:
+        """Raises ConfigError on every rank where the ranks do not agree on `facts`."""
+        if self.world_size == 1:
+            return
+        told: list[dict[str, Any]] = [{}] * self.world_size
+        dist.all_gather_object(told, facts, group=self._control)
+        differ = [name for name in facts if any(other[name] != told[0][name] for other in told)]
+        if differ:
+            values = "; ".join(f"{name}: {', '.join(str(other[name]) for other in told)}" for name in differ)
+            raise ConfigError(f"the ranks do not agree ({values}); {help_line}")
 
     def sum(self, *values: float) -> list[float]:
         """Sums of the values over all ranks, in float64."""
@@ -79,7 +112,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """A user's mistake found in the body by any rank is raised by all of them at its end.
+        """A user's mistake (or a full disk) found in the body by any rank is raised by all of them at its end.
 
         The body must not wait for other ranks.
         """
@@ -88,6 +121,10 @@ class Ranks:
             yield
         except HardbatchError as found:
             error = found
+        except OSError as found:
+            error = as_user_error(found)
+            if error is None:
+                raise
         self.raise_together(error)
 
 
@@ -104,10 +141,11 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     cuda = device != "cpu" and torch.cuda.is_available()
     own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
-        if (own.index or 0) >= torch.cuda.device_count():
+        num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if num_local > torch.cuda.device_count():
             raise ConfigError(
-                f"rank {rank_of_environment()} has no GPU of its own: this machine has {torch.cuda.device_count()}; "
-                "give torchrun a smaller --nproc-per-node"
+                f"{num_local} ranks on a machine with {torch.cuda.device_count()} GPUs; give torchrun a smaller "
+                "--nproc-per-node, or --device cpu"
             )
         torch.cuda.set_device(own)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -115,8 +153,10 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         yield Ranks(rank=0, world_size=1, device=own)
         return
     dist.init_process_group("nccl" if cuda else "gloo", device_id=own if cuda else None)
+    control = dist.new_group(backend="gloo")
     try:
-        control = dist.new_group(backend="gloo")
         yield Ranks(rank=dist.get_rank(), world_size=world_size, device=own, _control=control)
-    finally:
-        dist.destroy_process_group()
+    except HardbatchError:
+        dist.destroy_process_group()  # all ranks leave together; after any other error the group may hang: let it be
+        raise
+    dist.destroy_process_group()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoTokenizer
 
 from pipeline.errors import ConfigError
 from pipeline.files import as_user_error
@@ -19,6 +22,7 @@ from trainer.batch import Tokenizer, load_tokenizer
 from trainer.checkpoint import TrainState, check_resumable, find_checkpoint, load_optimizer, read_state
 from trainer.collection import Collection, load_collection
 from trainer.config import TrainConfig
+from trainer.export import refuse_foreign
 from trainer.gradcache import GradCache, StepConfig
 from trainer.model import Encoder
 from trainer.order import BatchOrder
@@ -36,7 +40,7 @@ class Training:
     order: BatchOrder
     encoder: Encoder
     tokenizer: Tokenizer
-    tokenizer_folder: Path
+    tokenizer_files: dict[str, bytes]
     optimizer: torch.optim.AdamW
     collections: list[Collection]
     state: TrainState
@@ -52,8 +56,14 @@ class Training:
         """The type of autocast, None for float32 throughout."""
         return autocast_dtype(self.config.precision, self.ranks.device)
 
+    def facts(self) -> dict[str, Any]:
+        """What ranks must agree on before they begin."""
+        state = self.state
+        where = {"step": state.step, "batch": state.position, "end": state.end_position, "step size": self.step_size}
+        return {**where, "shards": state.shards_key, "settings": state.settings}
+
     def gradients(self) -> GradCache:
-        """What computes losses and gradients. All ranks must ask for it together: they start from the same weights."""
+        """What computes losses and gradients."""
         config = self.config
         step = StepConfig(
             first_stage_chunk=config.first_stage_chunk,
@@ -65,7 +75,7 @@ class Training:
             autocast=self.autocast,
             pad_id=self.tokenizer.pad_id,
         )
-        return GradCache(self.encoder, step, wrap=self.ranks.wrap)
+        return GradCache(self.encoder, step)
 
 
 @contextlib.contextmanager
@@ -90,13 +100,22 @@ def start_training(config: TrainConfig, ranks: Ranks) -> Training:
     """
     shards = open_shards(config.shards)
     collections = [load_collection(folder) for folder in evaluation_folders(config, shards)]
+    names = [collection.name for collection in collections]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"--eval: two folders are named {name}, and their figures would mix; rename one")
+    refuse_foreign(export_folder(config.output))
+    precision = "bf16" if autocast_dtype(config.precision, ranks.device) else "fp32"
+    if config.attention.startswith("flash") and precision == "fp32":
+        raise ConfigError(f"--attention {config.attention} computes in bf16 alone; give --precision bf16")
+    settings = config.trajectory() | {"precision": precision}
     order = shards.order(seed=config.seed)
     step_size = ranks.world_size * config.accumulate
     order.step_at(0, step_size)  # refuses an epoch that holds less than one step
     checkpoint, notices = find_checkpoint(config.output, config.resume)
     if checkpoint is not None:
         state = read_state(checkpoint)
-        check_resumable(checkpoint, state, shards_key=shards.key, settings=config.trajectory())
+        check_resumable(checkpoint, state, shards_key=shards.key, settings=settings)
         folder, encoder = checkpoint, initial_encoder(config, checkpoint, flag="--resume")
         notices.append(f"going on from {checkpoint}, step {state.step:,}, batch {state.position:,}")
     else:
@@ -104,7 +123,12 @@ def start_training(config: TrainConfig, ranks: Ranks) -> Training:
         encoder = (
             initial_encoder(config, folder, flag="--init-from") if config.init_from else build_encoder(config, folder)
         )
-        state = _fresh_state(config, shards, order, step_size)
+        state = _fresh_state(config, shards, order, step_size, settings)
+        if state.warmup_batches >= state.end_position:
+            notices.append(
+                f"the warm-up of {config.warmup_steps:,} steps is longer than this training, whose learning rate stays "
+                "below its peak; give a smaller --warmup-steps"
+            )
     tokenizer = load_tokenizer(
         folder,
         max_length_tokens=config.max_length,
@@ -126,7 +150,7 @@ def start_training(config: TrainConfig, ranks: Ranks) -> Training:
         order=order,
         encoder=encoder,
         tokenizer=tokenizer,
-        tokenizer_folder=folder,
+        tokenizer_files=_files_of_tokenizer(folder),
         optimizer=optimizer,
         collections=collections,
         state=state,
@@ -155,6 +179,11 @@ def evaluation_folders(config: TrainConfig, shards: Shards) -> list[Path]:
     return folders
 
 
+def export_folder(output: Path) -> Path:
+    """Where the export of a training goes."""
+    return output / "export"
+
+
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """bfloat16, or None for float32; auto is bfloat16 where the hardware has it. float16 would need loss scaling."""
     if precision == "auto":
@@ -164,7 +193,9 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if precision == "bf16" else None
 
 
-def _fresh_state(config: TrainConfig, shards: Shards, order: BatchOrder, step_size: int) -> TrainState:
+def _fresh_state(
+    config: TrainConfig, shards: Shards, order: BatchOrder, step_size: int, settings: dict[str, Any]
+) -> TrainState:
     """The state before the first step. The schedule is told in batches, so that the number of ranks may change."""
     end_position = config.epochs * order.epoch_length
     if config.max_steps is not None:
@@ -176,11 +207,18 @@ def _fresh_state(config: TrainConfig, shards: Shards, order: BatchOrder, step_si
         warmup_batches=config.warmup_steps * step_size,
         end_position=end_position,
         shards_key=shards.key,
-        settings=config.trajectory(),
+        settings=settings,
         prompts=choose_prompts(shards),
         pairs=0,
         seconds=0.0,
     )
+
+
+def _files_of_tokenizer(folder: Path) -> dict[str, bytes]:
+    """The tokenizer as transformers saves it, by file name: it shall outlive the folder that it came from."""
+    with tempfile.TemporaryDirectory() as saved:
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False).save_pretrained(saved)
+        return {path.name: path.read_bytes() for path in sorted(Path(saved).iterdir())}
 
 
 def choose_prompts(shards: Shards) -> dict[str, str]:
