@@ -8,9 +8,7 @@ from pathlib import Path
 from pipeline.errors import ConfigError
 
 _MODEL_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
-_MODEL_HELP = (
-    "give minilm, a folder with a model, or a name on the hub that can be reached (to embed, also: lexical)"
-)
+_MODEL_HELP = "give minilm, a folder with a model, or a name on the hub that can be reached (to embed, also: lexical)"
 
 
 def locate_model(name: str, revision: str | None, root: Path) -> tuple[str, Path, str | None]:
