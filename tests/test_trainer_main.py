@@ -337,3 +337,80 @@ def test_other_settings_and_other_shards_are_not_resumed(flags, capsys, copied_r
     assert code == 2 and "--context-size 6 there, 5 here" in error
     code, error = in_process({**flags, "--epochs": 1, "--resume": "auto"}, capsys)  # finished already
     assert code == 0
+
+
+def test_models_that_cannot_be_used_are_told(flags, backbone, tmp_path, capsys):
+    def copied(name, change):
+        folder = shutil.copytree(backbone, tmp_path / name)
+        change(folder)
+        return {**flags, "--backbone": folder, "--output": tmp_path / f"{name}-out"}
+
+    def without_tokenizer(folder):
+        for path in folder.glob("*token*"):
+            path.unlink()
+
+    def truncated(folder):
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+
+    def changed(**keys):
+        def change(folder):
+            content = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps({**content, **keys}))
+
+        return change
+
+    def with_code(folder):
+        (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+        changed(model_type="unheard_of", auto_map={"AutoConfig": "evil.Evil"})(folder)
+
+    cases = [
+        (copied("no-tokenizer", without_tokenizer), "has no vocabulary"),
+        (copied("truncated", truncated), "--backbone"),
+        (copied("odd-width", changed(hidden_size=33)), "--backbone"),
+        (copied("no-heads", changed(num_attention_heads=0)), "--backbone"),
+        (copied("with-code", with_code), "config.json cannot be read"),
+    ]
+    for given, message in cases:
+        code, error = in_process(given, capsys)
+        assert code == 2 and message in error and error.count("\n") == 1, (given["--backbone"], error)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_would_spoil_the_end_is_refused_at_the_start(flags, tmp_path, capsys, run_corpus, write_jsonl, rows):
+    (tmp_path / "out" / "export").mkdir(parents=True)
+    (tmp_path / "out" / "export" / "notes.txt").write_text("mine")
+    code, error = in_process(flags, capsys)
+    assert code == 2 and "is no earlier export" in error
+    write_jsonl("held.jsonl", rows(80))
+    plan = run_corpus('corpus = "held"\n[[dataset]]\nname = "numbers"\nsource = "held.jsonl"\nholdout = 0.2\n')
+    holdout = next(plan.shards.parent.parent.glob("pairs/*/*/holdout"))
+    for name in ("a", "b"):
+        shutil.copytree(holdout, tmp_path / name / "same")
+    both = f"{tmp_path / 'a' / 'same'},{tmp_path / 'b' / 'same'}"
+    code, error = in_process({**flags, "--output": tmp_path / "other", "--eval": both}, capsys)
+    assert code == 2 and "two folders are named same" in error
+
+
+def test_a_damaged_checkpoint_is_no_start(flags, tmp_path, capsys):
+    assert in_process({**flags, "--epochs": 1}, capsys)[0] == 0
+    checkpoint = Path(flags["--output"]) / "checkpoints" / "step-00000006"
+    content = bytearray((checkpoint / "model.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (checkpoint / "model.safetensors").write_bytes(content)
+    code, error = in_process({**flags, "--output": tmp_path / "next", "--init-from": checkpoint}, capsys)
+    assert code == 4 and "model.safetensors" in error
+
+
+def test_the_learning_rate_never_exceeds_its_peak():
+    from trainer.loop import learning_rate_factor
+
+    for step_size, warmup, end in ((4, 16, 30), (10, 80, 100), (1, 0, 5), (3, 7, 7), (4, 50, 20)):
+        factors = [
+            learning_rate_factor(position, step_size, warmup_batches=warmup, end_position=end)
+            for position in range(end)
+        ]
+        assert all(0 < factor <= 1 for factor in factors), (step_size, warmup, end)
+    assert learning_rate_factor(0, 1, warmup_batches=4, end_position=8) == 0.25
+    assert learning_rate_factor(3, 1, warmup_batches=4, end_position=8) == 1.0
+    assert learning_rate_factor(6, 1, warmup_batches=4, end_position=8) == 0.5
