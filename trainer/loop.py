@@ -23,7 +23,7 @@ from trainer.log import RunLog, StepFigures, model_flops, summary_text
 from trainer.loss import mask_rate
 from trainer.signals import Stop, noted_signals
 from trainer.stream import BatchStream
-from trainer.training import Training, export_folder
+from trainer.training import Training, export_folder, opening_lines
 
 
 class DivergedError(HardbatchError):
@@ -249,11 +249,10 @@ class _Loop:
             flops,
             waited,
         )
-        num_batches = training.step_size
         return {
-            "loss": sums[0] / num_batches,
-            "accuracy": sums[1] / num_batches,
-            "mask_rate": sums[2] / num_batches,
+            "loss": sums[0] / training.step_size,
+            "accuracy": sums[1] / training.step_size,
+            "mask_rate": sums[2] / training.step_size,
             "pairs": int(sums[3]),
             "tokens": int(sums[4]),
             "flops": sums[5],
@@ -296,21 +295,6 @@ def _open_log(training: Training) -> RunLog:
         end_position=state.end_position,
         world_size=training.ranks.world_size,
     )
-    for line in [*_opening(training), *training.notices]:
+    for line in [*opening_lines(training), *training.notices]:
         log.say(line)
     return log
-
-
-def _opening(training: Training) -> list[str]:
-    """What is about to happen."""
-    shards, state, encoder = training.shards, training.state, training.encoder
-    stages = [stage for stage in (encoder.first_stage_model, encoder.second_stage_model) if stage is not None]
-    sizes = " + ".join(f"{sum(parameter.numel() for parameter in stage.parameters()) / 1e6:.1f}M" for stage in stages)
-    precision = "bf16 autocast" if training.autocast else "fp32"
-    return [
-        f"shards {shards.key}: {training.order.epoch_length:,} batches of {shards.batch_size} pairs an epoch, "
-        f"{len(shards.domains)} domains",
-        f"{encoder.config.architecture} model, {sizes} parameters, J = {encoder.config.context_size}, "
-        f"{encoder.config.max_length_tokens} tokens; {training.ranks.world_size} ranks on "
-        f"{training.ranks.device.type}, {precision}; batches {state.position:,} to {state.end_position:,}",
-    ]

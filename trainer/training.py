@@ -247,3 +247,18 @@ def _build_optimizer(encoder: Encoder, config: TrainConfig) -> torch.optim.AdamW
         {"params": others, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.learning_rate)
+
+
+def opening_lines(training: Training) -> list[str]:
+    """What is about to happen."""
+    shards, state, encoder = training.shards, training.state, training.encoder
+    stages = [stage for stage in (encoder.first_stage_model, encoder.second_stage_model) if stage is not None]
+    sizes = " + ".join(f"{sum(parameter.numel() for parameter in stage.parameters()) / 1e6:.1f}M" for stage in stages)
+    precision = "bf16 autocast" if training.autocast else "fp32"
+    return [
+        f"shards {shards.key}: {training.order.epoch_length:,} batches of {shards.batch_size} pairs an epoch, "
+        f"{len(shards.domains)} domains",
+        f"{encoder.config.architecture} model, {sizes} parameters, J = {encoder.config.context_size}, "
+        f"{encoder.config.max_length_tokens} tokens; {training.ranks.world_size} ranks on "
+        f"{training.ranks.device.type}, {precision}; batches {state.position:,} to {state.end_position:,}",
+    ]
