@@ -1,7 +1,8 @@
 """Seconds, peak memory and bytes per pair of every stage on real domains, with the lexical embedder.
 
     HARDBATCH_DATA=DIR python benchmarks/stages.py domains     # each domain of DIR/train as a domain of one corpus
-    HARDBATCH_DATA=DIR python benchmarks/stages.py growth      # one domain of 24k, 96k, 384k pairs, domains merged
+    HARDBATCH_DATA=DIR python benchmarks/stages.py growth      # one domain of 24k, 96k, 384k pairs, domains merged;
+                                                               # up to 96k also with all clusters found in one level
 
 Each step runs in a process of its own, so that its peak memory is its own: anonymous memory, sampled every 10 ms, less
 what a process holds that only imports what the stages import. Pages of memory-mapped files are left out: the kernel
@@ -18,16 +19,18 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
 
-from pipeline.artifact import read_artifact
+from pipeline.artifact import find_artifact, read_artifact
 from pipeline.run import plan_corpus, run_step
 from pipeline.step import Step
 
 SETTINGS = '[embed]\nmodel = "lexical"\nsurrogate_model = "lexical"\n'
 GROWTH = (24_000, 96_000, 384_000)
+FLAT_UP_TO = 96_000
 
 
 def main() -> None:
@@ -49,28 +52,38 @@ def main() -> None:
             merged.head(num_pairs).write_parquet(folder / f"merged-{num_pairs}.parquet")
             dataset = f'[[dataset]]\nname = "merged-{num_pairs}"\nsource = "merged-{num_pairs}.parquet"\n'
             measure(f"merged-{num_pairs}", dataset, folder, folder, baseline)
+            if num_pairs <= FLAT_UP_TO:
+                flat = ["cluster.two_level_above=1000000"]
+                measure(f"merged-{num_pairs}", dataset, folder, folder, baseline, overrides=flat)
     shutil.rmtree(folder)
 
 
-def measure(corpus: str, datasets: str, data: Path, folder: Path, baseline: float) -> None:
-    """Runs a corpus step by step and prints a line per stage, over all its domains."""
+def measure(
+    corpus: str, datasets: str, data: Path, folder: Path, baseline: float, *, overrides: Sequence[str] = ()
+) -> None:
+    """Runs the steps of a corpus that are not done and prints a line per stage, over all its domains."""
     manifest = folder / f"{corpus}.toml"
     manifest.write_text(f'corpus = "{corpus}"\n{SETTINGS}{datasets}')
-    plan = plan_corpus(manifest, folder / "workspace", data_root=data)
+    plan = plan_corpus(manifest, folder / "workspace", data_root=data, overrides=overrides)
     seconds: dict[str, float] = defaultdict(float)
     peak: dict[str, float] = defaultdict(float)
     num_bytes: dict[str, int] = defaultdict(int)
     num_pairs = 0
     for step in plan.steps:
+        if step.stage == "pairs" and find_artifact(step.path):
+            num_pairs += read_artifact(step.path).manifest.counts["pairs"]
+        if find_artifact(step.path):
+            continue
         taken, memory = in_own_process(run, step)
         seconds[step.stage] += taken
         peak[step.stage] = max(peak[step.stage], memory - baseline)
         artifact = read_artifact(step.path)
         num_bytes[step.stage] += artifact.bytes
         num_pairs += artifact.manifest.counts["pairs"] if step.stage == "pairs" else 0
-    print(
-        f"\n{corpus}: {num_pairs:,} pairs\n{'stage':<10}{'seconds':>9}{'µs/pair':>9}{'peak MiB':>10}{'bytes/pair':>12}"
-    )
+    figures = read_artifact(plan.shards).manifest.counts["domains"]
+    shares = ", ".join(f"{domain} {found['share']:.3f}" for domain, found in figures.items() if "share" in found)
+    print(f"\n{corpus}: {num_pairs:,} pairs {' '.join(overrides)}; share {shares}")
+    print(f"{'stage':<10}{'seconds':>9}{'µs/pair':>9}{'peak MiB':>10}{'bytes/pair':>12}")
     for stage, taken in seconds.items():
         row = f"{stage:<10}{taken:>9.1f}{taken / num_pairs * 1e6:>9.1f}{peak[stage]:>10.0f}"
         print(f"{row}{num_bytes[stage] / num_pairs:>12.1f}", flush=True)

@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for name, command, text in (
         ("run", _run, "make the shards of a manifest; the last line printed is their folder"),
-        ("plan", _plan, "show what a run would do, what it would reuse and why, without doing it"),
+        ("plan", _plan, "show what a run would do, take, write and reuse, and why, without doing it"),
     ):
         sub = add(name, command, text)
         sub.add_argument("manifest", type=Path, help="TOML file that names the datasets, see data_manifests/")

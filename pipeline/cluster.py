@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 
 from pipeline import schemas
 from pipeline.artifact import ArtifactBuilder, read_artifact, write_unit
-from pipeline.kmeans import Clustering, kmeans, means_of_labels, two_level_kmeans, within_cluster_squares
+from pipeline.kmeans import Clustering, kmeans, means_of_labels, within_cluster_squares
 from pipeline.step import Built, Executor, Progress, Step
+from pipeline.two_level import two_level_kmeans
 from pipeline.vectors import Array, FoldedPoints, load_pairs, open_vectors, write_array
 
 
@@ -48,9 +49,9 @@ def cluster(points: FoldedPoints, config: dict[str, Any]) -> Clustering:
     settings = {name: config[name] for name in ("iterations", "seed")}
     if config["method"] == "doubled":
         return _doubled(points, num_clusters, restarts=config["restarts"], backend=config["backend"], **settings)
-    settings["tolerance"] = config["tolerance"]
+    settings.update({name: config[name] for name in ("tolerance", "balance", "device")})
     if num_clusters > config["two_level_above"]:
-        return two_level_kmeans(points, config["cluster_size"], **settings)
+        return two_level_kmeans(points, num_clusters, **settings)
     return kmeans(points, num_clusters, **settings)
 
 
@@ -106,6 +107,7 @@ def _write(builder: ArtifactBuilder, pair_ids: Array, clustering: Clustering) ->
             "pairs": len(pair_ids),
             "clusters": len(clustering.centroids),
             "iterations": len(clustering.objective),
+            **{f"cluster_size_q{q:02}": int(np.quantile(sizes, q / 100, method="lower")) for q in (5, 50, 95)},
             "largest_cluster": int(sizes.max()),
         }
 

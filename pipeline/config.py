@@ -92,7 +92,11 @@ class EmbedConfig(_Table):
     surrogate_query_prompt: str | None = Field(None, description="default: 'search_query: ' for nomic-embed")
     surrogate_document_prompt: str | None = Field(None, description="default: 'search_document: ' for nomic-embed")
     max_length_tokens: int | None = Field(None, ge=4, description="default: the model's own limit")
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="cpu, mps, cuda or cuda:N")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        description="cpu, mps, cuda or cuda:N; clustering and packing too run on cuda",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 where the hardware has it, else float32 (float16 on older GPUs)"
     )
@@ -108,9 +112,12 @@ class ClusterConfig(_Table):
         "folded", description="folded: K-Means on d + q, streamed; doubled: the paper's 2n points, on FAISS, in memory"
     )
     cluster_size: int | None = Field(None, ge=2, description="mean pairs of a cluster; default: pack.batch_size")
-    iterations: int | None = Field(None, ge=1, description="default: 30 for folded, 100 for doubled")
+    iterations: int | None = Field(None, ge=1, description="default: 10 for folded, 100 for doubled")
     restarts: int = Field(3, ge=1, description="doubled only: the best of so many runs is kept")
-    tolerance: float = Field(1e-4, ge=0.0, description="folded: stop when the relative gain is below")
+    tolerance: float = Field(1e-3, ge=0.0, description="folded: stop when the relative gain is below")
+    balance: float = Field(
+        0.02, ge=0.0, le=1.0, description="folded: how fast clusters of unequal size grow alike; 0: plain K-Means"
+    )
     two_level_above: int = Field(1_024, ge=1, description="folded: more clusters than this are found in two levels")
     seed: int = Field(0, ge=0, description="draws the first centroids")
 
@@ -119,11 +126,14 @@ class PackConfig(_Table):
     """Cutting clusters into batches of exactly `batch_size` pairs."""
 
     batch_size: int = Field(64, ge=2, le=MAX_BATCH_SIZE, description="pairs of every batch, B")
-    seed: int = Field(0, ge=0, description="draws the cluster where the tour starts")
+    seed: int = Field(0, ge=0, description="draws the cluster where the tour starts; the next packing takes seed + 1")
     order: Literal["tour", "random"] = Field(
         "tour", description="tour: like beside like; random: the baseline that hard batches are compared with"
     )
     exact_tour_below: int = Field(8_192, ge=1, description="fewer clusters than this: exact greedy tour")
+    refine_rounds: int = Field(30, ge=0, description="rounds in which near batches trade pairs, at most; 0: none")
+    refine_tolerance: float = Field(5e-4, ge=0.0, description="stop when a round gains less of Eq. 2 than this")
+    num_packings: int = Field(1, ge=1, le=64, description="ways in which the pairs are cut into batches, by epoch")
     remainder: Literal["drop", "mix"] = Field("drop", description="pairs that fill no batch: drop, or mix domains")
 
 

@@ -1,25 +1,32 @@
 """pack: clusters → batches of exactly B pairs, and a ledger in which every pair is in one batch or left over.
 
-Clusters are laid one after the other in the order of a greedy tour over their centroids. Within a cluster, pairs are
-ordered from the previous centroid of the tour towards the next, so that a cut anywhere leaves like beside like. The
-row of pairs is cut every B; what remains at its end, the far end of a greedy tour, is the remainder.
+Clusters follow each other on a greedy tour over their centroids. Stretch by stretch of the tour, batches are filled
+from its clusters (fill.py) and then trade pairs with near batches as long as Eq. 2 rises (refine.py). What fits no
+batch of a stretch goes on to the next; what the last one leaves is the remainder.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from pipeline import schemas
 from pipeline.artifact import ArtifactBuilder, read_artifact, write_unit
-from pipeline.kmeans import Points
+from pipeline.fill import fill_batches
+from pipeline.refine import refine
 from pipeline.step import Built, Executor, Progress, Step
 from pipeline.tour import greedy_tour
 from pipeline.vectors import Array, FoldedPoints, load_pairs, open_vectors
+
+_STRETCH_VALUES = 2**26  # float32 values of d⊕q held of a stretch of the tour: 256 MiB
+_STRETCH_SCORES = 2**26  # pairs of a stretch times its batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,16 +37,50 @@ class Packing:
     remainder: Array
 
 
-def pack(points: Points, labels: Array, centroids: Array, *, batch_size: int, seed: int, exact_below: int) -> Packing:
-    """Packs n points with `labels` (int, n) and `centroids` (k × D) into batches of `batch_size`.
+@dataclass(frozen=True, kw_only=True)
+class PackSettings:
+    """How to pack; fields as in `config.PackConfig`, `seed` of this packing."""
 
-    The tour starts at a random cluster drawn by `seed`. Every place 0..n-1 comes out exactly once.
+    batch_size: int
+    seed: int = 0
+    exact_tour_below: int = 8_192
+    refine_rounds: int = 30
+    refine_tolerance: float = 5e-4
+    device: str = "cpu"
+
+
+def pack(points: FoldedPoints, labels: Array, centroids: Array, settings: PackSettings) -> Packing:
+    """Packs n points with `labels` (int, n) and `centroids` (k × D) into ⌊n/B⌋ batches.
+
+    The tour starts at a random cluster drawn by the seed. Every place 0..n-1 comes out exactly once. Holds what the
+    tour does, 24 bytes a pair, and the vectors of a stretch of the tour, at most twice 256 MiB whatever n is.
     """
     if len(labels) == 0:
-        return _cut(np.zeros(0, dtype=np.int64), batch_size)
-    start = int(np.random.default_rng(seed).integers(len(centroids)))
-    tour = greedy_tour(centroids, start, exact_below=exact_below)
-    return _cut(lay_out(points, labels, centroids, tour), batch_size)
+        return pack_randomly(0, batch_size=settings.batch_size, seed=settings.seed)
+    start = int(np.random.default_rng(settings.seed).integers(len(centroids)))
+    tour = greedy_tour(centroids, start, exact_below=settings.exact_tour_below)
+    left = np.empty(0, dtype=np.int64)
+    batches = [np.empty((0, settings.batch_size), dtype=np.int64)]
+    for stretch in _stretches(labels, centroids, tour, settings.batch_size, 2 * points.dimension):
+        places = np.concatenate([*stretch.members, left])
+        documents, queries = points.sides(places)
+        folded = documents + queries
+        row = lay_out(folded, stretch)
+        lengths = np.array([len(members) for members in stretch.members])
+        filled, rest = fill_batches(folded, row, lengths, settings.batch_size)
+        del folded
+        vectors = torch.from_numpy(np.concatenate([documents, queries], axis=1))
+        del documents, queries
+        refined = refine(
+            vectors,
+            filled,
+            rounds=settings.refine_rounds,
+            tolerance=settings.refine_tolerance,
+            device=settings.device,
+        )
+        batches.append(places[refined.batches])
+        left = places[rest]
+    return Packing(batches=np.concatenate(batches), remainder=left)
 
 
 def pack_randomly(num_points: int, *, batch_size: int, seed: int) -> Packing:
@@ -52,24 +93,48 @@ def _cut(row: Array, batch_size: int) -> Packing:
     return Packing(batches=row[:cut].reshape(-1, batch_size), remainder=row[cut:])
 
 
-def lay_out(points: Points, labels: Array, centroids: Array, tour: Array) -> Array:
-    """All places in the order of the tour; in a cluster along the line from the centroid before it to the next."""
-    members = np.argsort(labels, kind="stable")
-    starts = np.searchsorted(labels[members], np.arange(len(centroids) + 1))
+@dataclass(frozen=True, kw_only=True)
+class _Stretch:
+    """Clusters that follow each other on the tour: their members (places, int64), and the way on at each (k × D)."""
+
+    members: list[Array]
+    directions: Array
+
+
+def _stretches(labels: Array, centroids: Array, tour: Array, batch_size: int, width: int) -> Iterator[_Stretch]:
+    limit = int(min(_STRETCH_VALUES // width, (_STRETCH_SCORES * batch_size) ** 0.5))
+    limit = -(-len(labels) // -(-len(labels) // max(limit, batch_size)))  # stretches of about the same length
+    order = np.argsort(labels, kind="stable")
+    starts = np.searchsorted(labels[order], np.arange(len(centroids) + 1))
     norms = np.linalg.norm(centroids, axis=1, keepdims=True)
-    unit = np.divide(centroids, norms, out=np.zeros_like(centroids), where=norms > 0).astype(np.float64)
-    row = np.empty(len(labels), dtype=np.int64)
+    unit = np.divide(centroids, norms, out=np.zeros_like(centroids), where=norms > 0)
+    ways = unit[np.append(tour[1:], tour[-1])] - unit[np.append(tour[0], tour[:-1])]
+    members: list[Array] = []
+    directions: list[Array] = []
+    held = 0
+    for cluster, way in zip(tour, ways, strict=True):
+        own = order[starts[cluster] : starts[cluster + 1]]
+        for piece in np.array_split(own, max(1, -(-len(own) // limit))):  # one, or the cluster is larger than a stretch
+            if members and held + len(piece) > limit:
+                yield _Stretch(members=members, directions=np.stack(directions))
+                members, directions, held = [], [], 0
+            members.append(piece)
+            held += len(piece)
+            directions.append(way)
+    yield _Stretch(members=members, directions=np.stack(directions))
+
+
+def lay_out(points_mD: Array, stretch: _Stretch) -> Array:
+    """The places in `points_mD` (rows: the members one after the other), each cluster along the way on the tour."""
+    row = np.empty(sum(len(members) for members in stretch.members), dtype=np.int64)
     filled = 0
-    for i, cluster in enumerate(tour):
-        places = members[starts[cluster] : starts[cluster + 1]]
-        direction = unit[tour[min(i + 1, len(tour) - 1)]] - unit[tour[max(i - 1, 0)]]
-        members_nD = points.take(places).astype(np.float64)
-        if len(tour) == 1:
-            direction = _widest(members_nD)
-        along = np.einsum("nd,d->n", members_nD, direction)
-        row[filled : filled + len(places)] = places[np.argsort(along, kind="stable")]
-        filled += len(places)
-    assert filled == len(row), "a cluster is missing from the tour"
+    for members, direction in zip(stretch.members, stretch.directions, strict=True):
+        cluster = slice(filled, filled + len(members))
+        if len(stretch.members) == 1:
+            direction = _widest(points_mD[cluster])
+        along = np.einsum("md,d->m", points_mD[cluster], direction, dtype=np.float64)
+        row[cluster] = filled + np.argsort(along, kind="stable")
+        filled += len(members)
     return row
 
 
@@ -82,30 +147,36 @@ def _widest(points_nD: Array) -> Array:
 def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> Built:
     """Builds the `batches` artifact of one domain. Pairs without a vector of either model go to the ledger."""
     if not builder.committed("batches"):
-        progress.start(f"pack {step.domain}", 1)
+        progress.start(f"pack {step.domain}", step.config["num_packings"])
         pairs = load_pairs(read_artifact(step.inputs["pairs"]))
         vectors = open_vectors(step.inputs["vectors"])
         invalid = vectors.invalid_pairs(pairs) | open_vectors(step.inputs["surrogate"]).invalid_pairs(pairs)
         table = pq.read_table(step.inputs["clusters"] / "clusters.parquet")
         usable = ~invalid[table["pair_id"].to_numpy()]
         pair_ids, labels = table["pair_id"].to_numpy()[usable], table["cluster_id"].to_numpy()[usable]
-        drawn = {"batch_size": step.config["batch_size"], "seed": step.config["seed"]}
-        if step.config["order"] == "random":
-            packing = pack_randomly(len(pair_ids), **drawn)
-        else:
-            points = FoldedPoints(vectors=vectors, pairs=pairs, pair_ids=pair_ids)
-            centroids = np.load(step.inputs["clusters"] / "centroids.npy")
-            packing = pack(points, labels, centroids, exact_below=step.config["exact_tour_below"], **drawn)
+        points = FoldedPoints(vectors=vectors, pairs=pairs, pair_ids=pair_ids)
+        centroids = np.load(step.inputs["clusters"] / "centroids.npy")
         moved = "mixed" if step.config["remainder"] == "mix" else "remainder"
-        placed = np.concatenate([packing.batches.ravel(), packing.remainder])
-        left = [(pair_ids[packing.remainder], moved), (np.flatnonzero(invalid), "invalid_vector")]
         cluster_of = np.full(len(pairs), -1, dtype=np.int32)
-        cluster_of[pair_ids[placed]] = labels[placed]
-        rows = _rows(step.domain, pair_ids[packing.batches], cluster_of)
-        _write(builder, rows, [_leftover(step.domain, ids, cluster_of, reason) for ids, reason in left])
-        progress.advance(1)
+        cluster_of[pair_ids] = labels
+        rows, left = [], []
+        for number in range(step.config["num_packings"]):
+            packing = _pack_by(step.config, points, labels, centroids, number)
+            rows.append(_rows(step.domain, number, pair_ids[packing.batches], cluster_of))
+            for ids, reason in ((pair_ids[packing.remainder], moved), (np.flatnonzero(invalid), "invalid_vector")):
+                left.append(_leftover(step.domain, number, ids, cluster_of, reason))
+            progress.advance(1)
+        _write(builder, rows, left)
         progress.finish()
     return Built(units=["batches"], counts=builder.unit_record("batches").counts)
+
+
+def _pack_by(config: dict[str, Any], points: FoldedPoints, labels: Array, centroids: Array, number: int) -> Packing:
+    seed = config["seed"] + number
+    if config["order"] == "random":
+        return pack_randomly(len(labels), batch_size=config["batch_size"], seed=seed)
+    fields = ("batch_size", "exact_tour_below", "refine_rounds", "refine_tolerance", "device")
+    return pack(points, labels, centroids, PackSettings(seed=seed, **{name: config[name] for name in fields}))
 
 
 def build_mixed(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> Built:
@@ -113,41 +184,45 @@ def build_mixed(step: Step, builder: ArtifactBuilder, executor: Executor, progre
     if not builder.committed("batches"):
         progress.start("pack mixed", 1)
         tables = [pq.read_table(step.inputs[f"batches/{name}"] / "leftover.parquet") for name in step.config["domains"]]
-        left = pa.concat_tables(tables).unify_dictionaries()
-        left = left.filter(pa.compute.equal(left["reason"], "mixed"))
+        every = pa.concat_tables(tables).unify_dictionaries()
+        every = every.filter(pa.compute.equal(every["reason"], "mixed"))
         batch_size = step.config["batch_size"]
-        cut = len(left) // batch_size * batch_size
-        columns = {name: left[name].slice(0, cut) for name in ("domain", "pair_id", "cluster_id")}
-        rows = pa.table({**_places(cut // batch_size, batch_size), **columns}, schema=schemas.BATCHES)
-        rest = left.slice(cut).drop_columns("reason").append_column("reason", _word("remainder", len(left) - cut))
-        _write(builder, rows, [rest.cast(schemas.LEFTOVER)])
+        rows, rests = [], []
+        for number in range(step.config["num_packings"]):
+            left = every.filter(pa.compute.equal(every["packing"], number))
+            cut = len(left) // batch_size * batch_size
+            columns = {name: left[name].slice(0, cut) for name in ("domain", "pair_id", "cluster_id")}
+            rows.append(pa.table({**_places(number, cut // batch_size, batch_size), **columns}, schema=schemas.BATCHES))
+            rest = left.slice(cut).drop_columns("reason").append_column("reason", _word("remainder", len(left) - cut))
+            rests.append(rest.cast(schemas.LEFTOVER))
+        _write(builder, rows, rests)
         progress.advance(1)
         progress.finish()
     return Built(units=["batches"], counts=builder.unit_record("batches").counts)
 
 
-def _places(num_batches: int, batch_size: int) -> dict[str, Array]:
+def _places(packing: int, num_batches: int, batch_size: int) -> dict[str, Array]:
     num_rows = num_batches * batch_size
     return {
-        "packing": np.zeros(num_rows, dtype=np.int32),
+        "packing": np.full(num_rows, packing, dtype=np.int32),
         "batch": np.repeat(np.arange(num_batches), batch_size),
         "slot": np.tile(np.arange(batch_size, dtype=np.int32), num_batches),
     }
 
 
-def _rows(domain: str, pair_ids: Array, cluster_of: Array) -> pa.Table:
+def _rows(domain: str, packing: int, pair_ids: Array, cluster_of: Array) -> pa.Table:
     flat = pair_ids.ravel()
     columns = {"domain": _word(domain, len(flat)), "pair_id": flat, "cluster_id": cluster_of[flat]}
-    return pa.table({**_places(*pair_ids.shape), **columns}, schema=schemas.BATCHES)
+    return pa.table({**_places(packing, *pair_ids.shape), **columns}, schema=schemas.BATCHES)
 
 
 def _word(word: str, num_rows: int) -> pa.DictionaryArray:
     return pa.DictionaryArray.from_arrays(np.zeros(num_rows, dtype=np.int32), pa.array([word]))
 
 
-def _leftover(domain: str, pair_ids: Array, cluster_of: Array, reason: str) -> pa.Table:
+def _leftover(domain: str, packing: int, pair_ids: Array, cluster_of: Array, reason: str) -> pa.Table:
     columns = {
-        "packing": np.zeros(len(pair_ids), dtype=np.int32),
+        "packing": np.full(len(pair_ids), packing, dtype=np.int32),
         "domain": _word(domain, len(pair_ids)),
         "pair_id": pair_ids,
         "cluster_id": cluster_of[pair_ids],
@@ -156,15 +231,17 @@ def _leftover(domain: str, pair_ids: Array, cluster_of: Array, reason: str) -> p
     return pa.table(columns, schema=schemas.LEFTOVER)
 
 
-def _write(builder: ArtifactBuilder, rows: pa.Table, leftover: list[pa.Table]) -> None:
+def _write(builder: ArtifactBuilder, packings: list[pa.Table], leftover: list[pa.Table]) -> None:
+    rows = pa.concat_tables(packings).unify_dictionaries()
     left = pa.concat_tables(leftover).unify_dictionaries()
     with write_unit(builder.path, "batches") as writer:
         for name, table in (("batches", rows), ("leftover", left)):
             path: Path = writer.add_file(f"{name}.parquet", rows=len(table))
             pq.write_table(table, path, compression="zstd", use_dictionary=["domain", "reason"])
-        counts = left["reason"].value_counts().to_pylist()
+        reasons = left["reason"].value_counts().to_pylist()
         writer.counts = {
-            "batches": len(rows["batch"].unique()),
-            "pairs": len(rows),
-            "leftover": {item["values"]: item["counts"] for item in counts},
+            "packings": len(packings),
+            "batches": len(packings[0]["batch"].unique()),
+            "pairs": len(packings[0]),
+            "leftover": {item["values"]: item["counts"] // len(packings) for item in reasons},
         }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import MANIFEST, Artifact, Manifest, blame_damage, find_artifact, read_artifact
+from pipeline.card import figure_rows, markdown_table, packings_text
 from pipeline.errors import ConfigError, InputError
 from pipeline.schemas import MIXED_DOMAIN
 
@@ -21,23 +22,31 @@ def summary_text(shards: Path) -> str:
     artifact = _read_shards(shards)
     counts = artifact.manifest.counts
     warnings = [line for name, figures in counts["domains"].items() for line in _warnings(name, figures, counts)]
+    several = counts["packings"] > 1
+    size = f"{counts['batch_size']} pairs"
+    if several:
+        size += f", {counts['batches'] // counts['packings']:,} in each of {counts['packings']} packings"
     negatives = []
     removed = {name: counts[f"negatives_removed_{name}"] for name in ("known", "equivalent", "no_vector")}
     dropped = sum(figures.get("negatives_dropped", 0) for figures in counts["domains"].values())
     if counts["negatives_kept"] or dropped or any(removed.values()):
         negatives = [
-            f"hard negatives: {counts['negatives_kept']:,} kept; removed: {removed['known']:,} known pairs, "
+            f"hard negatives{' of all packings' if several else ''}: {counts['negatives_kept']:,} kept; "
+            f"removed: {removed['known']:,} known pairs, "
             f"{removed['equivalent']:,} likely answers, {removed['no_vector']:,} without a vector, "
             f"{dropped:,} unusable in the source"
         ]
     return "\n".join(
         [
-            table(*_summary_rows(artifact.manifest)),
+            table(*_count_rows(artifact.manifest)),
+            "",
+            table(*figure_rows(_domains(artifact.manifest), counts["packings"]), left=(0, 1) if several else (0,)),
             "share: hardness of the batches, 0 for random ones, 1 for every pair among its nearest of the domain",
+            *packings_text(counts["packings"]),
             *negatives,
             *warnings,
             "",
-            f"{counts['batches']:,} batches of {counts['batch_size']} pairs, {artifact.bytes / 2**20:.1f} MiB; look:",
+            f"{counts['batches']:,} batches of {size}, {artifact.bytes / 2**20:.1f} MiB; look:",
             f"  {_command('hardbatch')} inspect {artifact.path}",
             f'  {_command("python")} -c "import polars as pl; '
             f"print(pl.read_parquet('{artifact.path / 'data'}').select('batch_id', 'query', 'document'))\"",
@@ -65,10 +74,15 @@ def _warnings(domain: str, figures: dict[str, Any], counts: dict[str, Any]) -> l
 def summary_markdown(shards: Path) -> str:
     """The summary of a shards artifact as a markdown table."""
     artifact = _read_shards(shards)
-    header, rows = _summary_rows(artifact.manifest)
-    lines = [header, ["---"] * len(header), *rows]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"# {artifact.manifest.domain}\n\n{table}\n\nShards: `{artifact.path}`\n"
+    num_packings = artifact.manifest.counts["packings"]
+    parts = [
+        f"# {artifact.manifest.domain}",
+        markdown_table(*_count_rows(artifact.manifest)),
+        markdown_table(*figure_rows(_domains(artifact.manifest), num_packings)),
+        *packings_text(num_packings),
+        f"Shards: `{artifact.path}`\n",
+    ]
+    return "\n\n".join(parts)
 
 
 def batches_text(shards: Path, *, limit: int = 20) -> str:
@@ -78,10 +92,13 @@ def batches_text(shards: Path, *, limit: int = 20) -> str:
     artifact = _read_shards(shards)
     with blame_damage([artifact.path]):
         index = pl.read_parquet(artifact.path / "index.parquet")
-    header = ["batch", "domain", "hardness", "masked hardness", "mask rate", "loss", "file", "row group"]
+    several = artifact.manifest.counts["packings"] > 1
+    header = ["batch", *["packing"] * several, "domain", "hardness", "masked hardness", "mask rate", "surrogate loss"]
+    header += ["file", "row group"]
     rows = [
         [
             str(row["batch_id"]),
+            *[str(row["packing"])] * several,
             row["domain"],
             f"{row['hardness']:.4f}",
             "" if row["masked_hardness"] is None else f"{row['masked_hardness']:.4f}",
@@ -93,7 +110,7 @@ def batches_text(shards: Path, *, limit: int = 20) -> str:
         for row in index.head(limit).iter_rows(named=True)
     ]
     more = f"\n{len(index) - limit:,} more batches; show one with --batch N" if len(index) > limit else ""
-    return f"{summary_text(shards)}\n\n{table(header, rows, left=(1, 6))}{more}"
+    return f"{summary_text(shards)}\n\n{table(header, rows, left=(header.index('domain'), header.index('file')))}{more}"
 
 
 def batch_text(shards: Path, batch_id: int, *, num_slots: int | None = None) -> str:
@@ -113,8 +130,9 @@ def batch_text(shards: Path, batch_id: int, *, num_slots: int | None = None) -> 
     entry = chosen.row(0, named=True)
     with blame_damage([artifact.path]), pq.ParquetFile(artifact.path / entry["file"]) as file:
         rows = file.read_row_group(entry["row_group"]).to_pylist()
+    packing = f", packing {entry['packing']}" if artifact.manifest.counts["packings"] > 1 else ""
     lines = [
-        f"batch {batch_id} of {entry['domain']}: {len(rows)} pairs, hardness {entry['hardness']:.4f}, "
+        f"batch {batch_id} of {entry['domain']}{packing}: {len(rows)} pairs, hardness {entry['hardness']:.4f}, "
         f"mask rate {entry['mask_rate']:.4f}, surrogate loss {entry['surrogate_loss']:.3f}"
     ]
     shown = rows if num_slots is None else rows[max(0, (len(rows) - num_slots) // 2) :][:num_slots]
@@ -159,31 +177,25 @@ def _read_shards(path: Path) -> Artifact:
     return artifact
 
 
-def _summary_rows(manifest: Manifest) -> tuple[list[str], list[list[str]]]:
+def _domains(manifest: Manifest) -> dict[str, dict[str, Any]]:
     found = manifest.counts["domains"]
-    domains = [name for name in [*manifest.config["domains"], MIXED_DOMAIN] if name in found]
+    return {name: found[name] for name in [*manifest.config["domains"], MIXED_DOMAIN] if name in found}
+
+
+def _count_rows(manifest: Manifest) -> tuple[list[str], list[list[str]]]:
+    """From source rows to batches; batches and what is left over are those of each packing."""
     header = ["domain", "rows", "quarantined", "held out", "pairs", "clusters", "batches", "left over"]
-    header += ["hardness", "share", "masked share", "mask rate"]
     rows = []
     totals = dict.fromkeys(("rows", "quarantined", "held_out", "pairs", "clusters", "batches", "leftover"), 0)
-    for domain in domains:
-        figures = found[domain]
+    for domain, figures in _domains(manifest).items():
         quarantined = sum(figures.get("quarantined", {}).values())
         leftover = sum(count for reason, count in figures["leftover"].items() if reason != "mixed")
         numbers = {**figures, "quarantined": quarantined, "leftover": leftover}
         for name in totals:
             totals[name] += numbers.get(name, 0)
-        rows.append(
-            [domain]
-            + [f"{numbers[name]:,}" if name in numbers else "" for name in totals]
-            + [_figure(figures.get(name)) for name in ("hardness", "share", "masked_share", "mask_rate")]
-        )
-    rows.append(["all"] + [f"{value:,}" for value in totals.values()] + [""] * 4)
+        rows.append([domain] + [f"{numbers[name]:,}" if name in numbers else "" for name in totals])
+    rows.append(["all"] + [f"{value:,}" for value in totals.values()])
     return header, rows
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
 
 
 def _shorten(text: str) -> str:

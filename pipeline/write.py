@@ -1,7 +1,8 @@
 """write: batches → shards. One row group is one batch, one row is one slot; texts, prompts and equivalence sets inside.
 
-A unit is a part file of at most 1,024 batches of one domain. Beside `data/` lie `index.parquet` (a row per batch: where
-its row group and that one's record in the footer lie, digests of both), the manifest and the data card.
+A unit is a part file of at most 1,024 batches of one domain and one packing. Packings come one after the other, and
+domains in each. Beside `data/` lie `index.parquet` (a row per batch: where its row group and that one's record in the
+footer lie, digests of both), the manifest and the data card.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pipeline.files import sha256_outside
 from pipeline.footer import record_ranges, row_group_ranges
 from pipeline.hardness import measure_batch
 from pipeline.step import Built, Executor, Progress, Step, Unit, run_pending
-from pipeline.summary import refuse_empty, summarise
+from pipeline.summary import count_packings, refuse_empty, summarise
 from pipeline.vectors import Array, Texts, load_pairs, open_vectors
 
 # Only texts are compressed: to set up zstd takes longer than to read a page of packed integers, which is no larger.
@@ -59,18 +60,13 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         inputs=step.inputs,
         datasets=step.config["datasets"],
         margin=step.config["margin"],
-        first_batch_id={
-            domain: sum(num_batches[other] for other in packed[: packed.index(domain)]) for domain in packed
-        },
+        batch_size=step.config["batch_size"],
+        num_batches=num_batches,
         with_negatives=any(
             read_artifact(step.inputs[f"pairs/{domain}"]).manifest.counts["negatives"] for domain in domains
         ),
     )
-    units: list[Unit] = []
-    for domain in packed:
-        for start in range(0, num_batches[domain], step.config["batches_per_part"]):
-            stop = min(start + step.config["batches_per_part"], num_batches[domain])
-            units.append(Unit(name=f"part-{len(units):05d}", group=domain, start=start, stop=stop))
+    units = _units(num_batches, count_packings(counts), step.config["batches_per_part"])
     names = run_pending(builder, executor, work, units, progress, "write shards")
     index = pa.concat_tables([pq.read_table(_index_piece(builder.path, name)) for name in names])
     summary = summarise(step, index, counts)
@@ -83,17 +79,37 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
     return Built(units=[*names, "index"], counts=summary)
 
 
+def _units(num_batches: dict[str, int], num_packings: int, batches_per_part: int) -> list[Unit]:
+    """The part files, in the order of their batches; `start` and `stop` count those of a domain over its packings."""
+    units: list[Unit] = []
+    for packing in range(num_packings):
+        for domain, number in num_batches.items():
+            end = (packing + 1) * number
+            for start in range(packing * number, end, batches_per_part):
+                stop = min(start + batches_per_part, end)
+                units.append(Unit(name=f"part-{len(units):05d}", group=domain, start=start, stop=stop))
+    return units
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Writing:
     path: Path
     inputs: dict[str, Path]
     datasets: dict[str, dict[str, Any]]
     margin: float
-    first_batch_id: dict[str, int]
+    batch_size: int
+    num_batches: dict[str, int]  # of each packing, by domain, in the order of the batch ids
     with_negatives: bool
 
     def open(self) -> _WritingWorker:
         return _WritingWorker(self)
+
+    def place(self, unit: Unit) -> tuple[int, int, int]:
+        """Of a unit's first batch: its packing, its number there, its batch id."""
+        packing, number = divmod(unit.start, self.num_batches[unit.group])
+        domains = list(self.num_batches)
+        before = sum(self.num_batches[domain] for domain in domains[: domains.index(unit.group)])
+        return packing, number, packing * sum(self.num_batches.values()) + before + number
 
 
 class _Domain:
@@ -122,7 +138,9 @@ class _WritingWorker:
         self._schema = schemas.SHARDS_WITH_NEGATIVES if work.with_negatives else schemas.SHARDS
         self._domain = lru_cache(maxsize=len(work.datasets))(lambda name: _Domain(work.inputs, name))
         self._group = ""
-        self._batches = lru_cache(maxsize=1)(lambda name: _read_batches(work.inputs[f"batches/{name}"]))
+        self._batches = lru_cache(maxsize=1)(
+            lambda name, packing: _read_batches(work.inputs[f"batches/{name}"], packing, work.batch_size)
+        )
 
     def prepare(self, unit: Unit) -> None:
         return None
@@ -134,7 +152,8 @@ class _WritingWorker:
         name = f"data/{unit.name}.parquet"
         with write_unit(self._work.path, unit.name) as writer:
             num_batches = unit.stop - unit.start
-            batches, domain_of = self._batches(unit.group)
+            packing, first, first_batch_id = self._work.place(unit)
+            batches, domains = self._batches(unit.group, packing)
             path = writer.add_file(name, rows=num_batches * batches.shape[1])
             counts = dict.fromkeys(_NEGATIVE_COUNTS, 0)
             measured = []
@@ -146,23 +165,22 @@ class _WritingWorker:
                 use_dictionary=["domain", "query_prompt", "document_prompt"],
                 write_statistics=["batch_id", "pair_id"],
             ) as parquet:
-                for number in range(unit.start, unit.stop):
-                    table, figures = self._batch(unit.group, number, batches, domain_of, counts)
+                for i in range(num_batches):
+                    parts = [(unit.group, np.arange(batches.shape[1]))]
+                    if domains is not None:
+                        found = domains[first + i]
+                        parts = [(str(name), np.flatnonzero(found == name)) for name in np.unique(found)]
+                    table, figures = self._batch(first_batch_id + i, batches[first + i], parts, counts)
                     parquet.write_table(table, row_group_size=len(table))
-                    measured.append(figures)
-            index = _index_rows(path, name, self._work.first_batch_id[unit.group] + unit.start, unit.group, measured)
+                    measured.append({"packing": packing, "domain": unit.group, **figures})
+            index = _index_rows(path, name, first_batch_id, measured)
             piece = writer.add_file(_index_piece(Path(), unit.name).as_posix(), rows=num_batches)
             pq.write_table(pa.Table.from_pylist(index, schemas.INDEX), piece, compression="zstd")
             writer.counts = counts
 
     def _batch(
-        self, group: str, number: int, batches: Array, domain_of: Array | None, counts: dict[str, int]
+        self, batch_id: int, rows: Array, parts: list[tuple[str, Array]], counts: dict[str, int]
     ) -> tuple[pa.Table, dict[str, Any]]:
-        rows = batches[number]
-        if domain_of is None:
-            parts = [(group, np.arange(len(rows)))]
-        else:
-            parts = [(str(name), np.flatnonzero(domain_of[number] == name)) for name in np.unique(domain_of[number])]
         batch, known = self._gather(rows, parts)
         queries, documents = batch.surrogate
         mask = surrogate_mask(queries, documents, margin=self._work.margin) | known
@@ -170,7 +188,7 @@ class _WritingWorker:
         mask |= equal_texts(batch.columns["query"])  # across domains; within one, a known pair says the same
         np.fill_diagonal(mask, False)
         columns = batch.columns
-        columns["batch_id"] = np.full(len(rows), self._work.first_batch_id[group] + number)
+        columns["batch_id"] = np.full(len(rows), batch_id)
         columns["slot"] = np.arange(len(rows), dtype=np.int32)
         columns["equivalent_slots"] = [np.flatnonzero(row).astype(np.uint16) for row in mask]
         if self._work.with_negatives:
@@ -241,26 +259,23 @@ class _WritingWorker:
         return kept
 
 
-def _read_batches(path: Path) -> tuple[Array, Array | None]:
-    """(pair_id, cluster_id) by batch and slot, and the domains where there are several."""
+def _read_batches(path: Path, packing: int, batch_size: int) -> tuple[Array, Array | None]:
+    """(pair_id, cluster_id) of a packing by batch and slot, and the domains where there are several."""
     read_artifact(path)
-    table = pq.read_table(path / "batches.parquet", columns=["slot", "pair_id", "cluster_id", "domain"])
-    size = int(table["slot"].to_numpy().max()) + 1
+    is_mixed = path.parent.name == schemas.MIXED_DOMAIN
+    columns = ["pair_id", "cluster_id", "domain"] if is_mixed else ["pair_id", "cluster_id"]
+    table = pq.read_table(path / "batches.parquet", columns=columns, filters=[("packing", "==", packing)])
     rows = np.empty(len(table), dtype=[("pair_id", np.int64), ("cluster_id", np.int32)])
     rows["pair_id"], rows["cluster_id"] = table["pair_id"].to_numpy(), table["cluster_id"].to_numpy()
-    domains = None
-    if len(table["domain"].unique()) > 1:
-        domains = np.array(table["domain"].to_pylist()).reshape(-1, size)
-    elif table["domain"][0].as_py() != path.parent.name:
-        domains = np.full((len(table) // size, size), table["domain"][0].as_py())
-    return rows.reshape(-1, size), domains
+    domains = np.array(table["domain"].to_pylist()).reshape(-1, batch_size) if is_mixed else None
+    return rows.reshape(-1, batch_size), domains
 
 
 def _index_piece(path: Path, unit: str) -> Path:
     return path / "units" / f"{unit}.index.parquet"
 
 
-def _index_rows(path: Path, name: str, first_batch_id: int, domain: str, measured: list[dict[str, Any]]) -> list[Any]:
+def _index_rows(path: Path, name: str, first_batch_id: int, measured: list[dict[str, Any]]) -> list[Any]:
     ranges = row_group_ranges(path)
     footer_sha256 = sha256_outside(path, ranges)
     rows = []
@@ -270,8 +285,6 @@ def _index_rows(path: Path, name: str, first_batch_id: int, domain: str, measure
             rows.append(
                 {
                     "batch_id": first_batch_id + group,
-                    "packing": 0,
-                    "domain": domain,
                     "file": name,
                     "row_group": group,
                     "byte_offset": offset,

@@ -16,20 +16,27 @@ import polars as pl
 TIE = 1e-6
 
 
-def check(shards: Path, data_root: Path) -> dict[str, dict[str, float]]:
-    """Figures per domain; raises AssertionError where a pair is lost, doubled or wrongly masked."""
+def check(shards: Path, data_root: Path, packing: int = 0) -> dict[str, dict[str, float]]:
+    """Figures per domain of one packing; raises AssertionError where a pair is lost, doubled or wrongly masked."""
     manifest = json.loads((shards / "manifest.json").read_text())
     size = manifest["config"]["batch_size"]
     rows = pl.scan_parquet(shards / "data" / "*.parquet")
     sizes = rows.group_by("batch_id").agg(pl.len(), pl.col("slot").n_unique().alias("slots")).collect()
     assert (sizes["len"] == size).all() and (sizes["slots"] == size).all()
+    index = pl.read_parquet(shards / "index.parquet")
+    assert sorted(sizes["batch_id"]) == sorted(index["batch_id"])
+    rows = rows.filter(pl.col("batch_id").is_in(index.filter(pl.col("packing") == packing)["batch_id"].to_list()))
     return {
-        domain: _check_domain(rows.filter(pl.col("domain") == domain).collect(), domain, manifest, shards, data_root)
+        domain: _check_domain(
+            rows.filter(pl.col("domain") == domain).collect(), domain, packing, manifest, shards, data_root
+        )
         for domain in manifest["config"]["domains"]
     }
 
 
-def _check_domain(rows: pl.DataFrame, domain: str, manifest: dict, shards: Path, data_root: Path) -> dict[str, float]:
+def _check_domain(
+    rows: pl.DataFrame, domain: str, packing: int, manifest: dict, shards: Path, data_root: Path
+) -> dict[str, float]:
     corpus = shards.parent.parent
     keys = manifest["inputs"]
     pairs_folder = corpus / "pairs" / domain / keys[f"pairs/{domain}"]
@@ -48,6 +55,7 @@ def _check_domain(rows: pl.DataFrame, domain: str, manifest: dict, shards: Path,
     if "batches/mixed" in keys:
         mixed = pl.read_parquet(corpus / "batches" / "mixed" / keys["batches/mixed"] / "leftover.parquet")
         left = pl.concat([left, mixed.filter(pl.col("domain") == domain)])
+    left = left.filter(pl.col("packing") == packing)
     held_out = 0
     if (pairs_folder / "holdout" / "qrels.parquet").exists():
         held_out = len(pl.read_parquet(pairs_folder / "holdout" / "qrels.parquet"))
@@ -104,5 +112,7 @@ def _check_domain(rows: pl.DataFrame, domain: str, manifest: dict, shards: Path,
 
 
 if __name__ == "__main__":
-    for name, figures in check(Path(sys.argv[1]), Path(sys.argv[2])).items():
-        print(name, figures)
+    shards, data_root = Path(sys.argv[1]), Path(sys.argv[2])
+    for packing in range(json.loads((shards / "manifest.json").read_text())["counts"]["packings"]):
+        for name, figures in check(shards, data_root, packing).items():
+            print(name, f"packing {packing}", figures)

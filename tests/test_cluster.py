@@ -30,9 +30,10 @@ def make_sides(num_pairs, dimension=12, num_topics=10, seed=0, offset=0.0):
 
 def settings(method="folded", cluster_size=10, **changes):
     chosen = {"method": method, "cluster_size": cluster_size, "iterations": 30, "seed": 0}
-    chosen |= (
-        {"tolerance": 0.0, "two_level_above": 1_024} if method == "folded" else {"restarts": 2, "backend": "faiss-cpu"}
-    )
+    if method == "folded":
+        chosen |= {"tolerance": 0.0, "balance": 0.0, "two_level_above": 1_024, "device": "cpu"}
+    else:
+        chosen |= {"restarts": 2, "backend": "faiss-cpu"}
     return chosen | changes
 
 
@@ -137,12 +138,23 @@ def test_folded_keeps_its_clusters_where_queries_lie_apart_from_documents():
     assert len(folded.centroids) == 40
 
 
-def test_many_clusters_are_found_in_two_levels():
+@pytest.mark.parametrize("balance", [0.0, 0.02])
+def test_many_clusters_are_found_in_two_levels(balance):
     points = make_sides(300)
-    found = cluster(points, settings(two_level_above=29))
+    found = cluster(points, settings(two_level_above=29, balance=balance))
     assert 2 in found.levels
-    assert 2 not in cluster(points, settings(two_level_above=30)).levels
-    assert set(found.labels.tolist()) == set(range(len(found.centroids)))
+    assert 2 not in cluster(points, settings(two_level_above=30, balance=balance)).levels
+    assert set(found.labels.tolist()) == set(range(30)) and len(found.centroids) == 30
+
+
+@pytest.mark.parametrize("two_level_above", [1, 1_024])
+def test_balance_evens_the_sizes_of_clusters(two_level_above):
+    points = make_sides(2_000, num_topics=2_000, dimension=8)
+    spread = [
+        np.bincount(cluster(points, settings(cluster_size=40, balance=balance, two_level_above=two_level_above)).labels)
+        for balance in (0.0, 0.02)
+    ]
+    assert spread[1].std() < 0.8 * spread[0].std()
 
 
 @pytest.mark.parametrize("method", ["folded", "doubled"])
@@ -175,7 +187,10 @@ def test_artifact_of_a_domain(run_corpus, write_jsonl, rows, method):
     assert set(table["cluster_id"].to_pylist()) == set(range(len(centroids)))
     assert artifact.manifest.counts["pairs"] == 39
     assert artifact.manifest.counts["clusters"] == len(centroids) <= 5
-    assert artifact.manifest.counts["largest_cluster"] == np.bincount(table["cluster_id"].to_numpy()).max()
+    sizes = np.sort(np.bincount(table["cluster_id"].to_numpy()))
+    assert artifact.manifest.counts["largest_cluster"] == sizes[-1]
+    quantiles = [artifact.manifest.counts[f"cluster_size_q{q:02}"] for q in (5, 50, 95)]
+    assert quantiles == [sizes[int(q / 100 * (len(sizes) - 1))] for q in (5, 50, 95)]
     objective = pq.read_table(step.path / "objective.parquet")
     assert len(objective) == artifact.manifest.counts["iterations"] > 0
     pairs, vectors = load_pairs(read_artifact(step.inputs["pairs"])), open_vectors(step.inputs["vectors"])

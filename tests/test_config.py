@@ -155,6 +155,41 @@ def test_infinity_is_refused(load: Load, line: str) -> None:
     assert "inf" in refused(load, text)
 
 
+@pytest.mark.parametrize(
+    ("override", "allowed"),
+    [
+        ("cluster.balance=-0.1", "greater than or equal to 0"),
+        ("cluster.balance=1.1", "less than or equal to 1"),
+        ("cluster.tolerance=-1e-9", "greater than or equal to 0"),
+        ("cluster.iterations=0", "greater than or equal to 1"),
+        ("cluster.cluster_size=1", "greater than or equal to 2"),
+        ("cluster.two_level_above=0", "greater than or equal to 1"),
+        ("cluster.method=fold", "'folded' or 'doubled'"),
+        ("pack.refine_rounds=-1", "greater than or equal to 0"),
+        ("pack.refine_rounds=1.5", "integer"),
+        ("pack.refine_tolerance=-0.1", "greater than or equal to 0"),
+        ("pack.num_packings=0", "greater than or equal to 1"),
+        ("pack.num_packings=65", "less than or equal to 64"),
+        ("pack.exact_tour_below=0", "greater than or equal to 1"),
+        ("pack.order=shuffle", "'tour' or 'random'"),
+        ("pack.remainder=keep", "'drop' or 'mix'"),
+    ],
+)
+def test_settings_of_cluster_and_pack_have_bounds(load: Load, override: str, allowed: str) -> None:
+    key, _, value = override.partition("=")
+    message = refused(load, MINIMAL, override)
+    assert f"--set: {key}: " in message and allowed in message and f"given {value.strip()}"[:8] in message
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["cluster.balance=0", "cluster.balance=1", "pack.refine_rounds=0", "pack.refine_tolerance=0", "pack.num_packings=64"],
+)
+def test_bounds_themselves_are_allowed(load: Load, override: str) -> None:
+    stage, name = override.partition("=")[0].split(".")
+    assert getattr(getattr(load(MINIMAL, override), stage), name) == float(override.partition("=")[2])
+
+
 def test_an_integer_is_a_number(load: Load) -> None:
     assert load(MINIMAL + "weight = 2\n").dataset[0].weight == 2.0
 

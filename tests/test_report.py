@@ -10,11 +10,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from packings import join_packings
 
 from pipeline.artifact import MANIFEST
+from pipeline.card import figure_rows
 from pipeline.errors import ConfigError, HardbatchError, InputError, IntegrityError
 from pipeline.explain import explain_plan, plan_text
-from pipeline.report import batch_text, batches_text, summary_markdown, summary_text
+from pipeline.report import batch_text, batches_text, summary_markdown, summary_text, table
 from pipeline.run import Plan, plan_corpus, run_step
 
 Finished = tuple[Path, Path, Path]
@@ -87,6 +89,60 @@ def test_domains_of_no_or_few_pairs_do_not_stop_the_others(
     }  # fmt: skip
     for name, pairs in (("big", 8), ("none", 0), ("one", 1), ("wordless", 8)):
         assert counts[name]["batches"] * 4 + sum(counts[name]["leftover"].values()) == pairs
+
+
+def test_surrogate_loss_and_sizes_of_clusters_are_told_where_they_are_known(finished_run: Finished) -> None:
+    figures = json.loads((finished_run[2] / MANIFEST).read_bytes())["counts"]["domains"]["numbers"]
+    line = [line for line in summary_text(finished_run[2]).splitlines() if line.startswith("numbers")][1].split()
+    names = ("hardness", "masked_hardness", "share", "masked_share", "mask_rate", "surrogate_loss")
+    assert line[1:7] == [f"{figures[name]:.3f}" for name in names]
+    sizes = {"cluster_size_q05": 3, "cluster_size_q50": 61.5, "cluster_size_q95": 1_240}
+    header, rows = figure_rows({"sized": {**figures, **sizes}, "unknown": {}}, num_packings=1)
+    assert header[-1] == "cluster sizes 5/50/95 %"
+    assert [row[-1] for row in rows] == ["3, 61.5, 1,240", ""]
+    assert {len(row) for row in rows} == {len(header)}
+
+
+@pytest.fixture(scope="module")
+def two_packings(finished_run: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of two packings, in a copy of the finished run."""
+    folder = shutil.copytree(finished_run[0].parent, tmp_path_factory.mktemp("two") / "copy")
+    manifest, workspace = folder / finished_run[0].name, folder / "workspace"
+    plans = [plan_corpus(manifest, workspace, overrides=[f"pack.order={order}"]) for order in ("tour", "random")]
+    for plan in plans:
+        for step in plan.steps:
+            run_step(step)
+    step = join_packings(plans, "two")
+    run_step(step)
+    return step.path
+
+
+def test_figures_are_shown_over_all_packings_and_of_each(two_packings: Path) -> None:
+    figures = json.loads((two_packings / MANIFEST).read_bytes())["counts"]["domains"]["numbers"]
+    lines = [line.split() for line in summary_text(two_packings).splitlines()]
+    place = next(i for i, line in enumerate(lines) if line[:2] == ["numbers", "all"])
+    assert f"{figures['shared_batch_mates']:.3f}" in lines[place]
+    for line, part in zip(lines[place : place + 3], [figures, *figures["by_packing"]], strict=True):
+        assert f"{part['share']:.3f}" in line and f"{part['masked_share']:.3f}" in line
+    assert [line[0] for line in lines[place + 1 : place + 3]] == ["0", "1"]
+    text = summary_text(two_packings)
+    assert "12 batches of 8 pairs, 6 in each of 2 packings" in text and "2 packings, each another way" in text
+    assert "| shared batch-mates |" in summary_markdown(two_packings)
+
+
+def test_batches_of_several_packings_say_which(two_packings: Path) -> None:
+    lines = [line.split() for line in batches_text(two_packings).splitlines() if ".parquet " in line]
+    assert [line[:2] for line in lines] == [[str(i), str(i // 6)] for i in range(12)]
+    assert batch_text(two_packings, 7).startswith("batch 7 of numbers, packing 1: 8 pairs")
+
+
+def test_tables_are_no_wider_than_a_terminal() -> None:
+    """A name of 20 letters, several packings and sizes of clusters at once."""
+    figures = dict.fromkeys(("hardness", "masked_hardness", "share", "masked_share", "mask_rate"), -0.125)
+    figures |= {"surrogate_loss": 10.5, "shared_batch_mates": 0.5}
+    figures |= {"cluster_size_q05": 12, "cluster_size_q50": 512, "cluster_size_q95": 2_048}
+    shown = table(*figure_rows({"d" * 20: {**figures, "by_packing": [figures] * 2}}, num_packings=2))
+    assert max(map(len, shown.splitlines())) <= 150
 
 
 # plan

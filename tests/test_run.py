@@ -139,7 +139,13 @@ def test_a_second_run_is_a_look_up(corpus, tmp_path, monkeypatch):
         ("pack.seed=1", {"batches", "shards"}),
         ("pack.exact_tour_below=1", {"batches", "shards"}),
         ("pack.order=random", {"batches", "shards"}),
+        ("pack.refine_rounds=0", {"batches", "shards"}),
+        ("pack.refine_tolerance=0.1", {"batches", "shards"}),
+        ("pack.num_packings=2", {"batches", "shards"}),
         ("cluster.seed=1", {"clusters", "batches", "shards"}),
+        ("cluster.balance=0.0", {"clusters", "batches", "shards"}),
+        ("cluster.tolerance=0.1", {"clusters", "batches", "shards"}),
+        ("cluster.iterations=10", set()),  # the default
         ("hardness.seed=1", {"hardness", "shards"}),
         ("write.margin=0.1", {"shards"}),
         ("write.batches_per_part=5", {"shards"}),

@@ -8,19 +8,25 @@ from pathlib import Path
 import polars as pl
 import pytest
 from check_shards import check
+from packings import join_packings
 
-from pipeline.run import plan_corpus, run_step
+from pipeline.run import Plan, plan_corpus, run_step
+from trainer.shards import open_shards
 
 SETTINGS = '[embed]\nmodel = "lexical"\nsurrogate_model = "lexical"\n[pack]\nbatch_size = 16\nremainder = "mix"\n'
 
 
-def make_shards(folder: Path, datasets: str, data_root: Path) -> Path:
+def run_all(folder: Path, datasets: str, data_root: Path, *overrides: str) -> Plan:
     manifest = folder / "manifest.toml"
     manifest.write_text(f'corpus = "checked"\n{SETTINGS}{datasets}')
-    plan = plan_corpus(manifest, folder / "workspace", data_root=data_root)
+    plan = plan_corpus(manifest, folder / "workspace", data_root=data_root, overrides=overrides)
     for step in plan.steps:
         run_step(step)
-    return plan.shards
+    return plan
+
+
+def make_shards(folder: Path, datasets: str, data_root: Path) -> Path:
+    return run_all(folder, datasets, data_root).shards
 
 
 @pytest.fixture
@@ -43,6 +49,38 @@ def test_shards_of_repeating_texts(repeating: Path) -> None:
     assert figures["one"]["quarantined"] == figures["two"]["quarantined"] == 7
     assert figures["two"]["held_out"] == 0
     assert min(figure["mask_rate"] for figure in figures.values()) > 0
+
+
+@pytest.fixture
+def several(repeating: Path) -> Path:
+    """Shards of three packings of both domains, remainders mixed."""
+    datasets = "".join(f'[[dataset]]\nname = "{name}"\nsource = "{name}.parquet"\n' for name in ("one", "two"))
+    step = join_packings([run_all(repeating, datasets, repeating, f"pack.seed={seed}") for seed in range(3)])
+    run_step(step)
+    return step.path
+
+
+def test_every_packing_holds_every_pair_or_its_ledger_does(several: Path, repeating: Path) -> None:
+    for packing in range(3):
+        figures = check(several, repeating, packing)
+        assert figures["one"]["rows"] == figures["two"]["rows"] == 307
+        assert all(figure["mask_rate"] > 0 for figure in figures.values())
+
+
+def test_the_trainer_reads_packing_e_mod_the_number_of_packings_in_epoch_e(several: Path) -> None:
+    shards = open_shards(several)
+    order = shards.order(seed=3)
+    assert (order.num_packings, order.epoch_length) == (3, shards.num_batches // 3)
+    packing_of = dict(pl.read_parquet(several / "index.parquet").select("batch_id", "packing").iter_rows())
+    queries = []
+    for epoch in range(4):
+        positions = range(epoch * order.epoch_length, (epoch + 1) * order.epoch_length)
+        batches = [shards.read_batch(order.batch_at(position), position) for position in positions]
+        assert {packing_of[batch.batch_id] for batch in batches} == {epoch % 3}
+        assert len({batch.batch_id for batch in batches}) == order.epoch_length
+        queries.append({tuple(batch.queries) for batch in batches})
+    assert queries[0] == queries[3]
+    assert queries[0] != queries[1] != queries[2] != queries[0]
 
 
 def test_the_check_finds_a_wrong_mask(repeating: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,12 +12,14 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from packings import join_packings
 from samples import WORDS
 
 from pipeline import write
 from pipeline.artifact import read_artifact, verify_artifact
 from pipeline.errors import InputError
 from pipeline.footer import end_of_file, read_head
+from pipeline.run import run_step
 from pipeline.schemas import INDEX, SHARDS, SHARDS_WITH_NEGATIVES
 
 B = 8
@@ -364,6 +367,99 @@ def test_a_pair_of_the_same_query_in_another_domain_is_known(run_corpus, write_j
     shards = pl.read_parquet(plan.shards / "data" / "*.parquet").sort("slot")
     assert shards["domain"].to_list() == ["one", "two"]
     assert shards["equivalent_slots"].to_list() == [[1], [0]]
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """Shards of two packings, both domains with a remainder that is mixed; the runs of each packing alone."""
+    from pipeline.run import plan_corpus, run_step
+
+    root = tmp_path_factory.mktemp("several")
+    for name, rows in (("repeats", make_source()), ("plain", make_source(45)[::-1])):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    manifest = root / "corpus.toml"
+    manifest.write_text(MANIFEST + 'remainder = "mix"\n[embed]\nmodel = "lexical"\nsurrogate_model = "lexical"\n')
+    plans = [plan_corpus(manifest, root / "workspace", overrides=[f"pack.order={o}"]) for o in ("tour", "random")]
+    for plan in plans:
+        for step in plan.steps:
+            run_step(step)
+    step = join_packings(plans)
+    run_step(step)
+    return SimpleNamespace(
+        step=step,
+        plans=plans,
+        frame=pl.read_parquet(step.path / "data" / "*.parquet").sort("batch_id", "slot"),
+        index=pl.read_parquet(step.path / "index.parquet"),
+    )
+
+
+def test_packings_come_one_after_the_other_each_with_its_domains(several):
+    index = several.index
+    assert index["batch_id"].to_list() == list(range(len(index)))
+    assert index["packing"].to_list() == sorted(index["packing"].to_list())
+    orders = [index.filter(pl.col("packing") == packing)["domain"].to_list() for packing in (0, 1)]
+    assert orders[0] == orders[1] and set(orders[0]) == {"repeats", "plain", "mixed"}
+    assert all(len(rows) == 1 for _, rows in index.select("file", "packing", "domain").unique().group_by("file"))
+    assert sorted(path.name for path in (several.step.path / "data").iterdir()) == [
+        f"part-{i:05d}.parquet" for i in range(index["file"].n_unique())
+    ]
+
+
+def test_each_packing_is_written_as_if_it_were_alone(several):
+    """What was packed, and the figures of it; of packing 0 even the bytes of its part files."""
+    for packing, plan in enumerate(several.plans):
+        alone = pl.read_parquet(plan.shards / "data" / "*.parquet").sort("batch_id", "slot")
+        index = pl.read_parquet(plan.shards / "index.parquet")
+        of_packing = several.index.filter(pl.col("packing") == packing)
+        first = of_packing["batch_id"][0]
+        assert first == packing * len(index)
+        found = several.frame.filter(pl.col("batch_id").is_in(of_packing["batch_id"].to_list()))
+        assert found.with_columns(pl.col("batch_id") - first).equals(alone)
+        figures = ["domain", "row_group", "hardness", "masked_hardness", "mask_rate", "surrogate_loss"]
+        assert of_packing.select(figures).equals(index.select(figures))
+    alone, together = several.plans[0].shards / "data", several.step.path / "data"
+    assert all((together / path.name).read_bytes() == path.read_bytes() for path in alone.iterdir())
+    assert len(list(alone.iterdir())) * 2 == len(list(together.iterdir()))
+
+
+def test_the_packings_differ(several):
+    for domain in ("repeats", "plain"):
+        assert read_artifact(several.step.path).manifest.counts["domains"][domain]["shared_batch_mates"] < 0.9
+
+
+def test_a_unit_reads_its_packing_only(several, tmp_path, monkeypatch):
+    read, inner = [], write._read_batches
+
+    def read_batches(path, packing, batch_size):
+        batches, domains = inner(path, packing, batch_size)
+        read.append((path.parent.name, packing, len(batches)))
+        return batches, domains
+
+    monkeypatch.setattr(write, "_read_batches", read_batches)
+    run_step(replace(several.step, path=tmp_path / "again"))
+    counts = read_artifact(several.step.path).manifest.counts["domains"]
+    expected = [(name, p, counts[name]["batches"]) for p in (0, 1) for name in ("repeats", "plain", "mixed")]
+    assert read == expected
+    assert (tmp_path / "again" / "manifest.json").read_bytes() == (several.step.path / "manifest.json").read_bytes()
+
+
+def test_hard_negatives_are_counted_over_all_packings(several):
+    kept = [read_artifact(plan.shards).manifest.counts["negatives_kept"] for plan in several.plans]
+    assert read_artifact(several.step.path).manifest.counts["negatives_kept"] == sum(kept) > 0
+
+
+def test_the_data_card_tells_of_packings(several):
+    card = (several.step.path / "README.md").read_text()
+    assert "2 packings" in card and "| batches of each packing |" in card and "| shared batch-mates |" in card
+    alone = (several.plans[0].shards / "README.md").read_text()
+    assert "packings" not in alone and "| batches |" in alone
+    figures = read_artifact(several.step.path).manifest.counts["domains"]["plain"]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in card.splitlines() if line.startswith("|")]
+    place = next(i for i, row in enumerate(rows) if row[:2] == ["plain", "all"])
+    assert rows[place][2] == f"{figures['hardness']:.3f}"
+    assert [row[:3] for row in rows[place + 1 : place + 3]] == [
+        ["", str(packing), f"{part['hardness']:.3f}"] for packing, part in enumerate(figures["by_packing"])
+    ]
 
 
 def test_no_full_batch_is_refused_and_nothing_is_complete(run_corpus, small_manifest, tmp_path):

@@ -1,0 +1,305 @@
+"""Batching: ours, whole and in parts, against the paper's procedure on FAISS; the same pairs and vectors for all.
+
+    HARDBATCH_DATA=DIR python benchmarks/batching.py [--domains medical,reddit:33000] [--sizes 64,256] [--seeds 3]
+        [--workspace DIR] [--plot FILE.svg] [--without described,shipped]
+
+Clusters are made and measured with MiniLM; masks come from MiniLM and, as another model, from the lexical embedder.
+Methods take turns within a seed; figures are medians over seeds. Cluster size = B. Seconds are those of clustering and
+packing, from vectors that lie in memory-mapped files. The paper's procedure is run `as described` (2n doubled points,
+all of them trained on, spherical, 100 iterations, best of 3) and `as shipped` (FAISS keeps 256 points per centroid:
+the same thing at B = 64, where there are 128); both assign q⊕d, tour over the centroids, and cut.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import faiss
+import numpy as np
+import torch
+
+from pipeline.artifact import read_artifact
+from pipeline.hardness import TEMPERATURE, Bounds, measure_bounds
+from pipeline.kmeans import Clustering, kmeans, means_of_labels
+from pipeline.pack import PackSettings, pack, pack_randomly
+from pipeline.run import plan_corpus, run_step
+from pipeline.tour import greedy_tour
+from pipeline.two_level import two_level_kmeans
+from pipeline.vectors import Array, FoldedPoints, Vectors, load_pairs, open_vectors
+
+DOMAINS = "medical,reddit:33000,code_python,intents_clinc"
+Method = Callable[[FoldedPoints, int, int], tuple[Array, Array]]  # (points, B, seed) → batches, labels
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--domains", default=DOMAINS)
+    parser.add_argument("--sizes", default="64,256")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workspace", type=Path, default=Path(tempfile.gettempdir()) / "hardbatch-benchmark")
+    parser.add_argument("--without", default="", help="methods to leave out, by their first word")
+    parser.add_argument("--plot", type=Path, help="masked share against seconds, for each domain and B")
+    parser.add_argument("--output", type=Path, help="every single figure, as JSON lines")
+    options = parser.parse_args()
+    if "HARDBATCH_DATA" not in os.environ:
+        raise SystemExit("HARDBATCH_DATA is not set: it names the folder of real pairs, train/<domain>.parquet")
+    left_out = tuple(filter(None, options.without.split(",")))
+    methods = {name: method for name, method in METHODS.items() if not name.startswith(left_out or ("\0",))}
+    medians = []
+    for domain in options.domains.split(","):
+        corpus = load(domain, Path(os.environ["HARDBATCH_DATA"]) / "train", options.workspace)
+        for batch_size in map(int, options.sizes.split(",")):
+            bounds = measure_bounds(corpus.points, batch_size, num_anchors=4_096, seed=0)
+            assert bounds is not None
+            found: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
+            for seed in range(options.seeds):
+                reference: float | None = None
+                for name, method in methods.items():
+                    start = time.perf_counter()
+                    batches, labels = method(corpus.points, batch_size, seed)
+                    seconds = time.perf_counter() - start
+                    figures = measure(corpus, batches, labels, bounds, reference)
+                    if name.startswith("shipped"):
+                        reference = figures["mask rate"]
+                    found[name].append({"seconds": seconds, **figures})
+                    if options.output:
+                        line = {"domain": domain, "B": batch_size, "method": name, "seed": seed, **found[name][-1]}
+                        with options.output.open("a") as file:
+                            print(json.dumps(line), file=file)
+            print_table(f"{domain.partition(':')[0]}, {len(corpus.points):,} pairs, B = {batch_size}", found)
+            for name, runs in found.items():
+                row = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+                medians.append((domain.partition(":")[0], batch_size, name, row))
+    if options.plot:
+        plot(medians, options.plot)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """A domain: its pairs, and both sides' vectors by the clustering model and by another (float32, n × D)."""
+
+    points: FoldedPoints
+    query_row: torch.Tensor
+    document_row: torch.Tensor
+    own: tuple[torch.Tensor, torch.Tensor]
+    other: tuple[torch.Tensor, torch.Tensor]
+
+
+def load(domain: str, data: Path, workspace: Path) -> Corpus:
+    """Embeds a domain (NAME or NAME:LIMIT) by both models, or reads what is there."""
+    name, _, limit = domain.partition(":")
+    workspace.mkdir(parents=True, exist_ok=True)
+    manifest = workspace / f"{name}.toml"
+    cut = f"limit = {limit}\n" if limit else ""
+    manifest.write_text(f'corpus = "batching"\n[[dataset]]\nname = "{name}"\nsource = "{name}.parquet"\n{cut}')
+    overrides = ["embed.model=minilm", "embed.surrogate_model=lexical"]
+    steps = plan_corpus(manifest, workspace, data_root=data, overrides=overrides).steps
+    for step in steps:
+        if step.stage in ("pairs", "vectors"):
+            run_step(step)
+    pairs = load_pairs(read_artifact(next(step.path for step in steps if step.stage == "pairs")))
+    opened: list[Vectors] = [open_vectors(step.path) for step in steps if step.stage == "vectors"]
+    invalid = opened[0].invalid_pairs(pairs) | opened[1].invalid_pairs(pairs)
+    sides = [FoldedPoints(vectors=vectors, pairs=pairs, pair_ids=np.flatnonzero(~invalid)) for vectors in opened]
+    every = np.arange(len(sides[0]))
+    own, other = (tuple(map(torch.from_numpy, points.sides(every))) for points in sides)
+    return Corpus(
+        points=sides[0],
+        query_row=torch.from_numpy(pairs.query_row[sides[0].pair_ids]),
+        document_row=torch.from_numpy(pairs.document_row[sides[0].pair_ids]),
+        own=own,  # type: ignore[arg-type]
+        other=other,  # type: ignore[arg-type]
+    )
+
+
+def doubled(points_per_centroid: int | None) -> Method:
+    """The paper's K-Means and packing; FAISS keeps so many points per centroid, None: all."""
+
+    def batch(points: FoldedPoints, batch_size: int, seed: int) -> tuple[Array, Array]:
+        documents, queries = points.sides(np.arange(len(points)))
+        forward = np.concatenate([documents, queries], axis=1)
+        both = np.concatenate([forward, np.concatenate([queries, documents], axis=1)])
+        both /= np.linalg.norm(both, axis=1, keepdims=True)
+        trainer = faiss.Kmeans(
+            both.shape[1],
+            -(-len(points) // batch_size),
+            niter=100,
+            nredo=3,
+            seed=seed + 1,
+            spherical=True,
+            min_points_per_centroid=1,
+            max_points_per_centroid=points_per_centroid or len(both),
+        )
+        trainer.train(both)
+        _, labels = trainer.index.search(np.ascontiguousarray(both[: len(points)]), 1)
+        return tour_and_cut(points, labels[:, 0], batch_size, seed)
+
+    return batch
+
+
+def faiss_labels(points: FoldedPoints, batch_size: int, seed: int) -> Array:
+    """FAISS's K-Means on s = d + q: 10 iterations, one start, all points."""
+    folded = points.take(np.arange(len(points)))
+    trainer = faiss.Kmeans(
+        folded.shape[1],
+        -(-len(points) // batch_size),
+        niter=10,
+        seed=seed + 1,
+        min_points_per_centroid=1,
+        max_points_per_centroid=len(folded),
+    )
+    trainer.train(folded)
+    return np.asarray(trainer.index.search(folded, 1)[1][:, 0])
+
+
+def our_clusters(points: FoldedPoints, batch_size: int, seed: int, *, balance: float, levels: int) -> Clustering:
+    """Ours: 10 iterations, folded; in one level or two."""
+    find = kmeans if levels == 1 else two_level_kmeans
+    num_clusters = -(-len(points) // batch_size)
+    return find(points, num_clusters, iterations=10, tolerance=1e-3, balance=balance, seed=seed)
+
+
+def tour_and_cut(points: FoldedPoints, labels: Array, batch_size: int, seed: int) -> tuple[Array, Array]:
+    """Clusters along a greedy tour, pairs in the order of the corpus within each, cut every B."""
+    used, labels = np.unique(labels, return_inverse=True)
+    centroids = means_of_labels(points, labels, len(used))
+    tour = greedy_tour(centroids, int(np.random.default_rng(seed).integers(len(used))), exact_below=8_192)
+    place_on_tour = np.empty(len(tour), dtype=np.int64)
+    place_on_tour[tour] = np.arange(len(tour))
+    row = np.argsort(place_on_tour[labels], kind="stable")
+    return row[: len(row) // batch_size * batch_size].reshape(-1, batch_size), labels
+
+
+def fill_and_refine(points: FoldedPoints, labels: Array, batch_size: int, seed: int) -> tuple[Array, Array]:
+    """Our packing, of FAISS's clusters."""
+    used, labels = np.unique(labels, return_inverse=True)
+    centroids = means_of_labels(points, labels, len(used))
+    settings = PackSettings(batch_size=batch_size, seed=seed)
+    return pack(points, labels, centroids, settings).batches, labels
+
+
+def ours(balance: float, levels: int = 1, rounds: int | None = None) -> Method:
+    """Our clusters; cut along the tour where `rounds` is None, else our packing."""
+
+    def batch(points: FoldedPoints, batch_size: int, seed: int) -> tuple[Array, Array]:
+        found = our_clusters(points, batch_size, seed, balance=balance, levels=levels)
+        if rounds is None:
+            return tour_and_cut(points, found.labels, batch_size, seed)
+        settings = PackSettings(batch_size=batch_size, seed=seed, refine_rounds=rounds)
+        return pack(points, found.labels, found.centroids, settings).batches, found.labels
+
+    return batch
+
+
+METHODS: dict[str, Method] = {
+    "random": lambda points, size, seed: (
+        pack_randomly(len(points), batch_size=size, seed=seed).batches,
+        np.zeros(0, dtype=np.int64),
+    ),
+    "described: doubled, all points, 100 × 3; tour": doubled(None),
+    "shipped: doubled, 256 a centroid, 100 × 3; tour": doubled(256),
+    "faiss: s, 10 × 1; tour": lambda points, size, seed: tour_and_cut(
+        points, faiss_labels(points, size, seed), size, seed
+    ),
+    "faiss: s, 10 × 1; fill, refine": lambda points, size, seed: fill_and_refine(
+        points, faiss_labels(points, size, seed), size, seed
+    ),
+    "part: folded; tour": ours(0.0),
+    "part: folded, two levels; tour": ours(0.0, levels=2),
+    "part: folded, balanced; tour": ours(0.02),
+    "part: folded, balanced; fill": ours(0.02, rounds=0),
+    "part: folded, two levels; fill, refine": ours(0.02, levels=2, rounds=30),
+    "part: folded, not balanced; fill, refine": ours(0.0, rounds=30),
+    "whole: folded, balanced; fill, refine": ours(0.02, rounds=30),
+}
+
+
+def measure(corpus: Corpus, batches: Array, labels: Array, bounds: Bounds, reference: float | None) -> dict[str, float]:
+    """All figures of a batching; `reference` is the mask rate at which the loss is to be compared."""
+    places = torch.from_numpy(batches)
+    similar, mask, loss = [], {"own": [], "other": []}, []
+    for rows in places:
+        documents, queries = (side[rows] for side in corpus.own)
+        scores = queries @ documents.T
+        similar.append((scores + scores.T) / 2)
+        known = corpus.query_row[rows][:, None] == corpus.query_row[rows]
+        known |= corpus.document_row[rows][:, None] == corpus.document_row[rows]
+        for model, (far_documents, far_queries) in (("own", corpus.own), ("other", corpus.other)):
+            far = far_queries[rows] @ far_documents[rows].T
+            masked = ((far >= far.diagonal()[:, None]) | known).fill_diagonal_(False)
+            mask[model].append(masked)
+            if model == "own":
+                own = far.diagonal() / TEMPERATURE
+                loss.append(float(((far / TEMPERATURE).masked_fill(masked, -torch.inf).logsumexp(1) - own).mean()))
+    size = places.shape[1]
+    alike = torch.stack(similar).double()
+    off = ~torch.eye(size, dtype=torch.bool)
+    figures = {"H": float(alike[:, off].mean())}
+    figures["share"] = bounds.share(figures["H"])
+    for model, suffix in (("own", ""), ("other", ", other model")):
+        masked = torch.stack(mask[model])
+        hardness = float(alike[off & ~masked].mean())
+        figures["masked H" + suffix] = hardness
+        figures["masked share" + suffix] = bounds.share(hardness)
+        rates = masked.double().sum((1, 2)) / (size * (size - 1))
+        figures["mask rate" + suffix] = float(rates.mean())
+        if model == "own":
+            figures["loss"] = float(np.mean(loss))
+            figures["loss at shipped's mask rate"] = loss_at(rates.numpy(), np.array(loss), reference)
+    quantiles = np.quantile(np.bincount(labels), (0.05, 0.5, 0.95)) / size if len(labels) else [float("nan")] * 3
+    figures.update(dict(zip(("size q05", "size q50", "size q95"), map(float, quantiles), strict=True)))
+    return figures
+
+
+def loss_at(rates: Array, losses: Array, wanted: float | None) -> float:
+    """Mean loss without the most masked batches, so many that the mask rate is no higher than `wanted`."""
+    order = np.argsort(rates, kind="stable")
+    mean_rates = np.cumsum(rates[order]) / np.arange(1, len(rates) + 1)
+    kept = len(rates) if wanted is None else max(1, int((mean_rates <= wanted).sum()))
+    return float(losses[order[:kept]].mean())
+
+
+def print_table(title: str, found: dict[str, list[dict[str, float]]]) -> None:
+    """Medians over seeds, as Markdown."""
+    columns = list(next(iter(found.values()))[0])
+    print(f"\n{title}\n\n| method | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
+    for name, runs in found.items():
+        values = [statistics.median(run[column] for run in runs) for column in columns]
+        cells = [f"{value:.3f}" for value in values]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def plot(medians: list[tuple[str, int, str, dict[str, float]]], path: Path) -> None:
+    """Masked share against seconds (log), a panel for each domain and B."""
+    import matplotlib.pyplot as plt
+
+    panels = sorted({(domain, size) for domain, size, _, _ in medians}, key=lambda panel: (panel[1], panel[0]))
+    per_row = len({domain for domain, _ in panels})
+    figure, axes = plt.subplots(-(-len(panels) // per_row), per_row, figsize=(4 * per_row, 7), squeeze=False)
+    names = list(dict.fromkeys(name for _, _, name, _ in medians if name != "random"))
+    for axis, (domain, size) in zip(axes.flat, panels, strict=True):
+        for number, name in enumerate(names):
+            rows = [row for other, b, method, row in medians if (other, b, method) == (domain, size, name)]
+            marker = {"w": "*", "p": "o", "f": "s"}.get(name[0], "X")
+            for row in rows:
+                axis.scatter(row["seconds"], row["masked share"], marker=marker, color=f"C{number % 10}", label=name)
+        axis.set(xscale="log", title=f"{domain}, B = {size}", xlabel="seconds", ylabel="masked share")
+        axis.grid(alpha=0.3)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=3, fontsize=8)
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Fill: clusters in the order of a tour → batches of exactly B that follow the borders of clusters.
+
+Each cluster becomes the seed of one batch, or of several where it is large; small ones that follow each other on the
+tour become one seed. A seed keeps what fits it best up to B pairs; what is left of all seeds goes where it fits best
+among the seeds that have room.
+
+Shape letters: m points, D dimension.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from pipeline.kmeans import apportion, cluster_sums
+from pipeline.nearest import fast_products
+from pipeline.vectors import Array
+
+
+def fill_batches(points_mD: Array, row: Array, lengths: Array, batch_size: int) -> tuple[Array, Array]:
+    """Fills ⌊m/B⌋ batches from `row` (int64: places in `points_mD`), a run of `lengths` for each cluster on the tour.
+
+    Returns the batches (int64, number × B) and the places (int64) that fill none. Places of `points_mD` that are not in
+    `row` belong to no cluster and go where they fit best.
+    """
+    num_batches = len(points_mD) // batch_size
+    if num_batches == 0:
+        return np.empty((0, batch_size), dtype=np.int64), np.arange(len(points_mD))
+    batch_of = _seed(row, lengths, len(points_mD), num_batches, batch_size)
+    _settle(points_mD, batch_of, num_batches, batch_size)
+    order = np.argsort(batch_of, kind="stable")
+    num_left = int((batch_of < 0).sum())
+    return order[num_left:].reshape(num_batches, batch_size), order[:num_left]
+
+
+def _seed(row: Array, lengths: Array, num_points: int, num_batches: int, batch_size: int) -> Array:
+    """The batch (int64, m) whose seed each point belongs to, -1 for none; every batch has a point."""
+    ends: list[int] = []
+    filled = 0
+    for length in lengths:  # small clusters join the next on the tour
+        filled += int(length)
+        if filled - (ends[-1] if ends else 0) >= batch_size / 2 or filled == len(row):
+            ends.append(filled)
+    starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+    sizes = np.array(ends, dtype=np.int64) - starts
+    parts = apportion(sizes, num_batches, least=0)
+    batch_of = np.full(num_points, -1, dtype=np.int64)
+    given = 0
+    for start, size, part in zip(starts, sizes, parts, strict=True):
+        if part > 0:
+            batch_of[row[start : start + size]] = given + np.arange(size) * part // size
+            given += part
+    return batch_of
+
+
+def _settle(points_mD: Array, batch_of: Array, num_batches: int, batch_size: int) -> None:
+    """Moves points, in place, until every batch has `batch_size`; -1 for those that fill none.
+
+    Holds the scores of the points that must move (a tenth or so) for the batches with room.
+    """
+    placed = np.flatnonzero(batch_of >= 0)
+    sizes = np.bincount(batch_of[placed], minlength=num_batches)
+    means = cluster_sums(points_mD[placed], batch_of[placed], num_batches) / sizes[:, None]
+    centroids, offsets = torch.from_numpy(means.astype(np.float32)), torch.from_numpy(-0.5 * (means**2).sum(1)).float()
+    with_room = np.flatnonzero(sizes < batch_size)
+    movable = np.flatnonzero((batch_of < 0) | (sizes > batch_size)[batch_of])
+    points = torch.from_numpy(points_mD[movable])
+    with fast_products():
+        score = torch.addmm(offsets[with_room], points, centroids[with_room].T)
+    elsewhere = score.max(1).values if len(with_room) > 0 else torch.zeros(len(points))
+    seeded = np.flatnonzero(batch_of[movable] >= 0)
+    now = batch_of[movable[seeded]]
+    own = (points[seeded] * centroids[now]).sum(1) + offsets[now]
+    stays = np.zeros(len(movable), dtype=bool)
+    stays[seeded] = _best_of_each(now, (own - elsewhere[seeded]).numpy(), np.minimum(sizes, batch_size))
+    moving = np.flatnonzero(~stays)
+    batch_of[movable[moving]] = -1
+    score = score[torch.from_numpy(moving)]
+    room = batch_size - sizes[with_room]
+    while len(moving) > 0 and (room > 0).any():
+        open_score = score.masked_fill(torch.from_numpy(room == 0), -torch.inf)
+        best = open_score.topk(min(2, len(room)), dim=1)
+        chosen = best.indices[:, 0].numpy()
+        regret = (best.values[:, 0] - best.values[:, -1]).nan_to_num(posinf=0.0).numpy()
+        goes = _best_of_each(chosen, regret, room)
+        batch_of[movable[moving[goes]]] = with_room[chosen[goes]]
+        room = room - np.bincount(chosen[goes], minlength=len(room))
+        moving, score = moving[~goes], score[torch.from_numpy(~goes)]
+
+
+def _best_of_each(groups: Array, values: Array, limits: Array) -> Array:
+    """Marks (bool) the largest `values` of each group, as many as `limits` (by group) says; the first on a tie."""
+    order = np.argsort(-values, kind="stable")
+    order = order[np.argsort(groups[order], kind="stable")]
+    sizes = np.bincount(groups, minlength=len(limits))
+    rank = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    marks = np.zeros(len(groups), dtype=bool)
+    marks[order] = rank < limits[groups[order]]
+    return marks
