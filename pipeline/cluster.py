@@ -34,7 +34,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         _write(builder, pair_ids, clustering)
         progress.advance(1)
         progress.finish()
-    versions = {name: importlib.metadata.version(name) for name in ("numpy", "scipy", "torch")}
+    versions = {name: importlib.metadata.version(name) for name in ("numpy", "torch")}
     if step.config["method"] == "doubled":
         versions["faiss"] = _faiss_version()
     return Built(units=["clusters"], counts=builder.unit_record("clusters").counts, produced_with=versions)

@@ -1,8 +1,8 @@
 """Fill: clusters in the order of a tour → batches of exactly B that follow the borders of clusters.
 
 Each cluster becomes the seed of one batch, or of several where it is large; small ones that follow each other on the
-tour become one seed. A seed keeps what fits it best up to B pairs; what is left of all seeds goes where it fits best
-among the seeds that have room.
+tour become one seed, where that brings it nearer to B. A seed keeps what fits it best up to B pairs; what is left of
+all seeds goes where it fits best among those that have room.
 
 Shape letters: m points, D dimension.
 """
@@ -35,13 +35,14 @@ def fill_batches(points_mD: Array, row: Array, lengths: Array, batch_size: int) 
 
 def _seed(row: Array, lengths: Array, num_points: int, num_batches: int, batch_size: int) -> Array:
     """The batch (int64, m) whose seed each point belongs to, -1 for none; every batch has a point."""
-    ends: list[int] = []
+    ends = [0]
     filled = 0
-    for length in lengths:  # small clusters join the next on the tour
+    for length, following in zip(lengths, [*lengths[1:], np.inf], strict=True):
         filled += int(length)
-        if filled - (ends[-1] if ends else 0) >= batch_size / 2 or filled == len(row):
+        size = filled - ends[-1]
+        if abs(size - batch_size) <= abs(size + following - batch_size):  # else the next brings it nearer to B
             ends.append(filled)
-    starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+    starts, ends = np.array(ends[:-1], dtype=np.int64), ends[1:]
     sizes = np.array(ends, dtype=np.int64) - starts
     parts = apportion(sizes, num_batches, least=0)
     batch_of = np.full(num_points, -1, dtype=np.int64)
@@ -78,10 +79,10 @@ def _settle(points_mD: Array, batch_of: Array, num_batches: int, batch_size: int
     score = score[torch.from_numpy(moving)]
     room = batch_size - sizes[with_room]
     while len(moving) > 0 and (room > 0).any():
-        open_score = score.masked_fill(torch.from_numpy(room == 0), -torch.inf)
-        best = open_score.topk(min(2, len(room)), dim=1)
-        chosen = best.indices[:, 0].numpy()
-        regret = (best.values[:, 0] - best.values[:, -1]).nan_to_num(posinf=0.0).numpy()
+        open_ = np.flatnonzero(room)
+        best = score[:, open_].topk(min(2, len(open_)), dim=1)
+        chosen = open_[best.indices[:, 0].numpy()]
+        regret = (best.values[:, 0] - best.values[:, -1]).numpy()
         goes = _best_of_each(chosen, regret, room)
         batch_of[movable[moving[goes]]] = with_room[chosen[goes]]
         room = room - np.bincount(chosen[goes], minlength=len(room))

@@ -23,18 +23,23 @@ _NEAR_TIE = 1e-5  # of cosines in float32: an order above their error
 def greedy_tour(centroids_kD: Array, start: int, *, exact_below: int) -> Array:
     """Order of visit (int64, k), beginning at `start`, by cosine.
 
-    Holds 4·k² bytes below `exact_below` distinct directions; from there on 4 to 5 KB and 8·D bytes a centroid, in a
+    Holds 4·k² bytes below `exact_below` distinct directions; from there on up to 4 KB and 8·D bytes a centroid, in a
     time that grows as k·√k·D. The same for any number of threads.
     """
     norms = np.linalg.norm(centroids_kD, axis=1, keepdims=True)
     unit_kD = np.divide(centroids_kD, norms, out=np.zeros_like(centroids_kD), where=norms > 0).astype(np.float32)
-    seen: dict[bytes, int] = {}
-    direction = np.array([seen.setdefault(row.tobytes(), len(seen)) for row in unit_kD])
-    distinct = np.unique(direction, return_index=True)[1]  # ids of the first of each direction, in their order
-    find = _exact_tour if len(distinct) < exact_below else _graph_tour
-    place = np.argsort(find(unit_kD[distinct], int(direction[start])))
+    direction = _directions(unit_kD)
+    unit_kD = unit_kD[np.unique(direction, return_index=True)[1]]
+    find = _exact_tour if len(unit_kD) < exact_below else _graph_tour
+    place = np.argsort(find(unit_kD, int(direction[start])))
     tour = np.argsort(place[direction], kind="stable")
     return np.concatenate([[start], tour[tour != start]])
+
+
+def _directions(unit_kD: Array) -> Array:
+    """Which distinct one each is (int64, k), numbered as they first come: else equal ones would all be near-ties."""
+    seen: dict[bytes, int] = {}
+    return np.array([seen.setdefault(row.tobytes(), len(seen)) for row in unit_kD])
 
 
 def _exact_tour(unit_kD: Array, start: int) -> Array:

@@ -149,12 +149,11 @@ def test_many_clusters_are_found_in_two_levels(balance):
 
 @pytest.mark.parametrize("two_level_above", [1, 1_024])
 def test_balance_evens_the_sizes_of_clusters(two_level_above):
-    points = make_sides(2_000, num_topics=2_000, dimension=8)
-    spread = [
-        np.bincount(cluster(points, settings(cluster_size=40, balance=balance, two_level_above=two_level_above)).labels)
-        for balance in (0.0, 0.02)
-    ]
-    assert spread[1].std() < 0.8 * spread[0].std()
+    points = make_sides(2_000, num_topics=2_000, dimension=16)
+    chosen = [settings(cluster_size=20, balance=balance, two_level_above=two_level_above) for balance in (0.0, 0.02)]
+    plain, balanced = (np.bincount(cluster(points, each).labels) for each in chosen)
+    assert len(plain) == len(balanced) == 100
+    assert balanced.std() < 0.8 * plain.std()
 
 
 @pytest.mark.parametrize("method", ["folded", "doubled"])

@@ -176,14 +176,20 @@ def test_infinity_is_refused(load: Load, line: str) -> None:
     ],
 )
 def test_settings_of_cluster_and_pack_have_bounds(load: Load, override: str, allowed: str) -> None:
-    key, _, value = override.partition("=")
     message = refused(load, MINIMAL, override)
-    assert f"--set: {key}: " in message and allowed in message and f"given {value.strip()}"[:8] in message
+    assert f"--set: {override.partition('=')[0]}: " in message
+    assert allowed in message and "given " in message
 
 
 @pytest.mark.parametrize(
     "override",
-    ["cluster.balance=0", "cluster.balance=1", "pack.refine_rounds=0", "pack.refine_tolerance=0", "pack.num_packings=64"],
+    [
+        "cluster.balance=0",
+        "cluster.balance=1",
+        "pack.refine_rounds=0",
+        "pack.refine_tolerance=0",
+        "pack.num_packings=64",
+    ],
 )
 def test_bounds_themselves_are_allowed(load: Load, override: str) -> None:
     stage, name = override.partition("=")[0].split(".")

@@ -116,12 +116,16 @@ def test_many_topics_come_together():
 
 
 def test_what_a_pair_is_to_itself_is_no_gain():
-    """Pairs whose document and query point apart would, were d_i·q_i counted, look as if they harmed their batch."""
-    generator = np.random.default_rng(0)
-    side = generator.standard_normal((64, 6))
-    vectors = np.concatenate([side, -side], axis=1).astype(np.float32)
-    batches = random_batches(64, 8)
-    assert_sound(run(vectors, batches), vectors, batches)
+    """Thirteen pairs of each batch with d = −q and nothing in common with others: leaving only seems to gain."""
+    ways = 2 * np.eye(28)[:26]
+    topic_a, topic_b = np.eye(28)[26:]
+    documents = np.concatenate([ways, [topic_a] * 3, [topic_b] * 3])
+    queries = np.concatenate([-ways, [topic_a] * 3, [topic_b] * 3])
+    vectors = np.concatenate([documents, queries], axis=1).astype(np.float32)
+    batches = np.array([[*range(13), 26, 27, 29], [*range(13, 26), 28, 30, 31]])
+    refined = run(vectors, batches, rounds=1)
+    assert refined.objective == [pytest.approx(4.0), pytest.approx(12.0)]
+    assert {26, 27, 28} <= set(refined.batches[0]) and {29, 30, 31} <= set(refined.batches[1])
 
 
 @pytest.mark.parametrize("batch_size", [2, 16, 64])

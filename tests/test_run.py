@@ -164,6 +164,16 @@ def test_a_setting_makes_anew_only_what_depends_on_it(corpus, tmp_path, override
     assert {step.stage for step in changed.steps if step.path not in before} == stages
 
 
+@pytest.mark.parametrize("override", ["tolerance=0.5", "balance=0.5", "two_level_above=7"])
+def test_settings_of_folded_change_nothing_of_doubled(corpus, tmp_path, override):
+    pytest.importorskip("faiss", reason="doubled needs FAISS: pip install 'hardbatch[cpu]'")
+    doubled = ["cluster.method=doubled"]
+    plans = [
+        plan_corpus(corpus, tmp_path / "ws", overrides=each) for each in (doubled, [*doubled, "cluster." + override])
+    ]
+    assert plans[0] == plans[1]
+
+
 def test_another_pack_seed_runs_only_batches_and_shards(corpus, tmp_path):
     first, _ = run(corpus, tmp_path / "ws")
     before = tree(first.shards)

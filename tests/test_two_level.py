@@ -56,6 +56,11 @@ def test_there_are_as_many_clusters_as_asked_where_points_differ(num_points, num
     assert len(clustering.centroids) == num_clusters
 
 
+def test_a_cluster_that_lost_its_points_at_last_is_not_missing():
+    points = folded_points(4_000, 64, num_topics=30, spread=1.0)
+    assert len(run(points, 100, balance=0.0).centroids) == 100
+
+
 def test_levels_tell_which_objective_is_whose():
     points = folded_points(1_000)
     clustering = run(points, 49)
