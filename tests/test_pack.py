@@ -103,12 +103,20 @@ def test_every_pair_once_and_every_batch_full(given_, data):
 
 
 @pytest.mark.parametrize(("num_points", "num_clusters", "batch_size"), [(500, 100, 16), (50, 10, 4), (2, 2, 2)])
-def test_every_pair_once_on_the_graph_tour(num_points, num_clusters, batch_size):
+def test_every_pair_once_on_the_graph_tour(monkeypatch, num_points, num_clusters, batch_size):
+    limits, inner = [], module.greedy_tour
+
+    def greedy_tour(centroids, start, *, exact_below):
+        limits.append(exact_below)
+        return inner(centroids, start, exact_below=exact_below)
+
+    monkeypatch.setattr(module, "greedy_tour", greedy_tour)
     points, labels = topical(np.arange(num_points) % num_clusters), np.arange(num_points, dtype=np.int32) % num_clusters
     packing = run_pack(points, labels, batch_size, exact_tour_below=1)
     assert_every_pair_once(packing, num_points, batch_size)
     exact = run_pack(points, labels, batch_size)
     assert equation_2(points, packing.batches) > 0.9 * equation_2(points, exact.batches)
+    assert limits == [1, 8_192]
 
 
 @pytest.mark.parametrize("labels", [[0, 0, 3, 3, 3, 5], [1] * 6, [0, 0, 0, 1, 1, 1]])
@@ -146,6 +154,22 @@ def test_a_large_cluster_is_cut_into_batches_that_hang_together(seed):
     labels = np.array([0, 1, 1, 2], dtype=np.int32)[group[order]]
     packing = run_pack(Counted(*sides.astype(np.float32)), labels, 8, seed=seed, refine_rounds=0)
     assert sorted(sorted(set(group[order][batch].tolist())) for batch in packing.batches) == [[0], [1], [2], [3]]
+
+
+@pytest.mark.parametrize(("tour", "first"), [([0, 2, 1], 0), ([1, 2, 0], 1), ([0, 1, 2], 1), ([2, 0, 1], 1)])
+def test_a_cluster_is_laid_along_the_way_from_the_one_before_to_the_one_after(tour, first):
+    """Cluster 2 lies between 0 and 1, half of it nearer to each: `first` is the one that its row begins near."""
+    points = np.repeat([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 0.2, 0.0], [0.2, 1.0, 0.0]], 4, axis=0)
+    order = np.random.default_rng(0).permutation(16)
+    points = (points + 0.01 * np.random.default_rng(1).standard_normal((16, 3))).astype(np.float32)[order]
+    labels = np.repeat([0, 1, 2, 2], 4)[order].astype(np.int32)
+    centroids = means_of(Counted(points / 2, points / 2), labels)
+    (stretch,) = module._stretches(labels, centroids, np.array(tour), 4, 6)
+    places = np.concatenate(stretch.members)
+    row = places[module.lay_out(points[places], stretch)]
+    assert labels[row].tolist() == np.repeat(tour, [4 if cluster < 2 else 8 for cluster in tour]).tolist()
+    nearer_to_1 = points[row[labels[row] == 2]] @ [-1.0, 1.0, 0.0] > 0
+    assert nearer_to_1.tolist() == [first == 1] * 4 + [first == 0] * 4
 
 
 def test_one_cluster_is_laid_along_its_widest_line():
