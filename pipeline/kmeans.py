@@ -6,7 +6,8 @@ is added to its score, and that falls while it has more members than its part an
 
 Points stream in fixed partitions; sums are float32 within a partition, float64 over them, added in a fixed order. The
 last assignment is float32 with near-ties rescored in float64 (the lowest id wins); those before it may use the faster
-products of the hardware. So labels do not depend on threads or block size.
+products of the hardware. Labels do not depend on threads, nor on the block size but where float32 cannot tell centroids
+apart (blocks follow from k alone).
 
 Shape letters: n points, k clusters, D dimension.
 """
@@ -69,9 +70,10 @@ def kmeans(
 ) -> Clustering:
     """Lloyd's algorithm from distinct random points, with empty clusters re-seeded from the largest.
 
-    In each iteration the price of a cluster moves by at most `balance` times the mean of ‖s − c‖²; 0 is plain K-Means.
+    In each iteration the price of a cluster moves by at most `balance` times the variance, per point, within clusters
+    or between them, whichever is less; 0 is plain K-Means.
     Stops early when the objective gains less than `tolerance` of itself and sizes do not come nearer to each other.
-    The result may have fewer clusters than asked where there are fewer distinct points. Raises ValueError unless
+    The result may have fewer clusters than asked where few points differ, or the last assignment empties one. Raises ValueError unless
     1 <= num_clusters <= n.
     """
     n = len(points)
@@ -82,12 +84,14 @@ def kmeans(
     lloyd = Lloyd(_distinct_points(points, num_clusters, generator), balance, device)
     everything = [(np.arange(n), np.arange(len(lloyd.centroids)))]
     labels = np.full(n, -1, dtype=np.int32)
+    is_settled = False
     for iteration in range(iterations):
         previous = labels
-        is_last = iteration == iterations - 1 or lloyd.has_settled(tolerance)
+        is_last = is_settled or iteration == iterations - 1
         labels = lloyd.iterate(points, everything, exact=is_last)
-        if is_last or (balance == 0 and np.array_equal(labels, previous)):
+        if is_last:
             break
+        is_settled = lloyd.has_settled(tolerance) or (balance == 0 and np.array_equal(labels, previous))
         lloyd.reseed(points, labels, generator)
     return compact(labels, lloyd, [1] * len(lloyd.objective))
 
@@ -132,7 +136,8 @@ class Lloyd:
         self._imbalance.append(float(np.abs(self.sizes - equal_size).sum() / len(labels)))
         if not exact:  # else this was the last iteration, and these are the prices it was made with
             mean = sums.sum(0) / len(labels)
-            step = self._balance * max(float((sums[filled] * means).sum() / len(labels) - mean @ mean), 0.0)
+            between = float((sums[filled] * means).sum() / len(labels) - mean @ mean)
+            step = self._balance * max(0.0, min(between, self.objective[-1] / len(labels)))
             self.prices -= (step * np.clip(self.sizes / equal_size - 1, *_PRICE_STEPS)).astype(np.float32)
         return labels
 

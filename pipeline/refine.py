@@ -57,7 +57,7 @@ def refine(vectors: torch.Tensor, batches: Array, *, rounds: int, tolerance: flo
 
 class _Trade:
     def __init__(self, vectors: torch.Tensor, places_bB: torch.Tensor, device: torch.device) -> None:
-        self.places = places_bB.to(device)
+        self.places = places_bB.clone().to(device)
         self._x_bBF = vectors[places_bB.ravel()].view(*places_bB.shape, -1).to(device)
         self._half = self._x_bBF.shape[2] // 2
         self._sum_bF = self._x_bBF.sum(1, dtype=torch.float64)
