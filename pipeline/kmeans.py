@@ -73,8 +73,8 @@ def kmeans(
     In each iteration the price of a cluster moves by at most `balance` times the variance, per point, within clusters
     or between them, whichever is less; 0 is plain K-Means.
     Stops early when the objective gains less than `tolerance` of itself and sizes do not come nearer to each other.
-    The result may have fewer clusters than asked where few points differ, or the last assignment empties one. Raises ValueError unless
-    1 <= num_clusters <= n.
+    The result may have fewer clusters than asked where few points differ, or the last assignment empties one.
+    Raises ValueError unless 1 <= num_clusters <= n.
     """
     n = len(points)
     if not 1 <= num_clusters <= n:
