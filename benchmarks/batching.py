@@ -291,7 +291,7 @@ def plot(medians: list[tuple[str, int, str, dict[str, float]]], path: Path) -> N
     per_row = len({domain for domain, _ in panels})
     figure, axes = plt.subplots(-(-len(panels) // per_row), per_row, figsize=(4 * per_row, 7), squeeze=False)
     names = list(dict.fromkeys(name for _, _, name, _ in medians if name != "random"))
-    for axis, (domain, size) in zip(axes.flat, panels, strict=True):
+    for axis, (domain, size) in zip(axes.flat, panels, strict=False):  # a row may end with an empty one
         for number, name in enumerate(names):
             rows = [row for other, b, method, row in medians if (other, b, method) == (domain, size, name)]
             marker = {"w": "*", "p": "o", "f": "s"}.get(name[0], "X")
