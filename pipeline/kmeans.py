@@ -166,6 +166,7 @@ def apportion(sizes: Array, total: int, *, least: int = 1) -> Array:
     A group that is not empty gets `least` or more, and at most its size. `total` must lie between what that makes and
     the sum of the sizes.
     """
+    assert least * int((sizes > 0).sum()) <= total <= sizes.sum(), "no split into parts within these bounds"
     exact = sizes * (total / max(1, sizes.sum()))
     parts = np.minimum(np.maximum(np.floor(exact).astype(np.int64), least * (sizes > 0)), sizes)
     while (missing := total - parts.sum()) != 0:
