@@ -10,7 +10,7 @@ SHELL = /bin/bash
 DEMO_TRAINING = --num-layers 3 --dropout 0 --context-size 24 --max-length 48 --max-steps 120 --warmup-steps 15 \
 	--learning-rate 1e-4 --eval holdout
 
-.PHONY: demo test lint check up down clean
+.PHONY: demo test soak lint check up down clean
 
 demo: .venv/.installed-demo
 	@shards=$$($(BIN)/hardbatch demo | tee /dev/stderr | tail -n 1) && \
@@ -19,6 +19,10 @@ demo: .venv/.installed-demo
 
 test: .venv/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests
+
+# the whole reliability matrix, long half included, and the table of its figures; wants HARDBATCH_DATA
+soak: .venv/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m 'soak or not soak' tests/reliability
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff format --check .

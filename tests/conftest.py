@@ -112,3 +112,18 @@ def copied_run(finished_run: tuple[Path, Path, Path], tmp_path: Path) -> tuple[P
     manifest, _, shards = finished_run
     folder = shutil.copytree(manifest.parent, tmp_path / "copy")
     return folder / manifest.name, folder / "workspace", folder / shards.relative_to(manifest.parent)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Ends a run with the figures that tests recorded by row (see tests/reliability/conftest.py)."""
+    found: dict[int, list[str]] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, figure in getattr(report, "user_properties", ()):
+                if name.startswith("reliability row "):
+                    found.setdefault(int(name.rsplit(" ", 1)[1]), []).append(str(figure))
+    if found:
+        terminalreporter.section("reliability")
+        terminalreporter.write_line("| row | seen |\n|---|---|")
+        for row, figures in sorted(found.items()):
+            terminalreporter.write_line(f"| {row} | {'; '.join(dict.fromkeys(figures))} |")

@@ -1,0 +1,49 @@
+"""Fault points: where tests let this process die, or an operation fail, chosen by one environment variable.
+
+    HARDBATCH_FAULT=NAME[:N]=ACTION     the N-th time (from 1) that the point NAME is passed
+
+ACTION is `kill`, a SIGKILL to the process group of this process, or the name of an errno (`ENOSPC`, `EIO`), raised as
+an OSError. This is the one place that reads the variable; without it a point costs a comparison.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+
+POINTS = (  # in the order in which a unit and then an artifact pass them
+    "unit.written",
+    "unit.fsynced",
+    "unit.renamed",
+    "unit.folder-fsynced",
+    "file.written",
+    "file.fsynced",
+    "file.renamed",
+    "file.folder-fsynced",
+    "manifest.written",
+    "manifest.fsynced",
+    "manifest.linked",
+    "manifest.folder-fsynced",
+)
+_chosen = os.environ.get("HARDBATCH_FAULT", "")
+_passed = 0
+
+
+def fault_point(name: str) -> None:
+    """Passes the point `name`: nothing happens unless a test chose it."""
+    if not _chosen.startswith(name):
+        return
+    place, _, action = _chosen.partition("=")
+    chosen, _, number = place.partition(":")
+    if chosen != name:
+        return
+    global _passed
+    _passed += 1
+    if _passed != int(number or 1):
+        return
+    if action == "kill":
+        os.killpg(0, signal.SIGKILL)
+        time.sleep(60)  # it is on its way
+    raise OSError(getattr(errno, action), f"fault point {name}")
