@@ -207,7 +207,7 @@ class ArtifactBuilder:
         content["digest"] = hashlib.sha256(canonical_json(content)).hexdigest()
         temporary = temporary_name(self.path / MANIFEST)
         try:
-            temporary.write_bytes(json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
+            temporary.write_bytes(_manifest_bytes(content))
             fsync_path(temporary)
             try:
                 os.link(temporary, self.path / MANIFEST)  # unlike a rename, fails where a manifest is already there
@@ -293,6 +293,8 @@ def _parse_manifest(raw: bytes, path: Path) -> Manifest:
             raise IntegrityError(
                 f"{path}: format version {version}, this hardbatch reads up to {FORMAT_VERSION}; use a newer hardbatch"
             )
+        if _manifest_bytes(content) != raw:  # of other bytes that mean the same, no digest would know
+            raise IntegrityError(f"{path}: damaged (its bytes are not those that were written)")
         digest = content.pop("digest")
         if hashlib.sha256(canonical_json(content)).hexdigest() != digest:
             raise IntegrityError(f"{path}: damaged (its content is not what its digest says)")
@@ -300,6 +302,11 @@ def _parse_manifest(raw: bytes, path: Path) -> Manifest:
         return Manifest(**content)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise IntegrityError(f"{path}: not a manifest of hardbatch, or damaged") from None
+
+
+def _manifest_bytes(content: Mapping[str, Any]) -> bytes:
+    """The one text of a manifest."""
+    return json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
 
 
 def _damaged(path: Path, name: str, what: str) -> str:

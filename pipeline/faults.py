@@ -27,6 +27,15 @@ POINTS = (  # in the order in which a unit and then an artifact pass them
     "manifest.linked",
     "manifest.folder-fsynced",
 )
+TRAINER_POINTS = (  # besides those of the checkpoint, which is an artifact
+    "checkpoint.saved",
+    "checkpoint.disowned",
+    "checkpoint.emptied",
+    "export.written",
+    "export.set-aside",
+    "export.replaced",
+    "export.swept",
+)
 _chosen = os.environ.get("HARDBATCH_FAULT", "")
 _passed = 0
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pipeline.artifact import MANIFEST, open_builder, verify_artifact, write_unit
 from pipeline.errors import ConfigError, IntegrityError, NoSpaceError
+from pipeline.faults import fault_point
 from pipeline.files import as_user_error
 from trainer.config import TrainConfig
 from trainer.model import Encoder
@@ -85,6 +86,7 @@ def save_checkpoint(
                     config={},
                     inputs={"shards": state.shards_key},
                 )
+        fault_point("checkpoint.saved")
         kept = _checkpoint_folders(output)[-keep_last:]
         for old in path.parent.glob("step-*"):
             if old not in kept and old.name < path.name:
@@ -213,5 +215,7 @@ def _checkpoint_folders(output: Path) -> list[Path]:
 
 def _delete(path: Path) -> None:
     (path / MANIFEST).unlink(missing_ok=True)  # from here on it is no checkpoint, whatever happens
+    fault_point("checkpoint.disowned")
     shutil.rmtree(path, ignore_errors=True)
+    fault_point("checkpoint.emptied")
     (path.parent / f".{path.name}.lock").unlink(missing_ok=True)

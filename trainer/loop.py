@@ -26,6 +26,10 @@ from trainer.stream import BatchStream
 from trainer.training import Training, export_folder, opening_lines
 
 
+class _StoppedError(Exception):
+    """A signal came amid an evaluation."""
+
+
 class DivergedError(HardbatchError):
     """A loss or a gradient that is no number."""
 
@@ -40,7 +44,7 @@ def train(training: Training) -> int:
         log = None
         with ranks.together():
             if ranks.is_main:
-                log = stack.enter_context(contextlib.closing(_open_log(training)))
+                log = _open_log(training)
         stop = stack.enter_context(noted_signals())
         loop = stack.enter_context(contextlib.closing(_Loop(training, log, stop)))
         loop.evaluate(due=training.state.step == 0)
@@ -140,6 +144,10 @@ class _Loop:
         """The signal that any rank was sent, 0 for none."""
         return self._training.ranks.max(self._stop.signum)
 
+    def _leave_if_stopped(self) -> None:
+        if self.stopped():
+            raise _StoppedError
+
     def flush(self) -> None:
         """A line of the log."""
         state = self._training.state
@@ -148,8 +156,13 @@ class _Loop:
                 self._log.flush(step=state.step, position=state.position, batches_per_step=self._training.step_size)
 
     def save(self) -> None:
-        """A checkpoint, written by the main rank, after a line of the log for the steps since the last one."""
+        """A checkpoint, written by the main rank, after a line of the log for the steps since the last one.
+
+        Before the first step there is nothing to save.
+        """
         training = self._training
+        if training.state.step == 0:
+            return
         self.flush()
         with self._pause(), training.ranks.together():
             if training.ranks.is_main:
@@ -165,7 +178,7 @@ class _Loop:
     def evaluate(self, *, due: bool = False) -> None:
         """Figures of every --eval folder, by all ranks together, where the step is `due` or one of --eval-every.
 
-        What the log has is not measured again; a signal ends it between two folders.
+        What the log has is not measured again; a signal ends it within seconds, and what it has of that folder is lost.
         """
         training, config, state = self._training, self._training.config, self._training.state
         if not due and not (config.eval_every and state.step % config.eval_every == 0):
@@ -175,7 +188,10 @@ class _Loop:
                 known = self._log is not None and state.step in self._log.evaluations.get(collection.name, {})
                 if self.stopped() or training.ranks.max(known):
                     continue
-                figures = self._measure(collection)
+                try:
+                    figures = self._measure(collection)
+                except _StoppedError:
+                    return
                 with training.ranks.together():
                     if self._log is not None:
                         self._log.evaluation(collection.name, figures, step=state.step, position=state.position)
@@ -189,6 +205,7 @@ class _Loop:
             "document_prompt": training.state.prompts["document"],
             "texts_per_chunk": config.second_stage_chunk,
             "precision": training.autocast,
+            "between_blocks": self._leave_if_stopped,
         }
         sizes: dict[str, Any] = {"batch_size": training.shards.batch_size, "temperature": config.temperature}
         held_out = held_out_loss(encoder, tokenizer, collection, **sizes, **options)
