@@ -18,6 +18,7 @@ model = "lexical"
 surrogate_model = "lexical"
 """
 Row = Mapping[str, Any]
+_ROW = "reliability row "
 
 
 def make_rows(num_rows: int, start: int = 0, num_topics: int = 7) -> list[dict[str, Any]]:
@@ -114,13 +115,23 @@ def copied_run(finished_run: tuple[Path, Path, Path], tmp_path: Path) -> tuple[P
     return folder / manifest.name, folder / "workspace", folder / shards.relative_to(manifest.parent)
 
 
+@pytest.fixture
+def record_row(record_property: Callable[[str, object], None]) -> Callable[[int, str], None]:
+    """`record_row(row, figure)`: a figure of a row of docs/reliability.md, told at the end of the run."""
+
+    def record(row: int, figure: str) -> None:
+        record_property(f"{_ROW}{row}", figure)
+
+    return record
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Ends a run with the figures that tests recorded by row (see tests/reliability/conftest.py)."""
+    """Ends a run with the figures that tests recorded by row."""
     found: dict[int, list[str]] = {}
     for reports in terminalreporter.stats.values():
         for report in reports:
             for name, figure in getattr(report, "user_properties", ()):
-                if name.startswith("reliability row "):
+                if name.startswith(_ROW):
                     found.setdefault(int(name.rsplit(" ", 1)[1]), []).append(str(figure))
     if found:
         terminalreporter.section("reliability")
