@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -207,7 +208,7 @@ class ArtifactBuilder:
         content["digest"] = hashlib.sha256(canonical_json(content)).hexdigest()
         temporary = temporary_name(self.path / MANIFEST)
         try:
-            temporary.write_bytes(_manifest_bytes(content))
+            temporary.write_bytes(json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
             fsync_path(temporary)
             try:
                 os.link(temporary, self.path / MANIFEST)  # unlike a rename, fails where a manifest is already there
@@ -293,7 +294,9 @@ def _parse_manifest(raw: bytes, path: Path) -> Manifest:
             raise IntegrityError(
                 f"{path}: format version {version}, this hardbatch reads up to {FORMAT_VERSION}; use a newer hardbatch"
             )
-        if _manifest_bytes(content) != raw:  # of other bytes that mean the same, no digest would know
+        written = json.dumps(content, sort_keys=True, separators=(",", ": ")).encode()
+        if not raw.endswith(b"\n}\n") or re.sub(rb"\n *", b"", raw) != written:
+            # other bytes that mean the same, which the digest does not see
             raise IntegrityError(f"{path}: damaged (its bytes are not those that were written)")
         digest = content.pop("digest")
         if hashlib.sha256(canonical_json(content)).hexdigest() != digest:
@@ -302,11 +305,6 @@ def _parse_manifest(raw: bytes, path: Path) -> Manifest:
         return Manifest(**content)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise IntegrityError(f"{path}: not a manifest of hardbatch, or damaged") from None
-
-
-def _manifest_bytes(content: Mapping[str, Any]) -> bytes:
-    """The one text of a manifest."""
-    return json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
 
 
 def _damaged(path: Path, name: str, what: str) -> str:

@@ -9,24 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from samples import LEXICAL, make_rows
 
 from pipeline.run import Plan, plan_corpus, run_step
 
-LEXICAL = """
-[embed]
-model = "lexical"
-surrogate_model = "lexical"
-"""
 Row = Mapping[str, Any]
-_ROW = "reliability row "
-
-
-def make_rows(num_rows: int, start: int = 0, num_topics: int = 7) -> list[dict[str, Any]]:
-    """Distinct pairs about a few topics; no text occurs twice on a side."""
-    return [
-        {"query": f"what is number {i} of topic {i % num_topics}", "document": f"number {i} lies in {i % num_topics}"}
-        for i in range(start, start + num_rows)
-    ]
 
 
 @pytest.fixture
@@ -115,23 +102,13 @@ def copied_run(finished_run: tuple[Path, Path, Path], tmp_path: Path) -> tuple[P
     return folder / manifest.name, folder / "workspace", folder / shards.relative_to(manifest.parent)
 
 
-@pytest.fixture
-def record_row(record_property: Callable[[str, object], None]) -> Callable[[int, str], None]:
-    """`record_row(row, figure)`: a figure of a row of docs/reliability.md, told at the end of the run."""
-
-    def record(row: int, figure: str) -> None:
-        record_property(f"{_ROW}{row}", figure)
-
-    return record
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Ends a run with the figures that tests recorded by row."""
+    """Ends a run with the figures that tests recorded by row (see tests/reliability/conftest.py)."""
     found: dict[int, list[str]] = {}
     for reports in terminalreporter.stats.values():
         for report in reports:
             for name, figure in getattr(report, "user_properties", ()):
-                if name.startswith(_ROW):
+                if name.startswith("reliability row "):
                     found.setdefault(int(name.rsplit(" ", 1)[1]), []).append(str(figure))
     if found:
         terminalreporter.section("reliability")

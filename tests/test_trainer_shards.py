@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from conftest import LEXICAL, make_rows
+from samples import LEXICAL, make_rows
 
 from pipeline.artifact import FORMAT_VERSION, MANIFEST
 from pipeline.errors import ConfigError, IntegrityError

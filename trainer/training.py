@@ -239,7 +239,7 @@ def choose_prompts(shards: Shards) -> dict[str, str]:
     named = {
         text.rstrip().rstrip(":"): text for prompts in sorted(used) for text in prompts if text.rstrip().rstrip(":")
     }
-    return {**named, "query": query, "document": document}
+    return dict(sorted({**named, "query": query, "document": document}.items()))  # as a checkpoint gives them back
 
 
 def _build_optimizer(encoder: Encoder, config: TrainConfig) -> torch.optim.AdamW:

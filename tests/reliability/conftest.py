@@ -1,0 +1,19 @@
+"""Figures of the reliability matrix: tests record them by row, and the run ends with the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+_PREFIX = "reliability row "
+
+
+@pytest.fixture
+def record_row(record_property: Callable[[str, object], None]) -> Callable[[int, str], None]:
+    """`record_row(row, figure)`: a figure of a row of docs/reliability.md, told at the end of the run."""
+
+    def record(row: int, figure: str) -> None:
+        record_property(f"{_PREFIX}{row}", figure)
+
+    return record
