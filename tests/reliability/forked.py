@@ -110,7 +110,9 @@ def _serve() -> None:
     import sklearn.feature_extraction.text  # noqa: F401
     import torch  # noqa: F401
 
-    from pipeline import cluster, embed, ingest, pack, report, run, write  # noqa: F401
+    from pipeline import cluster, embed, encoders, ingest, models, pack, report, run, write  # noqa: F401
+
+    encoders.LEXICAL_FEATURES = models.LEXICAL_FEATURES = 1_024  # whose projection is drawn in no time
 
     alive: set[int] = set()
     for line in sys.stdin:
