@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
 from pipeline.errors import HardbatchError, IntegrityError
 
@@ -31,7 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a sign of a text still gets the rest
-    previous = signal.signal(signal.SIGTERM, _terminate)
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number, handler in previous.items():
+        if handler is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, _leave)
     try:
         return int(options.command(options))
     except HardbatchError as error:
@@ -48,12 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"hardbatch: {told}", file=sys.stderr)
         return told.exit_code
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # we are leaving: a second one changes nothing
-        print("hardbatch: interrupted; committed work stays, run the same command to go on", file=sys.stderr)
-        return 128 + signal.SIGINT
+    except _LeavingError as leaving:
+        what = "interrupted" if leaving.signum == signal.SIGINT else "terminated"
+        print(f"hardbatch: {what}; committed work stays, run the same command to go on", file=sys.stderr)
+        return 128 + leaving.signum
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -181,9 +184,21 @@ def _typical_batch(shards: Path) -> int:
     return int(index["batch_id"][len(index) // 2])
 
 
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    print("hardbatch: terminated; committed work stays, run the same command to go on", file=sys.stderr)
-    sys.exit(128 + signum)
+class _LeavingError(BaseException):
+    """A signal asked the command to end; no `except Exception` on the way out stops it."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+
+
+def _leave(signum: int, frame: FrameType | None) -> None:
+    """Ends the command; while it is leaving, a second signal changes nothing."""
+    error = sys.exception()
+    while error is not None:
+        if isinstance(error, _LeavingError):
+            return
+        error = error.__context__
+    raise _LeavingError(signum)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,13 @@ class NoSpaceError(HardbatchError):
     exit_code = 6
 
 
+class DiskError(HardbatchError):
+    """The disk or the network storage failed to read or write."""
+
+    exit_code = 1
+    may_pass = True
+
+
 class QuarantineError(HardbatchError):
     """More rows had to be quarantined than `ingest.max_quarantined_fraction` allows."""
 

@@ -15,10 +15,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import blame_damage, find_artifact, open_builder
+from pipeline.artifact import blame_damage, find_artifact, open_builder, sweep_after_kill
 from pipeline.config import CorpusManifest, Dataset, load_manifest
 from pipeline.errors import ConfigError
-from pipeline.files import DigestCache, as_user_error, content_key
+from pipeline.files import DIGESTS, DigestCache, as_user_error, content_key, sweep_caches
 from pipeline.rates import record_step
 from pipeline.schemas import MIXED_DOMAIN
 from pipeline.step import InlineExecutor, Progress, Stage, Step
@@ -61,7 +61,8 @@ def plan_corpus(
     if not root.is_dir():
         raise ConfigError(f"--data-root {root}: no such folder")
     _require_writable(workspace)
-    digests = DigestCache(workspace / ".digests.json")
+    sweep_caches(workspace)
+    digests = DigestCache(workspace / DIGESTS)
     steps = _Planner(settings, workspace / settings.corpus, root, digests).steps()
     digests.save()
     return Plan(steps=tuple(steps))
@@ -74,6 +75,7 @@ def run_step(step: Step, progress: Progress | None = None) -> bool:
     and the next run goes on from them. What a step took that was built from nothing is kept for `plan`.
     """
     if find_artifact(step.path) is not None:
+        sweep_after_kill(step.path)
         return False
     from pipeline.progress import SilentProgress
 
