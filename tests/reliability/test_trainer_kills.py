@@ -104,7 +104,7 @@ def kill_often(flags: dict[str, Any], ranks: int, num_kills: int, seed: int) -> 
 def test_kills_at_random_moments(
     real_shards: Path, flags: dict[str, Any], tmp_path: Path, ranks: int, num_kills: int, record_row: RecordRow
 ) -> None:
-    max_steps = 9 * num_kills + 20
+    max_steps = 15 * num_kills + 20
     flags |= {
         "--shards": real_shards,
         "--backbone": "minilm",
