@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from reliability.forked import Forks
+from reliability.trainings import kill_forks
 from trainer_models import tiny_backbone
 
 _PREFIX = "reliability row "
@@ -59,3 +60,9 @@ def flags(finished_run: tuple[Path, Path, Path], backbone: Path, tmp_path: Path)
         "--log-every": 1,
         "--save-every": 2,
     }
+
+
+@pytest.fixture(autouse=True)
+def _no_fork_is_left() -> Iterator[None]:
+    yield
+    kill_forks()

@@ -28,6 +28,7 @@ TRAINER = (sys.executable, str(ROOT / "trainer" / "main.py"))
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 Flags = Mapping[str, object]
 _FORKS = multiprocessing.get_context("forkserver")
+_started: list[BaseProcess] = []
 _FORKS.set_forkserver_preload(["torch", "trainer.loop", "trainer.training", "trainer.sentence_module"])
 
 
@@ -42,7 +43,16 @@ def fork(
     """Starts `program` in a fork, all that it prints in `log`; `exchange` off: on a disk that exchanges no names."""
     process = _FORKS.Process(target=_forked, args=(program, words_of(flags), str(log), fault, exchange))
     process.start()
+    _started.append(process)
     return process
+
+
+def kill_forks() -> None:
+    """Kills the forks that a test left behind: one that is stopped would never end."""
+    while _started:
+        process = _started.pop()
+        process.kill()
+        process.join()
 
 
 def join(process: BaseProcess, log: Path, *, timeout_s: float = 120) -> Ended:
