@@ -128,7 +128,7 @@ def test_no_room_for_a_checkpoint_and_for_the_export(
     )
 
 
-@pytest.mark.parametrize("full", ["log.jsonl", "tensorboard"])
+@pytest.mark.parametrize("full", ["log.jsonl", pytest.param("tensorboard", marks=pytest.mark.soak)])
 def test_no_room_for_the_log(
     flags: dict[str, Any],
     disk_at: Callable[[Path], Disk],

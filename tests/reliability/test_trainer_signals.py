@@ -22,6 +22,7 @@ from reliability.trainings import (
     figures_of,
     fork,
     join,
+    log_of,
     run_fork,
     start,
     state_of,
@@ -41,11 +42,11 @@ TERMINATED = (143, -signal.SIGTERM)  # the second: it had nothing to leave in or
 
 @pytest.fixture(scope="module")
 def minutes_of_evaluation(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A collection of 60,000 documents, which six layers embed in minutes, twice."""
+    """A collection of 30,000 documents, which six layers embed in minutes, twice, and a tiny model in seconds."""
     folder = tmp_path_factory.mktemp("collections") / "large"
     folder.mkdir()
     generator = np.random.default_rng(0)
-    texts = [" ".join(generator.choice(WORDS, 20)) for _ in range(60_000)]
+    texts = [" ".join(generator.choice(WORDS, 20)) for _ in range(30_000)]
     ids = [str(row) for row in range(len(texts))]
     for name, columns in {
         "corpus": {"doc_id": ids, "text": texts},
@@ -81,36 +82,42 @@ def wait_for_stop(process: BaseProcess) -> None:
     wait_for(lambda: state_of(process.pid) == "T", process)
 
 
+@pytest.mark.parametrize("model", ["tiny", pytest.param("minilm", marks=pytest.mark.soak)])
 def test_amid_an_evaluation(
-    slow: dict[str, Any], minutes_of_evaluation: Path, tmp_path: Path, record_row: RecordRow
+    request: pytest.FixtureRequest,
+    model: str,
+    minutes_of_evaluation: Path,
+    tmp_path: Path,
+    record_row: RecordRow,
 ) -> None:
     """Before step 1, where there is nothing to save; and after some steps, which are saved first."""
+    flags: dict[str, Any] = request.getfixturevalue("slow" if model == "minilm" else "flags")
     log = tmp_path / "log"
-    unbroken = {**slow, "--output": tmp_path / "unbroken"}
+    unbroken = {**flags, "--output": tmp_path / "unbroken"}
     assert run_fork(unbroken, log).code == 0
-    evaluated = {**slow, "--resume": "auto", "--eval": minutes_of_evaluation, "--eval-every": 1}
+    evaluated = {**flags, "--resume": "auto", "--eval": minutes_of_evaluation, "--eval-every": 1}
     seconds = []
     for steps in (0, 2):
         if steps:  # without an evaluation to step 2 or a little more
-            process = fork({**slow, "--resume": "auto"}, log)
-            wait_for(steps_logged(slow, steps), process)
+            process = fork({**flags, "--resume": "auto"}, log)
+            wait_for(steps_logged(flags, steps), process)
             since = terminate([process.pid])
             assert join(process, log, timeout_s=LIMIT_S).code == 143
             seconds.append(time.monotonic() - since)
         process = fork(evaluated, log)
         wait_for(lambda: log.exists() and "batches" in log.read_text(), process)
-        time.sleep(1)
-        assert process.is_alive()
+        time.sleep(0.5)
         since = terminate([process.pid])
         ended = join(process, log, timeout_s=LIMIT_S)
         seconds.append(time.monotonic() - since)
         assert ended.code == 143 and "add --resume auto" in ended.errors and "Traceback" not in ended.errors
-        checkpoint, _ = find_checkpoint(Path(slow["--output"]), "auto")
+        assert log_of(flags, "eval/large") == [], "it did not wait for the end"
+        checkpoint, _ = find_checkpoint(Path(flags["--output"]), "auto")
         assert (checkpoint is not None) == bool(steps)
-    finished = run_fork({**slow, "--resume": "auto"}, log)
+    finished = run_fork({**flags, "--resume": "auto"}, log)
     assert finished.code == 0, finished.errors
-    assert figures_of(slow) == figures_of(unbroken) and export_of(slow) == export_of(unbroken)
-    record_row(16, f"SIGTERM amid a step or an evaluation of minutes: gone after {max(seconds):.1f} s at most, resumed")
+    assert figures_of(flags) == figures_of(unbroken) and export_of(flags) == export_of(unbroken)
+    record_row(16, f"{model}: SIGTERM amid a step or an evaluation: gone after {max(seconds):.1f} s at most, resumed")
 
 
 def test_while_it_starts(flags: dict[str, Any], tmp_path: Path, record_row: RecordRow) -> None:
