@@ -21,13 +21,10 @@ from trainer.evaluate import evaluate_retrieval, held_out_loss
 from trainer.export import export_model
 from trainer.log import RunLog, StepFigures, model_flops, summary_text
 from trainer.loss import mask_rate
-from trainer.signals import Stop, noted_signals
+from trainer.schedule import learning_rate_factor
+from trainer.signals import Stop, StoppedError, noted_signals
 from trainer.stream import BatchStream
 from trainer.training import Training, export_folder, opening_lines
-
-
-class _StoppedError(Exception):
-    """A signal came amid an evaluation."""
 
 
 class DivergedError(HardbatchError):
@@ -64,17 +61,6 @@ def train(training: Training) -> int:
         elif log is not None:
             log.say(f"stopped by a signal after step {training.state.step:,}; add --resume auto to go on from there")
     return 128 + stopped if stopped else 0
-
-
-def learning_rate_factor(position: int, step_size: int, *, warmup_batches: int, end_position: int) -> float:
-    """Share of the peak learning rate in the step over batches `position` to `position + step_size`.
-
-    Linear warm-up, then linear decay to 0 at `end_position`; a function of the stream's position alone.
-    """
-    done = position + step_size
-    if done <= warmup_batches:
-        return done / warmup_batches
-    return min(1.0, max(0.0, (end_position - position) / max(step_size, end_position - warmup_batches)))
 
 
 class _Loop:
@@ -146,7 +132,7 @@ class _Loop:
 
     def _leave_if_stopped(self) -> None:
         if self.stopped():
-            raise _StoppedError
+            raise StoppedError
 
     def flush(self) -> None:
         """A line of the log."""
@@ -156,10 +142,7 @@ class _Loop:
                 self._log.flush(step=state.step, position=state.position, batches_per_step=self._training.step_size)
 
     def save(self) -> None:
-        """A checkpoint, written by the main rank, after a line of the log for the steps since the last one.
-
-        Before the first step there is nothing to save.
-        """
+        """A checkpoint by the main rank, after a line of the log; before the first step there is nothing to save."""
         training = self._training
         if training.state.step == 0:
             return
@@ -190,7 +173,7 @@ class _Loop:
                     continue
                 try:
                     figures = self._measure(collection)
-                except _StoppedError:
+                except StoppedError:
                     return
                 with training.ranks.together():
                     if self._log is not None:

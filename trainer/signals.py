@@ -33,6 +33,10 @@ def noted_signals() -> Iterator[Stop]:
             signal.signal(signum, handler)
 
 
+class StoppedError(Exception):
+    """A signal came amid a piece of work that is not worth finishing."""
+
+
 class Stop:
     """Whether to stop: a signal came, or torchrun, which would send one, is gone."""
 
