@@ -93,8 +93,6 @@ def test_kills_at_random_moments(
     max_steps = 15 * num_kills + 20
     flags |= {
         "--shards": real_shards,
-        "--backbone": "minilm",
-        "--num-layers": 1,
         "--context-size": 8,
         "--max-length": 32,
         "--first-stage-chunk": 8,
