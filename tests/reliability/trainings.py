@@ -41,6 +41,7 @@ def fork(
     flags: Flags, log: Path, *, fault: str = "", program: str = "trainer.main", exchange: bool = True
 ) -> BaseProcess:
     """Starts `program` in a fork, all that it prints in `log`; `exchange` off: on a disk that exchanges no names."""
+    log.unlink(missing_ok=True)
     process = _FORKS.Process(target=_forked, args=(program, words_of(flags), str(log), fault, exchange))
     process.start()
     _started.append(process)
