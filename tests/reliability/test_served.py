@@ -1,4 +1,4 @@
-"""Row 22: what serves a run dies in the middle of it; the artifacts are valid, `down` leaves no process, all goes on."""
+"""Row 22: what serves a run dies in the middle of it; artifacts are valid, `down` leaves no process, all goes on."""
 
 from __future__ import annotations
 
