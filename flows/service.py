@@ -25,6 +25,7 @@ from typing import Any
 
 from flows.processes import Process, end, is_alive, start
 from pipeline.errors import ConfigError, HardbatchError, LockedError
+from pipeline.files import write_file_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 HOME = ROOT / ".prefect"
@@ -63,7 +64,7 @@ def up() -> None:
         _start(service, "worker", [*worker, "--name", service.token], is_ready=lambda: _has_worker(service))
         _deploy(service)
         settings = f"home = {json.dumps(str(HOME))}\n[api]\nurl = {json.dumps(service.url + '/api')}\n"
-        SETTINGS.write_text(SETTINGS_MARK + settings, encoding="utf-8")
+        write_file_atomic(SETTINGS, (SETTINGS_MARK + settings).encode())
     except BaseException:
         down()
         raise
@@ -171,6 +172,8 @@ def _free_port() -> int:
 
 
 def _remove_settings() -> None:
+    for leftover in ROOT.glob(f".{SETTINGS.name}.*.tmp"):  # of an `up` that was killed while it wrote them
+        leftover.unlink(missing_ok=True)
     if SETTINGS.exists() and SETTINGS.read_text(encoding="utf-8").startswith(SETTINGS_MARK):
         SETTINGS.unlink()
 
@@ -184,9 +187,7 @@ def _read_record() -> Service | None:
 
 
 def _write_record(service: Service) -> None:
-    temporary = RECORD.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(service), indent=1), encoding="utf-8")
-    temporary.replace(RECORD)
+    write_file_atomic(RECORD, json.dumps(asdict(service), indent=1).encode())
 
 
 def _last_line(text: str) -> str:

@@ -14,8 +14,8 @@ from types import FrameType
 
 from pipeline.errors import HardbatchError, IntegrityError
 
-_EXIT_CODES = """exit codes: 0 done, 2 usage or settings, 3 bad input, 4 integrity, 5 locked by another process,
-6 no space, 7 too many broken rows, 130 and 143 interrupted"""
+_EXIT_CODES = """exit codes: 0 done, 1 the disk fails, 2 usage or settings, 3 bad input, 4 integrity, 5 locked by
+another process, 6 no space, 7 too many broken rows, 130 and 143 interrupted"""
 _DEMO_SLOTS = 16
 
 

@@ -86,12 +86,12 @@ def test_every_point_is_listed_and_passed(corpus: Corpus, tmp_path: Path) -> Non
     assert passed == set(POINTS)
 
 
-@pytest.mark.parametrize("action", ["kill", "ENOSPC"])
+@pytest.mark.parametrize("action", CODES)
 @pytest.mark.parametrize("point", POINTS)
 def test_a_fault_at_a_point(corpus: Corpus, point: str, action: str, record_row: Record) -> None:
     numbers = corpus.numbers(point, 3)
-    corpus.case(point, numbers[(POINTS.index(point) + (action == "kill")) % len(numbers)], action)
-    record_row(3, f"{len(POINTS)} points, quick: one place each, kill and ENOSPC: each recovers")
+    corpus.case(point, numbers[(POINTS.index(point) + list(CODES).index(action)) % len(numbers)], action)
+    record_row(3, f"quick: {len(POINTS)} points, kill, ENOSPC and EIO at one place each: all recovered")
 
 
 @pytest.mark.soak

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -168,7 +169,7 @@ def kill_at(command: list[object], seconds: float) -> Ended:
     process = start(command)
     try:
         process.wait(seconds)
-    except Exception:
+    except subprocess.TimeoutExpired:
         kill_group(process)
     return finish(process)
 
