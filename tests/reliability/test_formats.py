@@ -32,7 +32,7 @@ def rewrite(manifest: Path, change: Callable[[dict], None]) -> None:
     change(content)
     content.pop("digest")
     content["digest"] = hashlib.sha256(canonical_json(content)).hexdigest()
-    manifest.write_text(json.dumps(content))
+    manifest.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def make_older(workspace: Path, shards: Path) -> None:
