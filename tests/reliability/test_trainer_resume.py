@@ -78,7 +78,7 @@ def kill_often(flags: dict[str, Any], ranks: int, num_kills: int, seed: int) -> 
         checkpoint, told = find_checkpoint(flags["--output"], "auto")
         assert told == [], "no checkpoint is damaged by a kill"
         saved = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
-        amid += bool(records)
+        amid += not at_once
         again += max(0, (records[-1]["step"] if records else 0) - saved)
         if checkpoint is not None:
             assert verify_artifact(checkpoint) == []
