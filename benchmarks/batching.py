@@ -31,8 +31,9 @@ import torch
 
 from pipeline.artifact import read_artifact
 from pipeline.hardness import TEMPERATURE, Bounds, measure_bounds
-from pipeline.kmeans import Clustering, kmeans, means_of_labels
+from pipeline.kmeans import Clustering, kmeans
 from pipeline.pack import PackSettings, pack, pack_randomly
+from pipeline.points import means_of_labels
 from pipeline.run import plan_corpus, run_step
 from pipeline.tour import greedy_tour
 from pipeline.two_level import two_level_kmeans

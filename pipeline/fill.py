@@ -12,8 +12,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pipeline.kmeans import apportion, cluster_sums
+from pipeline.kmeans import apportion
 from pipeline.nearest import fast_products
+from pipeline.points import cluster_sums
 from pipeline.vectors import Array
 
 
