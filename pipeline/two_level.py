@@ -17,8 +17,8 @@ from pipeline.snapshots import Snapshots
 from pipeline.vectors import Array
 
 _SAMPLE_PER_CELL = 256  # points that a cell of the coarse level is found from
-_CELLS_SEARCHED = 8  # cells whose clusters a point chooses from at last
-_WIDE_ITERATIONS = 3
+_CELLS_SEARCHED = 12  # cells whose clusters a point chooses from at last
+_WIDE_ITERATIONS = 4
 
 
 def two_level_kmeans(
@@ -133,7 +133,7 @@ def _by_label(labels: Array, num_labels: int) -> list[Array]:
 
 
 def _nearest_cells(centroids: Array) -> Array:
-    """The nearest cells of each (int64, k × at most 8), itself first."""
+    """The nearest cells of each (int64, k × at most 12), itself first."""
     squares = (centroids.astype(np.float64) ** 2).sum(1)
     distances = squares[:, None] + squares - 2 * (centroids.astype(np.float64) @ centroids.T)
     np.fill_diagonal(distances, -np.inf)

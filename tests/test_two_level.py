@@ -74,7 +74,7 @@ def test_the_last_iterations_go_on_from_the_prices_of_the_cells_and_end_exactly(
 
     monkeypatch.setattr(module, "Lloyd", Recorded)
     clustering = run(folded_points(1_000), 49)
-    assert exact == [False, False, True]
+    assert exact == [False, False, False, True]
     assert prices[0].shape == (49,) and prices[0].std() > 0
     assert np.array_equal(prices[-1], clustering.prices)
 
