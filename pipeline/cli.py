@@ -30,10 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a sign of a text still gets the rest
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    for number, handler in previous.items():
-        if handler is not signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, _leave)
+    previous = {
+        number: signal.signal(number, _leave)
+        for number in (signal.SIGTERM, signal.SIGINT)
+        if signal.getsignal(number) is not signal.SIG_IGN  # as nohup sets it
+    }
     try:
         return int(options.command(options))
     except HardbatchError as error:
