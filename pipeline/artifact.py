@@ -153,7 +153,7 @@ def blame_damage(paths: Iterable[Path]) -> Iterator[None]:
             raise
         faults = [fault for path in dict.fromkeys(paths) for fault in verify_artifact(path)]
         if faults:
-            raise IntegrityError("\n".join(faults)) from error
+            raise IntegrityError(*faults) from error
         raise
 
 

@@ -10,10 +10,10 @@ import csv
 import gzip
 import io
 import json
-import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,24 +24,46 @@ from pipeline.sources import SourceFile, first_line
 
 _ROWS_PER_READ = 4_096
 _BYTES_PER_READ = 2**20
+_NAME_CHARACTERS = 60
+_MAX_LINE_BYTES = 2**28  # of a line, or a quoted field: far beyond any text, and held in memory
 
 
 class RawRow(NamedTuple):
-    """One row as the source has it; `problem` (a reason code) where it could not be read."""
+    """One row as the source has it; `problem` (a reason code) and `detail` where it could not be read."""
 
     row: int
     query: Any
     document: Any
     negatives: Any
     problem: str | None = None
+    detail: str = ""
 
 
 def read_rows(file: SourceFile, columns: Columns, scratch: Path) -> Iterator[RawRow]:
     """The rows of `file`, numbered from 0 (for python sources: the line of the function).
 
     A remote file is first copied below `scratch`. Raises InputError, naming file and row, where the file as a whole is
-    broken: not the format it claims to be, cut off, without the asked columns, empty.
+    broken: not the format it claims to be, cut off, without the asked columns, empty, or no longer the one that was
+    planned with.
     """
+    yield from _read_format(file, columns, scratch)
+    _refuse_if_changed(file)
+
+
+def _refuse_if_changed(file: SourceFile) -> None:
+    """The rows read are filed under the digest that was planned with, so they must be those of its bytes."""
+    if file.modified_ns is None:
+        return
+    try:
+        stat = Path(file.location).stat()
+        changed = (stat.st_size, stat.st_mtime_ns) != (file.num_bytes, file.modified_ns)
+    except OSError:
+        changed = True
+    if changed:
+        raise InputError(f"{file.name}: was changed while it was read; run again once nothing writes to it")
+
+
+def _read_format(file: SourceFile, columns: Columns, scratch: Path) -> Iterator[RawRow]:
     if file.format == "python":
         from pipeline.python_source import read_functions
 
@@ -164,19 +186,23 @@ def _is_text_list(kind: Any) -> bool:
 def _read_jsonl(file: SourceFile, path: Path, columns: Columns) -> Iterator[RawRow]:
     row = -1
     checked = has_negatives = False
-    for line in _lines(file, path):
+    keys = [json.dumps(name).encode() for name in (columns.query, columns.document)]
+    for number, line in enumerate(_lines(file, path), start=1):
         if not line.strip():
             continue
         row += 1
         try:
             record = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError:
-            yield RawRow(row, None, None, None, "invalid_utf8")
+            problem = "" if isinstance(record, dict) else "no JSON object but another value"
+            if not problem and any(line.count(key) > 1 for key in keys):  # inside a text it is escaped: rarely so
+                json.loads(line, object_pairs_hook=_refuse_repeated)
+        except UnicodeDecodeError as error:
+            yield RawRow(row, None, None, None, "invalid_utf8", f"line {number}: {error}")
             continue
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict):
-            yield RawRow(row, None, None, None, "broken_json")
+        except (ValueError, RecursionError) as error:
+            problem = str(error)
+        if problem:
+            yield RawRow(row, None, None, None, "broken_json", f"line {number}: {problem}")
             continue
         if not checked:
             for field, name in (("query", columns.query), ("document", columns.document)):
@@ -190,19 +216,32 @@ def _read_jsonl(file: SourceFile, path: Path, columns: Columns) -> Iterator[RawR
         raise InputError(f"{file.name}: no row has '{columns.negatives}'; mend columns.negatives, or leave it out")
 
 
+def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError("a key occurs twice, so which value is meant cannot be told")
+    return record
+
+
 def _lines(file: SourceFile, path: Path) -> Iterator[bytes]:
     number = 0
     try:
         with _open_binary(path) as stream:
-            for line in stream:
-                yield line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
+            for line in iter(partial(stream.readline, _MAX_LINE_BYTES), b""):
                 number += 1
+                if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                    raise InputError(
+                        f"{file.name}: is UTF-16 text, as its first bytes say; convert it: iconv -f UTF-16 -t UTF-8"
+                    )
+                if len(line) == _MAX_LINE_BYTES:
+                    raise InputError(f"{file.name}: line {number} is longer than {_MAX_LINE_BYTES:,} bytes; split it")
+                yield line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
     except (EOFError, zlib.error, OSError) as error:
         raise InputError(f"{file.name}: cut off or broken after line {number}: {first_line(error)}") from None
 
 
 def _read_csv(file: SourceFile, path: Path, columns: Columns, delimiter: str) -> Iterator[RawRow]:
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(_MAX_LINE_BYTES)
     text = (line.decode("utf-8", errors="surrogateescape") for line in _lines(file, path))
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     try:
@@ -214,25 +253,29 @@ def _read_csv(file: SourceFile, path: Path, columns: Columns, delimiter: str) ->
     for field, name in (("query", columns.query), ("document", columns.document), ("negatives", columns.negatives)):
         if name is not None and name not in header:
             raise _no_column(file, field, name, header)
+        if name is not None and header.count(name) > 1:
+            raise InputError(f"{file.name}: column '{name}' ({field}) is there {header.count(name)} times; rename one")
     places = [header.index(columns.query), header.index(columns.document)]
     negatives_place = header.index(columns.negatives) if columns.negatives else None
     row = -1
     while True:
         row += 1
+        first = reader.line_num + 1
         try:
             values = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            if "unexpected end of data" in str(error):
+            if "unexpected end of data" in str(error) or "field larger" in str(error):
                 raise InputError(
-                    f"{file.name}: a quote that opens in row {row} is never closed; mend that row"
+                    f"{file.name}: a quote that opens in row {row} (line {first}) is never closed; mend that row"
                 ) from None
-            yield RawRow(row, None, None, None, "broken_csv")
+            yield RawRow(row, None, None, None, "broken_csv", f"lines {first} to {reader.line_num}: {error}")
             continue
         if len(values) != len(header):
             if values:
-                yield RawRow(row, None, None, None, "wrong_field_count")
+                detail = f"lines {first} to {reader.line_num}: {len(values)} fields, the header has {len(header)}"
+                yield RawRow(row, None, None, None, "wrong_field_count", detail)
             else:
                 row -= 1  # a blank line is no row
             continue
@@ -253,7 +296,7 @@ def _open_binary(path: Path) -> io.BufferedIOBase | Any:
 
 
 def _no_column(file: SourceFile, field: str, name: str, names: list[str]) -> InputError:
-    seen = ", ".join(map(str, names[:20]))
+    seen = ", ".join(str(name)[:_NAME_CHARACTERS] for name in names[:20])
     return InputError(
         f"{file.name}: no column '{name}' for {field}; it has: {seen}. Map it in the manifest: columns.{field}"
     )

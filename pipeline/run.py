@@ -32,7 +32,7 @@ _STAGES = {  # stage → the module and function that build it; imported only wh
     "mixed": ("pipeline.pack", "build_mixed"),
     "shards": ("pipeline.write", "build"),
 }
-_VERSIONS = {"pairs": 1, "vectors": 1, "clusters": 2, "hardness": 1, "batches": 2, "shards": 2}
+_VERSIONS = {"pairs": 2, "vectors": 1, "clusters": 2, "hardness": 1, "batches": 2, "shards": 2}
 _ITERATIONS = {"folded": 10, "doubled": 100}
 
 
@@ -205,6 +205,7 @@ class _Planner:
         }
         local: dict[str, Any] = {
             "files": {file.name: file.location for file in files},
+            "modified_ns": {file.name: file.modified_ns for file in files},
             "decontaminate": {},
             "max_quarantined_fraction": ingest.max_quarantined_fraction,
             "num_pairs": dataset.num_pairs,

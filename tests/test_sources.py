@@ -174,7 +174,8 @@ def test_an_expected_digest_is_checked_for_every_file_of_that_name(root: Path, l
 
 
 @pytest.fixture
-def memory() -> Iterator[fsspec.AbstractFileSystem]:
+def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.AbstractFileSystem]:
+    monkeypatch.setattr("pipeline.sources._PROTOCOLS", ("memory", "nosuch"))
     filesystem = fsspec.filesystem("memory")
     filesystem.pipe({"/bucket/a.jsonl": LINES, "/bucket/b.jsonl": LINES.replace(b"q", b"r")})
     yield filesystem
