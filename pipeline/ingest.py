@@ -27,8 +27,8 @@ from pipeline.artifact import ArtifactBuilder, write_unit
 from pipeline.assemble import STAGED_ROWS, assemble
 from pipeline.config import Columns
 from pipeline.errors import InputError, QuarantineError
-from pipeline.readers import RawRow, read_rows
-from pipeline.sources import SourceFile, first_line
+from pipeline.readers import read_rows
+from pipeline.sources import RawRow, SourceFile, first_line
 from pipeline.step import Built, Executor, Progress, Step, Unit, run_pending
 
 BROKEN_REASONS = (

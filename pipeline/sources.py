@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.config import Dataset
 from pipeline.errors import ConfigError, InputError, UnreachableError
@@ -17,6 +17,7 @@ _FORMATS = {
     ".csv": "csv",
     ".tsv": "tsv",
 }
+_NAME_CHARACTERS = 60
 _PROTOCOLS = ("hf", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hdfs", "webhdfs", "https", "http")
 _VERSION_FIELDS = (  # what filesystems say about the version of a file, each in its own words
     "ETag", "etag", "sha256", "blob_id", "last_commit", "md5Hash", "Content-MD5", "Digest", "generation",
@@ -36,6 +37,17 @@ class SourceFile(NamedTuple):
     num_bytes: int
     sha256: str
     modified_ns: int | None = None
+
+
+class RawRow(NamedTuple):
+    """One row as the source has it; `problem` (a reason code) and `detail` where it could not be read."""
+
+    row: int
+    query: Any
+    document: Any
+    negatives: Any
+    problem: str | None = None
+    detail: str = ""
 
 
 def list_source_files(dataset: Dataset, root: Path, digests: DigestCache) -> list[SourceFile]:
@@ -176,3 +188,11 @@ def _check_digests(dataset: Dataset, files: list[SourceFile]) -> None:
 def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def no_column(file: SourceFile, field: str, name: str, names: list[str]) -> InputError:
+    """What to raise where a file has not the column `name`, but `names`."""
+    seen = ", ".join(str(name)[:_NAME_CHARACTERS] for name in names[:20])
+    return InputError(
+        f"{file.name}: no column '{name}' for {field}; it has: {seen}. Map it in the manifest: columns.{field}"
+    )
