@@ -297,6 +297,8 @@ def _parse_manifest(raw: bytes, path: Path) -> Manifest:
         if hashlib.sha256(canonical_json(content)).hexdigest() != digest:
             raise IntegrityError(f"{path}: damaged (its content is not what its digest says)")
         content["files"] = {name: FileRecord(**record) for name, record in content["files"].items()}
+        if any(name.startswith("/") or ".." in name.split("/") for name in content["files"]):
+            raise IntegrityError(f"{path}: names files that are not below its folder; do not use it")
         return Manifest(**content)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise IntegrityError(f"{path}: not a manifest of hardbatch, or damaged") from None

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from pipeline.errors import HardbatchError, IntegrityError
+from pipeline.errors import HardbatchError, IntegrityError, printable
 
 _EXIT_CODES = """exit codes: 0 done, 2 usage or settings, 3 bad input, 4 integrity, 5 locked by another process,
 6 no space, 7 too many broken rows, 130 and 143 interrupted"""
@@ -33,7 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal that cannot show a sign of a text still gets the rest
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        return int(options.command(options))
+        code = int(options.command(options))
+        sys.stdout.flush()  # here, so that a full disk behind it is told
+        return code
     except HardbatchError as error:
         print(f"hardbatch: {error}", file=sys.stderr)
         return error.exit_code
@@ -46,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         told = as_user_error(error)
         if told is None:
             raise
+        sys.stdout = open(os.devnull, "w")  # what it still holds may be what found no room
         print(f"hardbatch: {told}", file=sys.stderr)
         return told.exit_code
     except KeyboardInterrupt:
@@ -152,7 +155,7 @@ def _verify(options: argparse.Namespace) -> int:
         raise IntegrityError(f"{options.path}: no complete artifact here (no manifest.json at or below it)")
     faults = [fault for path in paths for fault in verify_artifact(path)]
     for fault in faults:
-        print(f"hardbatch: {fault}", file=sys.stderr)
+        print(f"hardbatch: {printable(fault)}", file=sys.stderr)
     print(f"artifacts read: {len(paths)}, faults: {len(faults)}")
     return IntegrityError.exit_code if faults else 0
 

@@ -216,9 +216,9 @@ class _Planner:
             if not (folder / "corpus.parquet").is_file() or not (folder / "queries.parquet").is_file():
                 raise ConfigError(f"ingest.decontaminate: {folder} has no corpus.parquet and queries.parquet")
             local["decontaminate"][name] = str(folder)
-            texts.update(
-                {f"{name}/{part}": self._digests.digest(folder / f"{part}.parquet") for part in ("corpus", "queries")}
-            )
+            for part in ("corpus", "queries"):
+                path = local_path(f"{name}/{part}.parquet", self._data_root, "ingest.decontaminate")
+                texts[f"{name}/{part}"] = self._digests.digest(path)
         config["decontaminate_sha256"] = texts
         sources = tuple(
             {"name": file.name, "format": file.format, "bytes": file.num_bytes, "sha256": file.sha256} for file in files

@@ -11,14 +11,14 @@ from poison import GOOD, Kind, json_lines
 ESCAPES = "\x1b[31mred\x1b[0m \x1b]0;title\x07 \u202egnp.exe"  # what a terminal would obey
 
 
-def rows(name: str, *odd: bytes, is_long: bool = False, unfamiliar: bool = False, **reasons: int) -> Kind:
+def rows(name: str, *odd: bytes, unfamiliar: bool = False, **reasons: int) -> Kind:
     """Odd lines among good ones, which are quarantined for these reasons."""
     return Kind(
         name=name,
         write=lambda folder: (folder / "pairs.jsonl").write_bytes(json_lines(*odd)),
         rows=GOOD + len(odd),
         reasons=reasons,
-        is_long=is_long,
+        odd=odd,
         unfamiliar=unfamiliar,
     )
 
