@@ -83,7 +83,7 @@ class IngestConfig(_Table):
 class EmbedConfig(_Table):
     """Embedding. `model` makes the vectors that are clustered, `surrogate_model` those of the equivalence sets."""
 
-    model: str = Field("minilm", description="minilm, lexical, a local folder, or a hub name of sentence-transformers")
+    model: str = Field("minilm", description="minilm, lexical, a folder below the data root, or a hub name")
     revision: str | None = Field(None, description="commit of a hub model")
     surrogate_model: str = Field("minilm", description="likewise; nomic-ai/nomic-embed-text-v1 in the paper")
     surrogate_revision: str | None = Field(None, description="commit of a hub model")

@@ -27,8 +27,8 @@ from pipeline.artifact import ArtifactBuilder, write_unit
 from pipeline.assemble import STAGED_ROWS, assemble
 from pipeline.config import Columns
 from pipeline.errors import InputError, QuarantineError
-from pipeline.readers import read_rows
-from pipeline.sources import RawRow, SourceFile, first_line
+from pipeline.readers import evaluation_texts, read_rows
+from pipeline.sources import RawRow, SourceFile
 from pipeline.step import Built, Executor, Progress, Step, Unit, run_pending
 
 BROKEN_REASONS = (
@@ -242,29 +242,6 @@ class _StagingWorker:
         }
 
 
-def evaluation_texts(folder: Path) -> Iterator[str]:
-    """The texts of an evaluation folder: of its queries and its corpus, the latter with and without the title.
-
-    Raises InputError where corpus.parquet or queries.parquet is not there or has no column `text`.
-    """
-    for name in ("corpus", "queries"):
-        path = folder / f"{name}.parquet"
-        try:
-            file = pq.ParquetFile(path)
-            kind = file.schema_arrow.field("text").type
-            if not pa.types.is_string(kind) and not pa.types.is_large_string(kind):
-                raise InputError(f"ingest.decontaminate: {path}: column 'text' is {kind}, expected text")
-            columns = [column for column in ("text", "title") if column in file.schema_arrow.names]
-            for batch in file.iter_batches(columns=columns):
-                for row in batch.to_pylist():
-                    text = row["text"] or ""
-                    yield text
-                    if row.get("title"):
-                        yield f"{row['title']} {text}"
-        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-            raise InputError(f"ingest.decontaminate: {path}: no readable column 'text': {first_line(error)}") from None
-
-
 def _chunks(rows: Iterable[tuple[dict[str, Any], bool]]) -> Iterator[tuple[list[Any], list[Any]]]:
     kept: list[Any] = []
     dropped: list[Any] = []
@@ -296,10 +273,8 @@ def _refuse_if_broken(step: Step, counts: Counter[str], files: list[SourceFile],
 
 
 def _first_broken(step: Step, files: list[SourceFile], units: list[str]) -> str:
-    for unit in units:
-        table = pq.read_table(step.path / "staged" / f"{unit}.quarantine.parquet")
-        for row in table.to_pylist():
-            if row["reason"] in BROKEN_REASONS:
-                name = files[row["source_file"]].name
-                return f"{name} row {row['source_row']} ({row['reason']}{': ' * bool(row['detail'])}{row['detail']})"
-    raise AssertionError("a row is unaccounted for")
+    tables = (pq.ParquetFile(step.path / "staged" / f"{unit}.quarantine.parquet") for unit in units)
+    rows = (row for table in tables for batch in table.iter_batches() for row in batch.to_pylist())
+    row = next(row for row in rows if row["reason"] in BROKEN_REASONS)
+    detail = f": {row['detail']}" if row["detail"] else ""
+    return f"{files[row['source_file']].name} row {row['source_row']} ({row['reason']}{detail})"

@@ -68,6 +68,32 @@ def _read_format(file: SourceFile, columns: Columns, scratch: Path) -> Iterator[
             yield from read_csv(file, path, columns, "\t" if file.format == "tsv" else ",")
 
 
+def evaluation_texts(folder: Path) -> Iterator[str]:
+    """The texts of an evaluation folder: of its queries and its corpus, the latter with and without the title.
+
+    Raises InputError where corpus.parquet or queries.parquet is not there or has no column `text`.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for name in ("corpus", "queries"):
+        path = folder / f"{name}.parquet"
+        try:
+            file = pq.ParquetFile(path)
+            kind = file.schema_arrow.field("text").type
+            if not pa.types.is_string(kind) and not pa.types.is_large_string(kind):
+                raise InputError(f"ingest.decontaminate: {path}: column 'text' is {kind}, expected text")
+            columns = [column for column in ("text", "title") if column in file.schema_arrow.names]
+            for batch in file.iter_batches(columns=columns):
+                for row in batch.to_pylist():
+                    text = row["text"] or ""
+                    yield text
+                    if row.get("title"):
+                        yield f"{row['title']} {text}"
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            raise InputError(f"ingest.decontaminate: {path}: no readable column 'text': {first_line(error)}") from None
+
+
 @contextmanager
 def _local_copy(file: SourceFile, scratch: Path) -> Iterator[Path]:
     if "://" not in file.location:

@@ -59,10 +59,10 @@ VALUES = [
     '"mixed"', '"cuda:99"', '"org/name"', '"a/b/c"',
 ]  # fmt: skip
 NASTY = [
-    b'"', b"'", b",", b"\n", b"\r", b"\r\n", b"\0", b"\xff", b"\xef\xbb\xbf", b"\xff\xfe", b"\\", b"\\ud800",
-    b"\\u0000", b"{", b"}", b"[", b"]", b"null", b"1e999", b"NaN", b'""', b'"\n', b"\t", b"\x1b[31m",
-    "\u202e\u200b".encode(), b"PAR1", b"[" * 2_000, b'"query":', b'{"query": 1, "document": []}\n', b'{"query": "same"}\n',
-    b"a,b,c\n", b'"a\nb",c\n',
+    b'"', b"'", b",", b"\n", b"\r", b"\r\n", b"\0", b"\xff", b"\xef\xbb\xbf", b"\xff\xfe", b"\\",
+    b"\\ud800", b"\\u0000", b"{", b"}", b"[", b"]", b"null", b"1e999", b"NaN", b'""', b'"\n', b"\t",
+    b"\x1b[31m", "\u202e\u200b".encode(), b"PAR1", b"[" * 2_000, b'"query":', b'{"query": "same"}\n',
+    b'{"query": 1, "document": []}\n', b"a,b,c\n", b'"a\nb",c\n',
 ]  # fmt: skip
 
 

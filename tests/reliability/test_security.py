@@ -65,9 +65,9 @@ def test_no_module_runs_what_it_reads(record_row: Record) -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "import pickle", "from yaml import safe_load", "import os\nos.system('x')", "eval('1')", "torch.load(path)",
+        "import pickle", "from yaml import safe_load", "os.system('x')", "eval('1')", "torch.load(path)",
         "subprocess.run('x', shell=True)", "np.load(path, allow_pickle=True)",
-        "AutoModel.from_pretrained(folder, trust_remote_code=True)", "AutoModel.from_pretrained(f, trust_remote_code=x)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)", "SentenceTransformer(f, trust_remote_code=x)",
     ],
 )  # fmt: skip
 def test_the_search_finds_them(source: str) -> None:
