@@ -141,9 +141,10 @@ def _inspect(options: argparse.Namespace) -> int:
     from pipeline.report import batch_text, batches_text
 
     if options.batch is None:
-        print(batches_text(options.shards, limit=options.limit))
+        text = batches_text(options.shards, limit=options.limit)
     else:
-        print(batch_text(options.shards, options.batch))
+        text = batch_text(options.shards, options.batch)
+    print("\n".join(map(printable, text.split("\n"))))  # shards of other people may hold commands of a terminal
     return 0
 
 

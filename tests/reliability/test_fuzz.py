@@ -22,7 +22,7 @@ from pipeline.errors import HardbatchError
 from pipeline.run import plan_corpus, run_step
 
 Record = Callable[[int, str], None]
-QUICK_AND_LONG = pytest.mark.parametrize("examples", [60, pytest.param(1_500, marks=pytest.mark.soak)])
+QUICK_AND_LONG = pytest.mark.parametrize("examples", [40, pytest.param(1_500, marks=pytest.mark.soak)])
 MANIFEST = """corpus = "c"
 [[dataset]]
 name = "n"

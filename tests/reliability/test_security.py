@@ -169,6 +169,15 @@ def test_an_artifact_names_no_file_outside(copied_run: tuple[Path, Path, Path], 
     assert "not below its folder" in capsys.readouterr().err
 
 
+def test_inspect_shows_no_command_of_a_terminal(run_corpus: Any, write_jsonl: Any, rows: Any, capsys: Any) -> None:
+    write_jsonl("pairs.jsonl", [{**row, "query": f"{row['query']} \x1b[31m\u202e"} for row in rows(16)])
+    dataset = 'corpus = "c"\n[[dataset]]\nname = "n"\nsource = "pairs.jsonl"\nquery_prompt = "\\u001b]0;title\\u0007"\n'
+    shards = run_corpus(dataset + "[pack]\nbatch_size = 8\n").shards
+    assert cli.main(["inspect", str(shards), "--batch", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.replace("\n", "").isprintable() and "\\x1b]0;title\\x07" in shown
+
+
 # models
 
 
