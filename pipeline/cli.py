@@ -48,7 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         told = as_user_error(error)
         if told is None:
             raise
-        sys.stdout = open(os.devnull, "w")  # what it still holds may be what found no room
+        try:
+            sys.stdout.flush()
+        except OSError:
+            sys.stdout = open(os.devnull, "w")  # what it holds is what found no room: leaving would try again
         print(f"hardbatch: {told}", file=sys.stderr)
         return told.exit_code
     except KeyboardInterrupt:

@@ -35,7 +35,11 @@ def read_jsonl(file: SourceFile, path: Path, columns: Columns) -> Iterator[RawRo
         except UnicodeDecodeError as error:
             yield RawRow(row, None, None, None, "invalid_utf8", f"line {number}: {error}")
             continue
-        except (ValueError, RecursionError) as error:
+        except json.JSONDecodeError as error:
+            problem = f"column {error.colno}: {error.msg}"
+        except RecursionError:
+            problem = "nested too deeply"
+        except ValueError as error:  # a number of thousands of digits, a key twice
             problem = str(error)
         if problem:
             yield RawRow(row, None, None, None, "broken_json", f"line {number}: {problem}")
@@ -84,7 +88,7 @@ def read_csv(file: SourceFile, path: Path, columns: Columns, delimiter: str) -> 
         header = next(reader, [])
     except csv.Error as error:
         raise InputError(
-            f"{file.name}: its header line cannot be read: {error}; lines must end in LF or CR LF"
+            f"{file.name}: its header line cannot be read: {str(error).split(' - ')[0]}; lines must end in LF or CR LF"
         ) from None
     for field, name in (("query", columns.query), ("document", columns.document), ("negatives", columns.negatives)):
         if name is not None and name not in header:

@@ -21,7 +21,7 @@ Record = Callable[[int, str], None]
 
 
 def test_every_quick_kind_ends_as_it_must(tmp_path: Path, record_row: Record) -> None:
-    """All of them as children of one process, which imports once."""
+    """All of them in one process, which imports once."""
     script = Path(__file__).with_name("poison.py")
     ended = processes.run([sys.executable, script, "quick", tmp_path / "faults.json"], timeout_s=400)
     faults = json.loads((tmp_path / "faults.json").read_text()) if (tmp_path / "faults.json").exists() else {}
