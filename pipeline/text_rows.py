@@ -36,7 +36,7 @@ def read_jsonl(file: SourceFile, path: Path, columns: Columns) -> Iterator[RawRo
             yield RawRow(row, None, None, None, "invalid_utf8", f"line {number}: {error}")
             continue
         except json.JSONDecodeError as error:
-            problem = f"column {error.colno}: {error.msg}"
+            problem = f"character {error.pos + 1}: {error.msg}"
         except RecursionError:
             problem = "nested too deeply"
         except ValueError as error:  # a number of thousands of digits, a key twice

@@ -496,3 +496,39 @@ def test_fewer_rows_than_the_footer_says_are_an_input_error(root: Path, list_fil
 def test_a_negatives_key_that_no_row_has_is_told(read: Read) -> None:
     with pytest.raises(InputError, match=r"no row has 'typo'; mend columns\.negatives"):
         read("a.jsonl", LINES, {"negatives": "typo"})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", LINES + b'{"query": "' + b"x" * 200 + b'"}\n', r"line 7 is longer than 100 bytes"),
+        ("a.csv", b"query,document\n" + b"x" * 200 + b",d\n", r"line 2 is longer than 100 bytes"),
+        ("a.csv", b'query,document\na,b\n"' + b"x\n" * 200 + b'",d\n', r"a quote that opens in row 1 \(line 3\)"),
+    ],
+)
+def test_an_endless_line_or_field_is_refused(
+    read: Read, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, message: str
+) -> None:
+    monkeypatch.setattr("pipeline.text_rows._MAX_LINE_BYTES", 100)
+    with pytest.raises(InputError, match=rf"a\.{name[2:]}: {message}"):
+        read(name, content)
+
+
+def test_a_key_twice_is_a_broken_row_but_not_its_name_in_a_text(read: Read) -> None:
+    lines = [
+        b'{"query": "a", "query": "b", "document": "c"}',
+        b'{"query": "a", "more": {"query": 1}, "document": "c"}',
+        b'{"query": "say \\"query\\"", "document": "c"}',
+    ]
+    assert [row.problem for row in read("a.jsonl", b"\n".join(lines))] == ["broken_json", None, None]
+
+
+def test_why_a_row_is_broken_is_told_with_its_lines(read: Read) -> None:
+    assert [row.detail for row in read("a.jsonl", b'{"query": "a", "document": "b"}\n\n{"query": \n[1]\n')] == [
+        "", "line 3: character 12: Expecting value", "line 4: no JSON object but another value",
+    ]  # fmt: skip
+    rows = read("a.csv", b'query,document\na,b\nc,"d\ne"f\ng\nh,i\n')
+    assert [(row.row, row.problem) for row in rows] == [
+        (0, None), (1, "broken_csv"), (2, "wrong_field_count"), (3, None),
+    ]  # fmt: skip
+    assert rows[1].detail.startswith("lines 3 to 4: ") and rows[2].detail == "lines 5 to 5: 1 fields, the header has 2"
