@@ -122,7 +122,9 @@ def _start(service: Service, role: str, arguments: list[str], *, is_ready: Calla
 
 def _deploy(service: Service) -> None:
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    result = subprocess.run(command, cwd=ROOT, env=_environment(service), capture_output=True, text=True, check=False)
+    result = subprocess.run(  # noqa: S603 -- Prefect's own command, its arguments as a list
+        command, cwd=ROOT, env=_environment(service), capture_output=True, text=True, check=False
+    )
     if result.returncode != 0:
         raise ConfigError(f"prefect.yaml could not be deployed: {_last_line(result.stdout + result.stderr)}")
 
@@ -143,7 +145,8 @@ def _environment(service: Service) -> dict[str, str]:
 def _ask(url: str, body: object = None) -> Any:
     """The JSON that the server answers, None if it does not."""
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, data=data, headers=headers)  # noqa: S310 -- our own server's address
     without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with without_proxy.open(request, timeout=5) as response:

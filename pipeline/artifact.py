@@ -166,7 +166,7 @@ def blame_damage(paths: Iterable[Path]) -> Iterator[None]:
             raise
         faults = [fault for path in dict.fromkeys(paths) for fault in verify_artifact(path)]
         if faults:
-            raise IntegrityError("\n".join(faults)) from error
+            raise IntegrityError(*faults) from error
         raise
 
 
@@ -356,6 +356,8 @@ def _parse_manifest(raw: bytes, path: Path) -> Manifest:
         if hashlib.sha256(canonical_json(content)).hexdigest() != digest:
             raise IntegrityError(f"{path}: damaged (its content is not what its digest says); {_anew(path.parent)}")
         content["files"] = {name: FileRecord(**record) for name, record in content["files"].items()}
+        if any(name.startswith("/") or ".." in name.split("/") for name in content["files"]):
+            raise IntegrityError(f"{path}: names files that are not below its folder; do not use it")
         return Manifest(**content)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise IntegrityError(f"{path}: not a manifest of hardbatch, or damaged; {_anew(path.parent)}") from None

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from pipeline.errors import HardbatchError, IntegrityError
+from pipeline.errors import HardbatchError, IntegrityError, printable
 
 _EXIT_CODES = """exit codes: 0 done, 1 the disk fails, 2 usage or settings, 3 bad input, 4 integrity, 5 locked by
 another process, 6 no space, 7 too many broken rows, 130 and 143 interrupted"""
@@ -36,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN  # as nohup sets it
     }
     try:
-        return int(options.command(options))
+        code = int(options.command(options))
+        sys.stdout.flush()  # here, so that a full disk behind it is told
+        return code
     except HardbatchError as error:
         print(f"hardbatch: {error}", file=sys.stderr)
         return error.exit_code
@@ -49,6 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         told = as_user_error(error)
         if told is None:
             raise
+        try:
+            sys.stdout.flush()
+        except OSError:
+            sys.stdout = open(os.devnull, "w")  # what it holds is what found no room: leaving would try again
         print(f"hardbatch: {told}", file=sys.stderr)
         return told.exit_code
     except _LeavingError as leaving:
@@ -142,9 +148,10 @@ def _inspect(options: argparse.Namespace) -> int:
     from pipeline.report import batch_text, batches_text
 
     if options.batch is None:
-        print(batches_text(options.shards, limit=options.limit))
+        text = batches_text(options.shards, limit=options.limit)
     else:
-        print(batch_text(options.shards, options.batch))
+        text = batch_text(options.shards, options.batch)
+    print("\n".join(map(printable, text.split("\n"))))  # shards of other people may hold commands of a terminal
     return 0
 
 
@@ -156,7 +163,7 @@ def _verify(options: argparse.Namespace) -> int:
         raise IntegrityError(f"{options.path}: no complete artifact here (no manifest.json at or below it)")
     faults = [fault for path in paths for fault in verify_artifact(path)]
     for fault in faults:
-        print(f"hardbatch: {fault}", file=sys.stderr)
+        print(f"hardbatch: {printable(fault)}", file=sys.stderr)
     print(f"artifacts read: {len(paths)}, faults: {len(faults)}")
     return IntegrityError.exit_code if faults else 0
 

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from pipeline.errors import ConfigError, DiskError, HardbatchError, InputError, LockedError, NoSpaceError
@@ -132,6 +133,8 @@ class DigestCache:
         name = str(path.absolute())
         try:
             stat = path.stat()
+            if not S_ISREG(stat.st_mode):
+                raise InputError(f"{path}: is no regular file but a pipe, a device or a folder; give a file")
             known = self._entries.get(name)
             if known is None or known[:2] != (stat.st_size, stat.st_mtime_ns):
                 known = (stat.st_size, stat.st_mtime_ns, sha256_file(path))
@@ -153,6 +156,9 @@ def as_user_error(error: OSError) -> HardbatchError | None:
 
     None for others.
     """
+    if error.errno == errno.EFBIG:
+        name = error.filename or "a file"
+        return NoSpaceError(f"{name} grows beyond what may be written here; raise the limit (ulimit -f) and run again")
     if error.errno in _NO_SPACE:
         where = f" while writing {error.filename}" if error.filename else ""
         return NoSpaceError(f"no space left{where}; free some and run the same command again: it goes on from there")

@@ -32,7 +32,7 @@ _STAGES = {  # stage → the module and function that build it; imported only wh
     "mixed": ("pipeline.pack", "build_mixed"),
     "shards": ("pipeline.write", "build"),
 }
-_VERSIONS = {"pairs": 1, "vectors": 1, "clusters": 3, "hardness": 1, "batches": 3, "shards": 2}
+_VERSIONS = {"pairs": 2, "vectors": 1, "clusters": 3, "hardness": 1, "batches": 3, "shards": 2}
 _ITERATIONS = {"folded": 10, "doubled": 100}
 
 
@@ -207,6 +207,7 @@ class _Planner:
         }
         local: dict[str, Any] = {
             "files": {file.name: file.location for file in files},
+            "modified_ns": {file.name: file.modified_ns for file in files},
             "decontaminate": {},
             "max_quarantined_fraction": ingest.max_quarantined_fraction,
             "num_pairs": dataset.num_pairs,
@@ -217,9 +218,9 @@ class _Planner:
             if not (folder / "corpus.parquet").is_file() or not (folder / "queries.parquet").is_file():
                 raise ConfigError(f"ingest.decontaminate: {folder} has no corpus.parquet and queries.parquet")
             local["decontaminate"][name] = str(folder)
-            texts.update(
-                {f"{name}/{part}": self._digests.digest(folder / f"{part}.parquet") for part in ("corpus", "queries")}
-            )
+            for part in ("corpus", "queries"):
+                path = local_path(f"{name}/{part}.parquet", self._data_root, "ingest.decontaminate")
+                texts[f"{name}/{part}"] = self._digests.digest(path)
         config["decontaminate_sha256"] = texts
         sources = tuple(
             {"name": file.name, "format": file.format, "bytes": file.num_bytes, "sha256": file.sha256} for file in files

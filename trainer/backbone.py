@@ -77,7 +77,7 @@ def initial_encoder(config: TrainConfig, folder: Path, *, flag: str, verified: b
     if not verified and (folder / MANIFEST).is_file():
         faults = verify_artifact(folder)
         if faults:
-            raise IntegrityError("\n".join(faults))
+            raise IntegrityError(*faults)
     with _as_user_error(flag):
         encoder = load_encoder(folder, attention=config.attention)
     given = {"context_size": config.model_context_size, "pool_prompt": config.pool_prompt}

@@ -112,7 +112,7 @@ def find_checkpoint(output: Path, resume: str) -> tuple[Path | None, list[str]]:
             raise ConfigError(f"--resume {resume}: no checkpoint there (no {MANIFEST}); give auto or its folder")
         faults = verify_artifact(path)
         if faults:
-            raise IntegrityError("\n".join([f"--resume {resume}: damaged", *faults]))
+            raise IntegrityError(f"--resume {resume}: damaged", *faults)
         found = _checkpoint_folders(output)
         if found and found[-1].resolve() != path.resolve():
             raise ConfigError(
@@ -135,7 +135,7 @@ def find_checkpoint(output: Path, resume: str) -> tuple[Path | None, list[str]]:
             return path, passed_over
         passed_over.extend(faults)
     if passed_over:
-        raise IntegrityError("\n".join([f"--resume auto: every checkpoint in {output} is damaged", *passed_over]))
+        raise IntegrityError(f"--resume auto: every checkpoint in {output} is damaged", *passed_over)
     return None, []
 
 

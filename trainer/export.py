@@ -97,7 +97,7 @@ def open_model(folder: Path, flag: str) -> tuple[Encoder, Tokenizer]:
         if not (folder / name).is_file():
             raise ConfigError(f"{flag} {folder}: no {name} there; give the folder of one checkpoint or of an export")
     if (folder / MANIFEST).is_file() and (faults := verify_artifact(folder)):
-        raise IntegrityError("\n".join([f"{flag} {folder}: damaged", *faults]))
+        raise IntegrityError(f"{flag} {folder}: damaged", *faults)
     try:
         encoder = load_encoder(folder)
     except SafetensorError as error:

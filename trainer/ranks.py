@@ -116,8 +116,7 @@ class Ranks:
         errors: list[HardbatchError | None] = [None] * self.world_size
         dist.all_gather_object(errors, error, group=self._control)
         found = [one for one in errors if one is not None]
-        lines = dict.fromkeys(str(one) for one in found)
-        raise type(found[0])("\n".join(lines))
+        raise type(found[0])(*dict.fromkeys(line for one in found for line in one.args))
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
