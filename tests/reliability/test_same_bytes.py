@@ -148,7 +148,7 @@ _LARGE = {
         ("medical", "stackexchange"),
         "[cluster]\ntwo_level_above = 16\n[pack]\nexact_tour_below = 16\nnum_packings = 2\n",
     ),
-    # k = 12,500: two levels and the graph tour by cells, as they are by default
+    # k = 8,500: two levels and the graph tour by cells, as they are by default
     "as-shipped": (("reddit",), "[pack]\nbatch_size = 8\n"),
     "one-level": (("medical", "science_acl"), '[pack]\nremainder = "mix"\n[cluster]\nbalance = 0.0\n'),
     "doubled": (("stackexchange", "science_acl"), '[cluster]\nmethod = "doubled"\niterations = 10\n'),
@@ -163,7 +163,7 @@ def test_threads_change_no_byte_of_real_domains(
     domains, settings = _LARGE[name]
     if name == "doubled":
         pytest.importorskip("faiss", reason="doubled needs FAISS: pip install 'hardbatch[cpu]'")
-    manifest = real_corpus(tmp_path, name, domains, _LEXICAL + settings)
+    manifest = real_corpus(tmp_path, name, domains, _LEXICAL + settings, limit=68_000)
     plans = {threads: make(manifest, tmp_path / str(threads), threads=threads, timeout_s=900) for threads in (1, 2, 4)}
     found = {threads: differing(plans[1], plan) for threads, plan in plans.items()}
     files = len(tree(plans[1].corpus))
@@ -178,7 +178,7 @@ def test_threads_change_no_byte_of_a_transformer(
 ) -> None:
     models.require_minilm()
     settings = f'[embed]\ndtype = "{dtype}"\nmax_length_tokens = 96\n[pack]\nbatch_size = 16\n'
-    manifest = real_corpus(tmp_path, "minilm", ("medical", "code_python", "intents_clinc"), settings, limit=400)
+    manifest = real_corpus(tmp_path, "minilm", ("medical", "code_python", "intents_clinc"), settings, limit=120)
     plans = {threads: make(manifest, tmp_path / str(threads), threads=threads, timeout_s=900) for threads in (1, 2, 4)}
     found = {threads: differing(plans[1], plan) for threads, plan in plans.items()}
     record_row(9, f"MiniLM {dtype}: 1, 2, 4 threads, {sum(map(len, found.values()))} files differ")
@@ -207,7 +207,7 @@ def test_other_pieces_of_work_give_the_same_rows(
     limit = None
     if model == "minilm":
         models.require_minilm()
-        limit = 400
+        limit = 200
     settings = f'[embed]\nmodel = "{model}"\nsurrogate_model = "{model}"\nmax_length_tokens = 96\n'
     manifest = real_corpus(tmp_path, "units", ("stackexchange", "medical"), settings, limit=limit)
     plans = [

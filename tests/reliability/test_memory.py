@@ -1,0 +1,89 @@
+"""Row 18: ten times the corpus takes no more memory, but for the buffers that docs/benchmarks.md states."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from reliability.processes import run
+
+PEAKS = Path(__file__).with_name("peaks.py")
+B = 64
+MIB = 2**20
+ALLOWED = 1.10
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+
+# bytes that a stage holds for n pairs of distinct texts: docs/benchmarks.md, 'What grows with the corpus'
+STATED: dict[str, Callable[[int], float]] = {
+    "pairs": lambda n: 400 * n + min(n, 65_536) * 3_200,
+    "vectors": lambda n: 0,
+    "clusters": lambda n: 40 * n,
+    "hardness": lambda n: 40 * n,
+    "batches": lambda n: 24 * n,
+    "shards": lambda n: 40 * n,
+}
+
+
+def peaks(folder: Path, table: pl.DataFrame) -> dict[str, int]:
+    """The most anonymous memory, in bytes, that each stage held over one domain of these pairs."""
+    folder.mkdir()
+    table.write_parquet(folder / "pairs.parquet")
+    manifest = folder / "corpus.toml"
+    manifest.write_text(
+        f'corpus = "c"\n[[dataset]]\nname = "d"\nsource = "pairs.parquet"\n[pack]\nbatch_size = {B}\n'
+        '[embed]\nmodel = "lexical"\nsurrogate_model = "lexical"\n'
+    )
+    ended = run([sys.executable, PEAKS, manifest, folder / "workspace"], timeout_s=600)
+    assert ended.code == 0, ended.errors
+    found = [json.loads(line) for line in ended.output.splitlines()]
+    return {item["stage"]: item["bytes"] for item in found}
+
+
+def compare(folder: Path, table: pl.DataFrame, num_pairs: int) -> tuple[dict[str, float], str]:
+    """By stage, what ten times the pairs hold beyond the stated buffers to what the pairs do; and a line of figures."""
+    sizes = (num_pairs, 10 * num_pairs)
+    held = [peaks(folder / str(size), table.head(size)) for size in sizes]
+    assert list(held[0]) == list(STATED)
+    rest = {stage: [held[i][stage] - stated(size) for i, size in enumerate(sizes)] for stage, stated in STATED.items()}
+    ratios = {stage: more / less for stage, (less, more) in rest.items()}
+    told = [
+        f"{stage} {held[0][stage] / MIB:.0f} → {held[1][stage] / MIB:.0f} MiB, {100 * (ratios[stage] - 1):+.0f} %"
+        for stage in STATED
+    ]
+    return ratios, f"{sizes[0]:,} → {sizes[1]:,} pairs: " + ", ".join(told)
+
+
+def made_up(num_pairs: int) -> pl.DataFrame:
+    """Distinct pairs of words that are drawn as real ones are, few of them often."""
+    generator = np.random.default_rng(0)
+    words = np.array([f"w{number}" for number in range(20_000)])
+    drawn = words[(20_000 * generator.random((num_pairs, 48)) ** 3).astype(int)]
+    texts = [f"{i} {' '.join(row)}" for i, row in enumerate(drawn)]
+    return pl.DataFrame({"query": [text[:50] for text in texts], "document": [text[8:] + "." for text in texts]})
+
+
+def test_ten_times_the_pairs_hold_the_stated_buffers_more(
+    tmp_path: Path, record_row: Callable[[int, str], None]
+) -> None:
+    ratios, told = compare(tmp_path, made_up(15_000), 1_500)
+    record_row(18, told)
+    assert {stage: ratio for stage, ratio in ratios.items() if ratio > ALLOWED} == {}
+
+
+@pytest.mark.soak
+def test_ten_times_the_real_pairs_hold_the_stated_buffers_more(
+    tmp_path: Path, record_row: Callable[[int, str], None]
+) -> None:
+    if "HARDBATCH_DATA" not in os.environ:
+        pytest.skip("needs real pairs: set HARDBATCH_DATA to a folder with train/*.parquet")
+    paths = sorted((Path(os.environ["HARDBATCH_DATA"]) / "train").glob("*.parquet"))
+    merged = pl.concat([pl.scan_parquet(path).select("query", "document") for path in paths]).collect()
+    ratios, told = compare(tmp_path, merged.sample(fraction=1.0, shuffle=True, seed=0), 30_000)
+    record_row(18, told)
+    assert {stage: ratio for stage, ratio in ratios.items() if ratio > ALLOWED} == {}
