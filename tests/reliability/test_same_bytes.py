@@ -149,7 +149,7 @@ _LARGE = {
         "[cluster]\ntwo_level_above = 16\n[pack]\nexact_tour_below = 16\nnum_packings = 2\n",
     ),
     # k = 8,500: two levels and the graph tour by cells, as they are by default
-    "as-shipped": (("reddit",), "[pack]\nbatch_size = 8\n"),
+    "as-shipped": (("reddit",), "[pack]\nbatch_size = 8\nrefine_rounds = 3\n"),
     "one-level": (("medical", "science_acl"), '[pack]\nremainder = "mix"\n[cluster]\nbalance = 0.0\n'),
     "doubled": (("stackexchange", "science_acl"), '[cluster]\nmethod = "doubled"\niterations = 10\n'),
 }
