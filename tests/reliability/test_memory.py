@@ -36,7 +36,7 @@ def _clusters(n: int) -> float:
 
 # bytes of buffers for n pairs whose texts have so many bytes: docs/benchmarks.md, 'Growth', has the same table
 STATED: dict[str, Callable[[int, float], float]] = {
-    "pairs": lambda n, text: 400 * n + 6 * text * min(n, 65_536) + 4 * text * min(n, 8_192),
+    "pairs": lambda n, text: 400 * n + 6.5 * text * min(n, 65_536) + 4 * text * min(n, 8_192),
     "vectors": lambda n, text: 0,
     "clusters": lambda n, text: _clusters(n),
     "hardness": lambda n, text: 40 * n,
