@@ -30,6 +30,7 @@ from flows import service
 from pipeline.errors import HardbatchError
 
 if TYPE_CHECKING:
+    from pipeline.runlog import RunLog
     from pipeline.step import Step
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -51,6 +52,7 @@ def cluster_corpus(
     """
     from pipeline.report import summary_markdown
     from pipeline.run import plan_corpus
+    from pipeline.runlog import open_run_log
 
     plan = plan_corpus(
         Path(manifest),
@@ -58,8 +60,9 @@ def cluster_corpus(
         data_root=Path(data_root) if data_root is not None else None,
         overrides=overrides or (),
     )
-    for step in plan.steps:
-        complete_step.with_options(name=step.stage, task_run_name=f"{step.stage} of {step.domain}")(step)
+    with open_run_log(plan.corpus, Path(manifest), overrides or ()) as log:
+        for step in plan.steps:
+            complete_step.with_options(name=step.stage, task_run_name=f"{step.stage} of {step.domain}")(step, log)
     shards = str(plan.shards)
     create_markdown_artifact(summary_markdown(plan.shards), key="cluster-corpus", description=shards)
     return shards
@@ -83,12 +86,12 @@ def is_worth_retrying(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
     cache_policy=NO_CACHE,
     log_prints=True,
 )
-def complete_step(step: Step) -> bool:
-    """Make the artifact of `step` complete; False if it already was."""
+def complete_step(step: Step, log: RunLog | None = None) -> bool:
+    """Make the artifact of `step` complete, with its records in `log`; False if it already was."""
     from pipeline.progress import LineProgress
     from pipeline.run import run_step
 
-    worked = run_step(step, LineProgress(sys.stdout))  # which `log_prints` turns into lines of the run's log
+    worked = run_step(step, LineProgress(sys.stdout), log)  # which `log_prints` turns into lines of the run's log
     get_run_logger().info("%s %s", "built" if worked else "already complete:", step.path)
     return worked
 
@@ -120,6 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
     }
     command = [sys.executable, "-m", "flows.cluster_corpus", "--inside", *arguments]
     leader = subprocess.Popen(  # noqa: S603 -- this very module, its arguments as a list

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from pipeline.errors import HardbatchError, IntegrityError, printable
+from pipeline.errors import ConfigError, HardbatchError, IntegrityError, printable
 
 _EXIT_CODES = """exit codes: 0 done, 1 the disk fails, 2 usage or settings, 3 bad input, 4 integrity, 5 locked by
 another process, 6 no space, 7 too many broken rows, 130 and 143 interrupted"""
@@ -27,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # else threads spin where others need the cores: many times slower
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a sign of a text still gets the rest
@@ -90,10 +93,16 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("manifest", type=Path, help="TOML file that names the datasets, see data_manifests/")
         sub.add_argument("--data-root", type=Path, help="folder that local paths are relative to (default: manifest's)")
         _add_common(sub)
-    inspect = add("inspect", _inspect, "show the batches of a shards folder")
-    inspect.add_argument("shards", type=Path, help="folder printed by `hardbatch run`")
+    inspect = add("inspect", _inspect, "show the batches of a shards folder, or with --log what a run took")
+    inspect.add_argument("shards", type=Path, nargs="?", help="folder printed by `hardbatch run`")
     inspect.add_argument("--batch", type=int, metavar="N", help="show the pairs of batch N and what is masked")
     inspect.add_argument("--limit", type=_positive, default=20, metavar="N", help="batches to list (default 20)")
+    inspect.add_argument(
+        "--log",
+        type=Path,
+        metavar="FILE",
+        help="show the stages of a run log: seconds, rows, bytes, memory, how it ended; of a workspace the newest",
+    )
     verify = add("verify", _verify, "read every byte of the artifacts at or below a folder against their digests")
     verify.add_argument("path", type=Path, help="a shards folder, any artifact, or a whole workspace")
     demo = add("demo", _demo, "make batches from the docstrings of installed Python packages, and show one")
@@ -125,10 +134,12 @@ def _run(options: argparse.Namespace) -> int:
     from pipeline.progress import choose_progress
     from pipeline.report import summary_text
     from pipeline.run import plan_corpus, run_step
+    from pipeline.runlog import open_run_log
 
     plan = plan_corpus(options.manifest, options.workspace, data_root=options.data_root, overrides=options.set)
     progress = choose_progress()
-    num_run = sum(run_step(step, progress) for step in plan.steps)
+    with open_run_log(plan.corpus, options.manifest, options.set) as log:
+        num_run = sum(run_step(step, progress, log) for step in plan.steps)
     print(f"steps run: {num_run}, reused: {len(plan.steps) - num_run}", file=sys.stderr)
     print(summary_text(plan.shards))
     print(plan.shards)
@@ -145,9 +156,14 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    from pipeline.logtable import log_text
     from pipeline.report import batch_text, batches_text
 
-    if options.batch is None:
+    if (options.shards is None) == (options.log is None):
+        raise ConfigError("inspect: give either a shards folder or --log with a run log")
+    if options.log is not None:
+        text = log_text(options.log)
+    elif options.batch is None:
         text = batches_text(options.shards, limit=options.limit)
     else:
         text = batch_text(options.shards, options.batch)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +21,7 @@ from pipeline.config import CorpusManifest, Dataset, load_manifest
 from pipeline.errors import ConfigError
 from pipeline.files import DIGESTS, DigestCache, as_user_error, content_key, sweep_caches
 from pipeline.rates import record_step
+from pipeline.runlog import RunLog
 from pipeline.schemas import MIXED_DOMAIN
 from pipeline.step import InlineExecutor, Progress, Stage, Step
 
@@ -47,6 +49,11 @@ class Plan:
         """The folder of the shards artifact."""
         return self.steps[-1].path
 
+    @property
+    def corpus(self) -> Path:
+        """The folder of the corpus, below which all its artifacts lie."""
+        return self.shards.parents[1]
+
 
 def plan_corpus(
     manifest: Path, workspace: Path, *, data_root: Path | None = None, overrides: Sequence[str] = ()
@@ -68,48 +75,61 @@ def plan_corpus(
     return Plan(steps=tuple(steps))
 
 
-def run_step(step: Step, progress: Progress | None = None) -> bool:
+def run_step(step: Step, progress: Progress | None = None, log: RunLog | None = None) -> bool:
     """Makes the artifact of a step; returns False where it was complete already and nothing was done.
 
     Raises LockedError where another process is making it, NoSpaceError where the disk is full; committed units stay
     and the next run goes on from them. What a step took that was built from nothing is kept for `plan`.
     """
+    log = log or RunLog()
     if find_artifact(step.path) is not None:
         sweep_after_kill(step.path)
+        log.reused(step)
         return False
     from pipeline.progress import SilentProgress
 
     module, function = _STAGES["mixed" if (step.stage, step.domain) == ("batches", MIXED_DOMAIN) else step.stage]
     stage: Stage = getattr(import_module(module), function)
-    try:
-        with open_builder(step.path) as builder, blame_damage(step.inputs.values()):
-            if find_artifact(step.path) is not None:  # finished by another process while we came to the lock
-                return False
-            from_nothing = not any((step.path / "units").glob("*.json"))
-            if from_nothing:
-                _load_libraries(step)
-            started = time.monotonic()
-            built = stage(step, builder, InlineExecutor(), progress or SilentProgress())
-            artifact = builder.finish(
-                units=built.units,
-                stage=step.stage,
-                stage_version=step.stage_version,
-                domain=step.domain,
-                key=step.key,
-                config=step.config,
-                inputs={name: path.name for name, path in step.inputs.items()},
-                sources=step.sources,
-                counts=built.counts,
-                produced_with=built.produced_with,
-            )
-            if from_nothing:
-                record_step(step, artifact, time.monotonic() - started)
-    except OSError as error:
-        user_error = as_user_error(error)
-        if user_error is None:
-            raise
-        raise user_error from None
+    damaged = blame_damage(step.inputs.values())
+    with log.step(step) as records, _user_errors(), open_builder(step.path) as builder, damaged:
+        if find_artifact(step.path) is not None:  # finished by another process while we came to the lock
+            log.reused(step)
+            return False
+        committed = {path.stem for path in (step.path / "units").glob("*.json")}
+        if not committed:
+            _load_libraries(step)
+        records.begin(committed)
+        started = time.monotonic()
+        built = stage(step, builder, records.units_by(InlineExecutor()), progress or SilentProgress())
+        records.committed(built.units)
+        artifact = builder.finish(
+            units=built.units,
+            stage=step.stage,
+            stage_version=step.stage_version,
+            domain=step.domain,
+            key=step.key,
+            config=step.config,
+            inputs={name: path.name for name, path in step.inputs.items()},
+            sources=step.sources,
+            counts=built.counts,
+            produced_with=built.produced_with,
+        )
+        records.finish(artifact)
+        if not committed:
+            record_step(step, artifact, time.monotonic() - started)
     return True
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Tells an OSError of its body that the user can mend as what it means."""
+    try:
+        yield
+    except OSError as error:
+        told = as_user_error(error)
+        if told is None:
+            raise
+        raise told from None
 
 
 def _load_libraries(step: Step) -> None:

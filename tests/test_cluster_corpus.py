@@ -24,6 +24,7 @@ from prefect.testing.utilities import prefect_test_harness
 from flows.cluster_corpus import cluster_corpus, complete_step, is_worth_retrying
 from flows.processes import MARK, end
 from pipeline.errors import NoSpaceError
+from pipeline.logtable import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
 MANIFEST = """
@@ -78,7 +79,7 @@ def test_a_step_is_tried_again_after_an_io_error(
 ) -> None:
     attempts = []
 
-    def run_step(step: SimpleNamespace, progress: object) -> bool:
+    def run_step(step: SimpleNamespace, progress: object, log: object) -> bool:
         attempts.append(step.path)
         if len(attempts) == 1:
             raise OSError(number, "first attempt")
@@ -96,6 +97,12 @@ def test_the_flow_writes_shards_and_a_summary(server: None, manifest: Path, tmp_
     assert list((Path(shards) / "data").glob("*.parquet"))
     assert cluster_corpus(str(manifest), workspace, overrides=["pack.batch_size=8"]) == shards
     assert cluster_corpus(str(manifest), workspace, overrides=["pack.batch_size=16"]) != shards
+
+    logs = sorted((tmp_path / "workspace" / "tiny" / "logs").iterdir())
+    runs = [read_log(path) for path in logs]
+    assert [len(run.steps) for run in runs] == [6, 4]  # one made all, one made nothing, one kept pairs and vectors
+    assert [run.num_reused for run in runs] == [0, 2]
+    assert all(run.ended is not None and run.ended["exit_code"] == 0 for run in runs)
 
     with get_client(sync_client=True) as client:
         names = {run.name for run in client.read_task_runs()}

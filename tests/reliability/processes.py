@@ -73,5 +73,6 @@ def wait_until(ready: Callable[[], bool], process: subprocess.Popen[str], *, tim
 
 
 def tree(root: Path) -> dict[str, bytes]:
-    """{path: bytes} of all files below `root`."""
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    """{path: bytes} of all files below `root` but run logs, which tell times."""
+    files = [path for path in root.rglob("*") if path.is_file() and path.parent.name != "logs"]
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
