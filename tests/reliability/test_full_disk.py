@@ -143,7 +143,7 @@ def test_a_disk_that_fills_in_a_step(
     ballast.unlink()
     assert processes.run(command).code == 0
     check_same(workspace / "c", steps)
-    record_row(15, "by the command itself, with 0, 25, 75, 90 % of what each stage needs: the same, 24 of 24")
+    record_row(15, "by the command itself, with 0, 25, 75, 90 % of what a stage needs: the same")
 
 
 def test_a_disk_that_is_full_from_the_start(
