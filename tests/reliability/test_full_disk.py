@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -79,6 +80,7 @@ def lay_out(clean: tuple[Path, list[Step]], number: int, workspace: Path) -> Ste
 
 def fill(disk: Path, free: int) -> Path:
     """A file that leaves `free` bytes."""
+    gc.collect()  # a map of a deleted file, held by an error's frames, would give its room back later, amid the step
     ballast = disk / "ballast"
     status = os.statvfs(disk)
     with ballast.open("wb") as file:
