@@ -16,7 +16,9 @@ import pyarrow.parquet as pq
 
 from pipeline import schemas
 from pipeline.artifact import ArtifactBuilder, read_artifact, write_unit
-from pipeline.kmeans import Clustering, kmeans, means_of_labels, within_cluster_squares
+from pipeline.kmeans import Clustering, kmeans
+from pipeline.points import means_of_labels, within_cluster_squares
+from pipeline.snapshots import Snapshots
 from pipeline.step import Built, Executor, Progress, Step
 from pipeline.two_level import two_level_kmeans
 from pipeline.vectors import Array, FoldedPoints, load_pairs, open_vectors, write_array
@@ -24,24 +26,29 @@ from pipeline.vectors import Array, FoldedPoints, load_pairs, open_vectors, writ
 
 def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> Built:
     """Builds the `clusters` artifact of one domain; pairs without a vector get no cluster."""
+    snapshots = Snapshots(builder.path / "snapshots")
     if not builder.committed("clusters"):
         progress.start(f"cluster {step.domain}", 1)
         pairs = load_pairs(read_artifact(step.inputs["pairs"]))
         vectors = open_vectors(step.inputs["vectors"])
         pair_ids = np.flatnonzero(~vectors.invalid_pairs(pairs))
         points = FoldedPoints(vectors=vectors, pairs=pairs, pair_ids=pair_ids)
-        clustering = cluster(points, step.config)
+        clustering = cluster(points, step.config, snapshots)
         _write(builder, pair_ids, clustering)
         progress.advance(1)
         progress.finish()
+    snapshots.clear()
     versions = {name: importlib.metadata.version(name) for name in ("numpy", "torch")}
     if step.config["method"] == "doubled":
         versions["faiss"] = _faiss_version()
     return Built(units=["clusters"], counts=builder.unit_record("clusters").counts, produced_with=versions)
 
 
-def cluster(points: FoldedPoints, config: dict[str, Any]) -> Clustering:
-    """Clusters the pairs behind `points` by the settings of `ClusterConfig`; k = ceil(n / cluster_size)."""
+def cluster(points: FoldedPoints, config: dict[str, Any], snapshots: Snapshots | None = None) -> Clustering:
+    """Clusters the pairs behind `points` by the settings of `ClusterConfig`; k = ceil(n / cluster_size).
+
+    Goes on from `snapshots` of the same clustering (`folded`), and leaves some there.
+    """
     num_clusters = -(-len(points) // config["cluster_size"])
     if num_clusters == 0:
         empty = np.zeros((0, points.dimension), dtype=np.float32)
@@ -51,8 +58,8 @@ def cluster(points: FoldedPoints, config: dict[str, Any]) -> Clustering:
         return _doubled(points, num_clusters, restarts=config["restarts"], backend=config["backend"], **settings)
     settings.update({name: config[name] for name in ("tolerance", "balance", "device")})
     if num_clusters > config["two_level_above"]:
-        return two_level_kmeans(points, num_clusters, **settings)
-    return kmeans(points, num_clusters, **settings)
+        return two_level_kmeans(points, num_clusters, snapshots=snapshots, **settings)
+    return kmeans(points, num_clusters, snapshots=snapshots, **settings)
 
 
 def _doubled(

@@ -12,8 +12,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pipeline.kmeans import apportion, cluster_sums
+from pipeline.kmeans import apportion
 from pipeline.nearest import fast_products
+from pipeline.points import cluster_sums
 from pipeline.vectors import Array
 
 
@@ -61,19 +62,20 @@ def _settle(points_mD: Array, batch_of: Array, num_batches: int, batch_size: int
     """
     placed = np.flatnonzero(batch_of >= 0)
     sizes = np.bincount(batch_of[placed], minlength=num_batches)
-    means = cluster_sums(points_mD[placed], batch_of[placed], num_batches) / sizes[:, None]
+    seeds_mD = points_mD if len(placed) == len(points_mD) else points_mD[placed]
+    means = cluster_sums(seeds_mD, batch_of[placed], num_batches) / sizes[:, None]
     centroids, offsets = torch.from_numpy(means.astype(np.float32)), torch.from_numpy(-0.5 * (means**2).sum(1)).float()
     with_room = np.flatnonzero(sizes < batch_size)
-    movable = np.flatnonzero((batch_of < 0) | (sizes > batch_size)[batch_of])
+    crowded = np.flatnonzero((batch_of >= 0) & (sizes > batch_size)[batch_of])
+    movable = np.concatenate([crowded, np.flatnonzero(batch_of < 0)])
     points = torch.from_numpy(points_mD[movable])
     with fast_products():
         score = torch.addmm(offsets[with_room], points, centroids[with_room].T)
-    elsewhere = score.max(1).values if len(with_room) > 0 else torch.zeros(len(points))
-    seeded = np.flatnonzero(batch_of[movable] >= 0)
-    now = batch_of[movable[seeded]]
-    own = (points[seeded] * centroids[now]).sum(1) + offsets[now]
+    elsewhere = score.amax(1) if len(with_room) > 0 else torch.zeros(len(points))
+    now = batch_of[crowded]
+    own = torch.einsum("md,md->m", points[: len(crowded)], centroids[now]) + offsets[now]
     stays = np.zeros(len(movable), dtype=bool)
-    stays[seeded] = _best_of_each(now, (own - elsewhere[seeded]).numpy(), np.minimum(sizes, batch_size))
+    stays[: len(crowded)] = _best_of_each(now, (own - elsewhere[: len(crowded)]).numpy(), np.minimum(sizes, batch_size))
     moving = np.flatnonzero(~stays)
     batch_of[movable[moving]] = -1
     score = score[torch.from_numpy(moving)]

@@ -14,41 +14,30 @@ Shape letters: n points, k clusters, D dimension.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
-import torch
 
 from pipeline.nearest import Nearest
+from pipeline.points import Points, Subset, cluster_sums, held_if_small, partitions
+from pipeline.snapshots import Snapshots
 from pipeline.vectors import Array
 
-_PARTITION_ROWS = 4_096
-_VALUES_HELD = 2**26  # float32 values of points that are held rather than read in each iteration: 256 MiB
 _SEED_TRIES = 16  # points looked at for each seed, at most
 _PRICE_STEPS = (-0.3, 1.0)  # dear ones fall faster than cheap ones rise, else a cheap one may come to draw everything
+_SAMPLE_PART = 4  # of the points, one in so many is in the sample
+_SAMPLE_PER_CLUSTER = 32  # at least
+_WHOLE_ITERATIONS = 4  # the last ones, that see all points
 _EVEN_ENOUGH = 0.01  # of the points: sizes that come nearer by less have settled
-
-
-class Points(Protocol):
-    """Points to cluster, read by row."""
-
-    @property
-    def dimension(self) -> int: ...
-
-    def __len__(self) -> int: ...
-
-    def take(self, rows: Array) -> Array:
-        """float32 (len(rows), D)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Clustering:
     """Labels (int32, n) of non-empty clusters 0..k-1, their means (float32, k × D), the objective per iteration.
 
-    The objective is Σ‖s − c‖² after the update, in float64; `levels` says which level each value belongs to. `prices`
-    (float32, k) are what the last assignment added to the scores, where balance was asked for.
+    The objective is Σ‖s − c‖² after the update, in float64, over the points that the iteration saw; `levels` says which
+    level each value belongs to, 0 being a sample. `prices` (float32, k) are what the last assignment added to the
+    scores, where balance was asked for.
     """
 
     labels: Array
@@ -67,33 +56,34 @@ def kmeans(
     balance: float,
     seed: int,
     device: str = "cpu",
+    snapshots: Snapshots | None = None,
 ) -> Clustering:
     """Lloyd's algorithm from distinct random points, with empty clusters re-seeded from the largest.
 
+    All `iterations` but the last 4 see a sample: a quarter of the points, or 32 a cluster where that is more.
     In each iteration the price of a cluster moves by at most `balance` times the variance, per point, within clusters
     or between them, whichever is less; 0 is plain K-Means.
-    Stops early when the objective gains less than `tolerance` of itself and sizes do not come nearer to each other.
+    It leaves the sample, and then ends, early when the objective gains less than `tolerance` of itself and sizes do not
+    come nearer to each other.
     The result may have fewer clusters than asked where few points differ, or the last assignment empties one.
     Raises ValueError unless 1 <= num_clusters <= n.
     """
     n = len(points)
     if not 1 <= num_clusters <= n:
         raise ValueError(f"num_clusters is {num_clusters}, allowed is 1 to the number of points, {n}")
-    points = _held_if_small(points)
+    points = held_if_small(points)
     generator = np.random.default_rng(seed)
     lloyd = Lloyd(_distinct_points(points, num_clusters, generator), balance, device)
-    everything = [(np.arange(n), np.arange(len(lloyd.centroids)))]
-    labels = np.full(n, -1, dtype=np.int32)
-    is_settled = False
-    for iteration in range(iterations):
-        previous = labels
-        is_last = is_settled or iteration == iterations - 1
-        labels = lloyd.iterate(points, everything, exact=is_last)
-        if is_last:
-            break
-        is_settled = lloyd.has_settled(tolerance) or (balance == 0 and np.array_equal(labels, previous))
-        lloyd.reseed(points, labels, generator)
-    return compact(labels, lloyd, [1] * len(lloyd.objective))
+    sample = _sample(points, num_clusters, generator) if iterations > _WHOLE_ITERATIONS else None
+    snapshots = snapshots or Snapshots()
+    lloyd.restore(snapshots.load("lloyd"))
+    for level, seen, last in ((0, sample, iterations - _WHOLE_ITERATIONS), (1, points, iterations - 1)):
+        while seen is not None and len(lloyd.objective) < last and not lloyd.has_settled(level, tolerance):
+            labels = lloyd.iterate(seen, _all_of(seen, lloyd), level=level, exact=False)
+            lloyd.reseed(seen, labels, np.random.default_rng([seed, len(lloyd.objective)]))
+            snapshots.save("lloyd", lloyd.state)
+    labels = lloyd.iterate(points, _all_of(points, lloyd), level=1, exact=True)
+    return compact(labels, lloyd)
 
 
 class Lloyd:
@@ -104,12 +94,30 @@ class Lloyd:
         self._device = device
         self.prices = np.zeros(len(centroids), dtype=np.float32)
         self.objective: list[float] = []
+        self.levels: list[int] = []
         self.sizes = np.zeros(len(centroids), dtype=np.int64)
         self._balance = balance
         self._imbalance: list[float] = []
-        self._sum_of_squares: float | None = None
+        self._sum_of_squares: dict[int, float] = {}
 
-    def iterate(self, points: Points, groups: list[tuple[Array, Array]], *, exact: bool) -> Array:
+    def state(self) -> dict[str, Array]:
+        """All that the next iteration needs, to be given to `restore`."""
+        return {
+            "centroids": self.centroids,
+            "prices": self.prices,
+            "objective": np.array(self.objective),
+            "levels": np.array(self.levels, dtype=np.int64),
+            "imbalance": np.array(self._imbalance),
+        }
+
+    def restore(self, state: dict[str, Array] | None) -> None:
+        """Goes on from a `state`; None: from where it is."""
+        if state is not None:
+            self.centroids, self.prices = state["centroids"], state["prices"]
+            self.objective, self.levels = state["objective"].tolist(), state["levels"].tolist()
+            self._imbalance = state["imbalance"].tolist()
+
+    def iterate(self, points: Points, groups: list[tuple[Array, Array]], *, level: int, exact: bool) -> Array:
         """Assigns the points of each group (rows, ids of centroids), then moves centroids to means, and prices."""
         labels = np.empty(sum(len(rows) for rows, _ in groups), dtype=np.int32)
         sums = np.zeros(self.centroids.shape)
@@ -122,15 +130,16 @@ class Lloyd:
                 chosen = assign(block, exact=exact)
                 group_sums += cluster_sums(block, chosen, len(choices))
                 labels[rows[part]] = choices[chosen]
-                if self._sum_of_squares is None:
+                if level not in self._sum_of_squares:
                     sum_of_squares += float(np.einsum("nd,nd->", block, block, dtype=np.float64))
             sums[choices] += group_sums
-        if self._sum_of_squares is None:
-            self._sum_of_squares = sum_of_squares
         self.sizes = np.bincount(labels, minlength=len(self.centroids))
         filled = self.sizes > 0
         means = sums[filled] / self.sizes[filled, None]
-        self.objective.append(float(self._sum_of_squares - (sums[filled] * means).sum()))
+        self.objective.append(
+            float(self._sum_of_squares.setdefault(level, sum_of_squares) - (sums[filled] * means).sum())
+        )
+        self.levels.append(level)
         self.centroids[filled] = means
         equal_size = len(labels) / len(self.centroids)
         self._imbalance.append(float(np.abs(self.sizes - equal_size).sum() / len(labels)))
@@ -141,9 +150,9 @@ class Lloyd:
             self.prices -= (step * np.clip(self.sizes / equal_size - 1, *_PRICE_STEPS)).astype(np.float32)
         return labels
 
-    def has_settled(self, tolerance: float) -> bool:
-        """Whether neither the objective nor the sizes gained from the last iteration."""
-        if len(self.objective) < 2:
+    def has_settled(self, level: int, tolerance: float) -> bool:
+        """Whether neither the objective nor the sizes gained from the last iteration, of two of this level."""
+        if self.levels[-2:] != [level, level]:
             return False
         before, now = self.objective[-2:]
         sized = self._balance == 0 or self._imbalance[-2] - self._imbalance[-1] <= _EVEN_ENOUGH
@@ -177,6 +186,18 @@ def apportion(sizes: Array, total: int, *, least: int = 1) -> Array:
     return np.asarray(parts)
 
 
+def _all_of(points: Points, lloyd: Lloyd) -> list[tuple[Array, Array]]:
+    return [(np.arange(len(points)), np.arange(len(lloyd.centroids)))]
+
+
+def _sample(points: Points, num_clusters: int, generator: np.random.Generator) -> Points | None:
+    """What the first iterations see; None: nothing less than all points."""
+    num_rows = max(len(points) // _SAMPLE_PART, num_clusters * _SAMPLE_PER_CLUSTER)
+    if num_rows >= len(points):
+        return None
+    return held_if_small(Subset(points, np.sort(generator.permutation(len(points))[:num_rows])))
+
+
 def _distinct_points(points: Points, num_clusters: int, generator: np.random.Generator) -> Array:
     """Random points that differ from each other, float32 (at most num_clusters, D); few duplicates cost no more."""
     order = generator.permutation(len(points))[: num_clusters * _SEED_TRIES]
@@ -189,84 +210,13 @@ def _distinct_points(points: Points, num_clusters: int, generator: np.random.Gen
     return np.stack(list(chosen.values())[:num_clusters])
 
 
-class InMemory:
-    """Points that are held, float32 (n, D)."""
-
-    def __init__(self, points_nD: Array) -> None:
-        self._points_nD = points_nD
-
-    def __len__(self) -> int:
-        return len(self._points_nD)
-
-    @property
-    def dimension(self) -> int:
-        return int(self._points_nD.shape[1])
-
-    def take(self, rows: Array) -> Array:
-        if len(rows) > 1 and rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all():
-            return self._points_nD[rows[0] : rows[-1] + 1]
-        return np.asarray(self._points_nD[rows])
-
-
-class Subset:
-    def __init__(self, points: Points, rows: Array) -> None:
-        self._points, self._rows = points, rows
-
-    @property
-    def dimension(self) -> int:
-        return self._points.dimension
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def take(self, rows: Array) -> Array:
-        return self._points.take(self._rows[rows])
-
-
-def _held_if_small(points: Points) -> Points:
-    if len(points) * points.dimension > _VALUES_HELD:
-        return points
-    return InMemory(points.take(np.arange(len(points))))
-
-
-def partitions(num_rows: int) -> Iterator[Array]:
-    for start in range(0, num_rows, _PARTITION_ROWS):
-        yield np.arange(start, min(start + _PARTITION_ROWS, num_rows))
-
-
-def cluster_sums(points_nD: Array, labels: Array, num_clusters: int) -> Array:
-    """Sum of the points of each cluster, float64 (k, D): float32 within a partition, added in the order of the rows."""
-    sums = np.zeros((num_clusters, points_nD.shape[1]))
-    for rows in partitions(len(points_nD)):
-        part = torch.zeros(sums.shape, dtype=torch.float32)
-        part.index_add_(0, torch.from_numpy(labels[rows]), torch.from_numpy(points_nD[rows[0] : rows[-1] + 1]))
-        sums += part.numpy()
-    return sums
-
-
-def means_of_labels(points: Points, labels: Array, num_clusters: int) -> Array:
-    """Mean of the points of each cluster, float32 (k, D); every cluster must have a member."""
-    sums = np.zeros((num_clusters, points.dimension))
-    for rows in partitions(len(points)):
-        sums += cluster_sums(points.take(rows), labels[rows], num_clusters)
-    return (sums / np.bincount(labels, minlength=num_clusters)[:, None]).astype(np.float32)
-
-
-def within_cluster_squares(points: Points, labels: Array, centroids: Array) -> float:
-    """Σ‖s − c‖² over all points, in float64 and in a fixed order."""
-    total = 0.0
-    for rows in partitions(len(points)):
-        apart = points.take(rows).astype(np.float64) - centroids[labels[rows]]
-        total += float(np.einsum("nd,nd->", apart, apart))
-    return total
-
-
-def compact(labels: Array, lloyd: Lloyd, levels: list[int]) -> Clustering:
+def compact(labels: Array, lloyd: Lloyd) -> Clustering:
+    """The clusters that have a member, numbered anew."""
     used, compact = np.unique(labels, return_inverse=True)
     return Clustering(
         labels=compact.astype(np.int32),
         centroids=np.ascontiguousarray(lloyd.centroids[used]),
         prices=lloyd.prices[used],
         objective=lloyd.objective,
-        levels=levels,
+        levels=lloyd.levels,
     )

@@ -57,10 +57,11 @@ class Nearest:
 
     def _exactly(self, points: torch.Tensor) -> torch.Tensor:
         scores = torch.addmm(self._offsets.float(), points, self._centroids.T)
-        best, chosen = scores.max(1)
-        near = scores >= (best - _NEAR_TIE)[:, None]
-        for row in torch.nonzero(near.sum(1) > 1).flatten().tolist():
-            candidates = torch.nonzero(near[row]).flatten()
+        best = scores.topk(min(2, scores.shape[1]), dim=1)
+        chosen = best.indices[:, 0].clone()
+        least = best.values[:, 0] - _NEAR_TIE
+        for row in torch.nonzero(best.values[:, -1] >= least).flatten().tolist():
+            candidates = torch.nonzero(scores[row] >= least[row]).flatten()
             products = self._centroids[candidates].double() * points[row].double()
             chosen[row] = candidates[int((products.sum(1) + self._offsets[candidates]).argmax())]
         return chosen

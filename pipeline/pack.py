@@ -63,16 +63,14 @@ def pack(points: FoldedPoints, labels: Array, centroids: Array, settings: PackSe
     batches = [np.empty((0, settings.batch_size), dtype=np.int64)]
     for stretch in _stretches(labels, centroids, tour, settings.batch_size, 2 * points.dimension):
         places = np.concatenate([*stretch.members, left])
-        documents, queries = points.sides(places)
-        folded = documents + queries
+        vectors = points.joined(places)
+        folded = vectors[:, : points.dimension] + vectors[:, points.dimension :]
         row = lay_out(folded, stretch)
         lengths = np.array([len(members) for members in stretch.members])
         filled, rest = fill_batches(folded, row, lengths, settings.batch_size)
         del folded
-        vectors = torch.from_numpy(np.concatenate([documents, queries], axis=1))
-        del documents, queries
         refined = refine(
-            vectors,
+            torch.from_numpy(vectors),
             filled,
             rounds=settings.refine_rounds,
             tolerance=settings.refine_tolerance,

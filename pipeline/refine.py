@@ -10,7 +10,8 @@ A round asks of every pair what it would gain in each of the batches nearest to 
 batches what they would best exchange. In several matchings, in which a batch takes part once, the best exchange of
 each length is taken where it gains in float64: the value never falls.
 
-Shape letters: b batches, B slots, L near batches, M candidates, P exchanging pairs of batches, F = 2·dimension.
+Shape letters: b batches, B slots, L near batches, M candidates, P exchanging pairs of batches,
+N = M + 1, F = 2·dimension.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ class _Trade:
         self.places = places_bB.clone().to(device)
         self._x_bBF = vectors[places_bB.ravel()].view(*places_bB.shape, -1).to(device)
         self._half = self._x_bBF.shape[2] // 2
-        self._sum_bF = self._x_bBF.sum(1, dtype=torch.float64)
+        self._sum_bF = torch.zeros(len(places_bB), self._x_bBF.shape[2], dtype=torch.float64, device=device)
+        for slot in range(places_bB.shape[1]):  # one sum over the slots would first write all of x as float64
+            self._sum_bF += self._x_bBF[:, slot]
         self._own_bB = (self._x_bBF[..., : self._half] * self._x_bBF[..., self._half :]).sum(2)
 
     def value(self) -> float:
@@ -84,6 +87,14 @@ class _Trade:
             promise_bL[one_P, place_P] = promise_bL[two_P, back_P] = -torch.inf
             gained += self._exchange(one_P, two_P, slot_bLM[one_P, place_P], slot_bLM[two_P, back_P])
         return gained
+
+    def _row(self, batch: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+        return batch * self.places.shape[1] + slot
+
+    def _pairs(self, batch_P: torch.Tensor, slot_PM: torch.Tensor) -> torch.Tensor:
+        """d⊕q of the pairs in these slots (P × M × F)."""
+        rows = self._row(batch_P[:, None], slot_PM)
+        return self._x_bBF.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, -1)
 
     def _swapped(self, vectors: torch.Tensor) -> torch.Tensor:
         return vectors.roll(self._half, dims=-1)
@@ -122,22 +133,23 @@ class _Trade:
         self, one_P: torch.Tensor, two_P: torch.Tensor, slot_PM: torch.Tensor, back_slot_PM: torch.Tensor
     ) -> float:
         """Exchanges the first m candidates of each two batches, m where Eq. 2 gains most; returns the gain."""
-        given_PMF = self._x_bBF[one_P[:, None], slot_PM].double()
-        change_PMF = (self._x_bBF[two_P[:, None], back_slot_PM].double() - given_PMF).cumsum(1)
+        change_PMF = self._pairs(two_P, back_slot_PM) - self._pairs(one_P, slot_PM)
         apart_PF = self._swapped(self._sum_bF[one_P] - self._sum_bF[two_P])
-        gain_PM = torch.bmm(change_PMF, apart_PF[..., None])[..., 0]
-        gain_PM += 2 * (change_PMF[..., : self._half] * change_PMF[..., self._half :]).sum(2)  # Δ·Δ'
-        gain_P, last_P = gain_PM.max(1)
-        gains = (gain_P > _LEAST_GAIN).nonzero()[:, 0]
-        one_P, two_P, last_P = one_P[gains], two_P[gains], last_P[gains]
-        change_PF = change_PMF[gains, last_P]
-        self._sum_bF[one_P] += change_PF
-        self._sum_bF[two_P] -= change_PF
-        number_M = torch.arange(slot_PM.shape[1], device=last_P.device)
-        which, candidate = (number_M <= last_P[:, None]).nonzero(as_tuple=True)
-        here = one_P[which], slot_PM[gains][which, candidate]
-        there = two_P[which], back_slot_PM[gains][which, candidate]
-        for values in (self._x_bBF, self.places, self._own_bB):
+        against_PNF = torch.cat([apart_PF.float()[:, None], self._swapped(change_PMF)], dim=1)
+        product_PMN = torch.bmm(change_PMF, against_PNF.transpose(1, 2))
+        promise_PM = product_PMN[..., 0].cumsum(1)
+        promise_PM += product_PMN[..., 1:].cumsum(1).cumsum(2).diagonal(dim1=1, dim2=2)  # Δ·Δ'
+        last_P = promise_PM.argmax(1)
+        is_given_PM = torch.arange(slot_PM.shape[1], device=last_P.device) <= last_P[:, None]
+        change_PF = torch.bmm(is_given_PM[:, None].double(), change_PMF.double())[:, 0]
+        gain_P = (change_PF * (apart_PF + self._swapped(change_PF))).sum(1)
+        gains = gain_P > _LEAST_GAIN
+        self._sum_bF[one_P[gains]] += change_PF[gains]
+        self._sum_bF[two_P[gains]] -= change_PF[gains]
+        which, candidate = (is_given_PM & gains[:, None]).nonzero(as_tuple=True)
+        here = self._row(one_P[which], slot_PM[which, candidate])
+        there = self._row(two_P[which], back_slot_PM[which, candidate])
+        for values in (self._x_bBF.flatten(0, 1), self.places.flatten(), self._own_bB.flatten()):
             values[here], values[there] = values[there], values[here]
         return float(gain_P[gains].sum())
 

@@ -125,12 +125,14 @@ class VectorRows:
         self.num_rows = num_rows
         self.dimension = dimension
 
-    def take(self, rows: Array) -> Array:
-        """The vectors at `rows`, as float32 (len(rows), D)."""
+    def take(self, rows: Array, out: Array | None = None) -> Array:
+        """The vectors at `rows`, as float32 (len(rows), D), in `out` where it is given."""
         taken = np.empty((len(rows), self.dimension), dtype=np.float16)
         for number, places in _by_file(rows, self._unit_rows):
             taken[places] = self._unit(number)[rows[places] % self._unit_rows]
-        return np.asarray(torch.from_numpy(taken).float().numpy())  # five times as fast as numpy's conversion
+        out = np.empty(taken.shape, dtype=np.float32) if out is None else out
+        torch.from_numpy(out).copy_(torch.from_numpy(taken))  # five times as fast as numpy's conversion
+        return out
 
 
 class Vectors:
@@ -180,6 +182,14 @@ class FoldedPoints:
         documents, queries = self.sides(rows)
         documents += queries
         return documents
+
+    def joined(self, rows: Array) -> Array:
+        """d⊕q of the pairs at `rows`, float32 (len(rows), 2·D)."""
+        pair_ids = self.pair_ids[rows]
+        both = np.empty((len(rows), 2 * self.dimension), dtype=np.float32)
+        self.vectors.documents.take(self.pairs.document_row[pair_ids], both[:, : self.dimension])
+        self.vectors.queries.take(self.pairs.query_row[pair_ids], both[:, self.dimension :])
+        return both
 
     def sides(self, rows: Array) -> tuple[Array, Array]:
         """d and q of the pairs at `rows`, each float32 (len(rows), D)."""

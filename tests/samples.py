@@ -22,5 +22,8 @@ class Sides:
     def sides(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.documents[rows].copy(), self.queries[rows].copy()
 
+    def joined(self, rows: np.ndarray) -> np.ndarray:
+        return np.concatenate(self.sides(rows), axis=1)
+
     def take(self, rows: np.ndarray) -> np.ndarray:
         return self.documents[rows] + self.queries[rows]

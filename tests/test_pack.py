@@ -14,8 +14,9 @@ from pipeline import nearest, write
 from pipeline import pack as module
 from pipeline import refine as refine_module
 from pipeline.artifact import read_artifact
-from pipeline.kmeans import InMemory, kmeans
+from pipeline.kmeans import kmeans
 from pipeline.pack import PackSettings, pack, pack_randomly
+from pipeline.points import InMemory
 
 
 class Counted(Sides):

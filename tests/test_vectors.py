@@ -171,6 +171,7 @@ def test_folded_points_are_the_sums_of_the_sides(domain):
     assert np.array_equal(documents, domain.documents[[5, 0, 3]].astype(np.float32))
     assert np.array_equal(queries, domain.queries[[4, 0, 4]].astype(np.float32))
     assert np.array_equal(points.take(rows), documents + queries)
+    assert np.array_equal(points.joined(rows), np.concatenate([documents, queries], axis=1))
     assert np.array_equal(points.sides(rows)[0], documents)  # taking sums has not changed what is read
 
 
