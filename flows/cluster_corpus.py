@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -99,7 +100,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the flow without a worker and return the exit code (128 + number for a signal).
 
     It runs on the server of the service if that is up, otherwise on a temporary one. Prefect starts that as a
-    child that outlives a killed flow; so the flow gets a process group, and this process ends all of it.
+    child that outlives a killed flow; so the flow gets a process group, and this process ends all of it. Where this
+    one is killed, the flow ends its own group.
     """
     parser = argparse.ArgumentParser(prog="python -m flows.cluster_corpus", description="Run cluster-corpus.")
     parser.add_argument("manifest")
@@ -121,9 +123,12 @@ def main(argv: list[str] | None = None) -> int:
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
     }
     command = [sys.executable, "-m", "flows.cluster_corpus", "--inside", *arguments]
-    leader = subprocess.Popen(command, env={**defaults, **os.environ}, start_new_session=True)
+    leader = subprocess.Popen(  # noqa: S603 -- this very module, its arguments as a list
+        command, env={**defaults, **os.environ}, stdin=subprocess.PIPE, start_new_session=True
+    )
     try:
         return_code = leader.wait()
         return return_code if return_code >= 0 else 128 - return_code
@@ -133,12 +138,19 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run_inside(options: dict[str, Any]) -> int:
     """Run the flow in this process; the last line printed is the shards folder."""
+    threading.Thread(target=_end_with_starter, daemon=True).start()
     try:
         print(cluster_corpus(**options))
     except HardbatchError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def _end_with_starter() -> None:
+    """Kill this process and its group when the one that started it is gone, which holds the other end of stdin."""
+    os.read(sys.stdin.fileno(), 1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -30,7 +30,7 @@ class Process:
 def start(command: list[str], *, mark: str, folder: Path, environment: Mapping[str, str], log: Path) -> Process:
     """Start `command` in a session of its own, with `mark` and its output in `log`."""
     with open(log, "wb") as output:
-        pid = subprocess.Popen(
+        pid = subprocess.Popen(  # noqa: S603 -- Prefect's own command, its arguments as a list
             command,
             cwd=folder,
             env={**environment, MARK: mark},
@@ -96,7 +96,10 @@ def _living() -> dict[Process, int]:
     """Each living process and its parent's pid, from /proc, or from `ps` where there is none (macOS)."""
     if not Path("/proc/self/stat").exists():
         listing = subprocess.run(
-            ["ps", "-A", "-o", "pid=,ppid=,stat=,lstart="], capture_output=True, text=True, check=True
+            ["ps", "-A", "-o", "pid=,ppid=,stat=,lstart="],  # noqa: S607 -- where it lies differs by system
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         rows = [line.split(maxsplit=3) for line in listing.splitlines()]
         rows = [row for row in rows if row[2][0] != "Z"]

@@ -25,6 +25,7 @@ from typing import Any
 
 from flows.processes import Process, end, is_alive, start
 from pipeline.errors import ConfigError, HardbatchError, LockedError
+from pipeline.files import write_file_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 HOME = ROOT / ".prefect"
@@ -63,7 +64,7 @@ def up() -> None:
         _start(service, "worker", [*worker, "--name", service.token], is_ready=lambda: _has_worker(service))
         _deploy(service)
         settings = f"home = {json.dumps(str(HOME))}\n[api]\nurl = {json.dumps(service.url + '/api')}\n"
-        SETTINGS.write_text(SETTINGS_MARK + settings, encoding="utf-8")
+        write_file_atomic(SETTINGS, (SETTINGS_MARK + settings).encode())
     except BaseException:
         down()
         raise
@@ -121,7 +122,9 @@ def _start(service: Service, role: str, arguments: list[str], *, is_ready: Calla
 
 def _deploy(service: Service) -> None:
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    result = subprocess.run(command, cwd=ROOT, env=_environment(service), capture_output=True, text=True, check=False)
+    result = subprocess.run(  # noqa: S603 -- Prefect's own command, its arguments as a list
+        command, cwd=ROOT, env=_environment(service), capture_output=True, text=True, check=False
+    )
     if result.returncode != 0:
         raise ConfigError(f"prefect.yaml could not be deployed: {_last_line(result.stdout + result.stderr)}")
 
@@ -142,7 +145,8 @@ def _environment(service: Service) -> dict[str, str]:
 def _ask(url: str, body: object = None) -> Any:
     """The JSON that the server answers, None if it does not."""
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, data=data, headers=headers)  # noqa: S310 -- our own server's address
     without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with without_proxy.open(request, timeout=5) as response:
@@ -171,6 +175,8 @@ def _free_port() -> int:
 
 
 def _remove_settings() -> None:
+    for leftover in ROOT.glob(f".{SETTINGS.name}.*.tmp"):  # of an `up` that was killed while it wrote them
+        leftover.unlink(missing_ok=True)
     if SETTINGS.exists() and SETTINGS.read_text(encoding="utf-8").startswith(SETTINGS_MARK):
         SETTINGS.unlink()
 
@@ -184,9 +190,7 @@ def _read_record() -> Service | None:
 
 
 def _write_record(service: Service) -> None:
-    temporary = RECORD.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(service), indent=1), encoding="utf-8")
-    temporary.replace(RECORD)
+    write_file_atomic(RECORD, json.dumps(asdict(service), indent=1).encode())
 
 
 def _last_line(text: str) -> str:

@@ -8,26 +8,39 @@
 A file is written under a temporary name beside its target, flushed, fsynced, renamed. A unit is committed when its
 record is there; it is redone otherwise, and gives the same bytes. No timestamps: the same work gives the same bytes.
 The lock of an artifact lies beside its folder, held by `flock`, so that the kernel frees it when its owner dies.
+Between any two steps the process may die: tests let it, at the fault points (`pipeline/faults.py`).
 One file past 300 lines: the protocol, its readers and its writers are checked against each other.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ConfigError, HardbatchError, IntegrityError
-from pipeline.files import as_user_error, canonical_json, fsync_path, sha256_file, temporary_name, write_file_atomic
+from pipeline.errors import ConfigError, HardbatchError, IntegrityError, LockedError
+from pipeline.faults import fault_point
+from pipeline.files import (
+    as_user_error,
+    canonical_json,
+    fsync_path,
+    make_folder,
+    sha256_file,
+    temporary_name,
+    write_file_atomic,
+)
 from pipeline.lock import lock
 
 FORMAT_VERSION = 2  # 1, still read: an index of shards without `footer_sha256`, `record_offset`, `record_length`
 MANIFEST = "manifest.json"
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +166,7 @@ def blame_damage(paths: Iterable[Path]) -> Iterator[None]:
             raise
         faults = [fault for path in dict.fromkeys(paths) for fault in verify_artifact(path)]
         if faults:
-            raise IntegrityError("\n".join(faults)) from error
+            raise IntegrityError(*faults) from error
         raise
 
 
@@ -164,8 +177,11 @@ class ArtifactBuilder:
         self.path = path
 
     def committed(self, unit: str) -> bool:
-        """True where the unit is committed and its files are there in full."""
-        return self._read_record(unit) is not None
+        """True where the unit is committed and its files hold the bytes that were written: reads them all."""
+        record = self._read_record(unit)
+        return record is not None and all(
+            sha256_file(self.path / name) == file.sha256 for name, file in record.files.items()
+        )
 
     def unit_record(self, unit: str) -> UnitRecord:
         """The record of a committed unit."""
@@ -208,14 +224,16 @@ class ArtifactBuilder:
         temporary = temporary_name(self.path / MANIFEST)
         try:
             temporary.write_bytes(json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
+            fault_point("manifest.written")
             fsync_path(temporary)
-            try:
-                os.link(temporary, self.path / MANIFEST)  # unlike a rename, fails where a manifest is already there
-            except FileExistsError:
-                pass
+            fault_point("manifest.fsynced")
+            _create_if_absent(temporary, self.path / MANIFEST)
+            fault_point("manifest.linked")
         finally:
             temporary.unlink(missing_ok=True)
+        fault_point("manifest.unlinked")
         fsync_path(self.path)
+        fault_point("manifest.folder-fsynced")
         return read_artifact(self.path)
 
     def _read_record(self, unit: str) -> UnitRecord | None:
@@ -236,15 +254,23 @@ def open_builder(path: Path) -> Iterator[ArtifactBuilder]:
     Raises LockedError (who holds it, since when) where a live process builds it.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
     except (FileExistsError, NotADirectoryError) as error:
         raise ConfigError(
             f"{error.filename}: is a file, a folder has to be made here; choose another workspace"
         ) from None
-    with lock(path.parent / f".{path.name}.lock"):
+    with lock(_lock_path(path)):
         for leftover in path.rglob(".*.tmp"):
             leftover.unlink(missing_ok=True)
+            fault_point("sweep.removed")
         yield ArtifactBuilder(path)
+
+
+def sweep_after_kill(path: Path) -> None:
+    """Removes what an owner left at a complete artifact that was killed after its manifest: its lock says so."""
+    if _lock_path(path).exists():
+        with suppress(LockedError), open_builder(path):
+            pass
 
 
 @dataclass(kw_only=True)
@@ -259,30 +285,59 @@ class UnitWriter:
     def add_file(self, name: str, rows: int | None = None) -> Path:
         """Announces the file `name` (relative to the artifact); returns the temporary path to write it to."""
         target = self.artifact_path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         self._pending[name] = (temporary_name(target), rows)
         return self._pending[name][0]
 
 
 @contextmanager
 def write_unit(artifact_path: Path, unit: str) -> Iterator[UnitWriter]:
-    """Commits the files added in its body, and the unit's record last; on an error nothing becomes visible."""
+    """Commits the files added in its body, and the unit's record last; on an error nothing becomes visible.
+
+    A record from before goes first, so that no record ever stands beside files that it was not made of.
+    """
     writer = UnitWriter(artifact_path=artifact_path, unit=unit)
+    record_path = artifact_path / "units" / f"{unit}.json"
     try:
         yield writer
         records = {}
         for name, (temporary, rows) in sorted(writer._pending.items()):
+            fault_point("unit.written")
             fsync_path(temporary)
+            fault_point("unit.fsynced")
             records[name] = FileRecord(sha256=sha256_file(temporary), bytes=temporary.stat().st_size, rows=rows)
+        if record_path.exists():
+            record_path.unlink()
+            fsync_path(record_path.parent)
+            fault_point("unit.unrecorded")
         for name, (temporary, _) in sorted(writer._pending.items()):
             os.replace(temporary, artifact_path / name)
-        for folder in {(artifact_path / name).parent for name in records}:
+            fault_point("unit.renamed")
+        for folder in sorted({(artifact_path / name).parent for name in records}):
             fsync_path(folder)
+            fault_point("unit.folder-fsynced")
         content = {"counts": writer.counts, "files": {name: asdict(record) for name, record in records.items()}}
-        write_file_atomic(artifact_path / "units" / f"{unit}.json", canonical_json(content) + b"\n")
+        write_file_atomic(record_path, canonical_json(content) + b"\n")
     finally:
         for temporary, _ in writer._pending.values():
             temporary.unlink(missing_ok=True)
+
+
+def _lock_path(path: Path) -> Path:
+    return path.parent / f".{path.name}.lock"
+
+
+def _create_if_absent(temporary: Path, path: Path) -> None:
+    """Gives the file `temporary` the name `path` too; a file that is already there stays."""
+    try:
+        os.link(temporary, path)  # unlike a rename, fails where a file is already there
+    except FileExistsError:
+        pass
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        if not path.exists():  # whoever writes here holds the lock
+            os.replace(temporary, path)
 
 
 def _parse_manifest(raw: bytes, path: Path) -> Manifest:
@@ -293,14 +348,24 @@ def _parse_manifest(raw: bytes, path: Path) -> Manifest:
             raise IntegrityError(
                 f"{path}: format version {version}, this hardbatch reads up to {FORMAT_VERSION}; use a newer hardbatch"
             )
+        written = json.dumps(content, sort_keys=True, separators=(",", ": ")).encode()
+        if not raw.endswith(b"\n}\n") or re.sub(rb"\n *", b"", raw) != written:
+            # other bytes that mean the same, which the digest does not see
+            raise IntegrityError(f"{path}: damaged (its bytes are not those that were written)")
         digest = content.pop("digest")
         if hashlib.sha256(canonical_json(content)).hexdigest() != digest:
-            raise IntegrityError(f"{path}: damaged (its content is not what its digest says)")
+            raise IntegrityError(f"{path}: damaged (its content is not what its digest says); {_anew(path.parent)}")
         content["files"] = {name: FileRecord(**record) for name, record in content["files"].items()}
+        if any(name.startswith("/") or ".." in name.split("/") for name in content["files"]):
+            raise IntegrityError(f"{path}: names files that are not below its folder; do not use it")
         return Manifest(**content)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise IntegrityError(f"{path}: not a manifest of hardbatch, or damaged") from None
+        raise IntegrityError(f"{path}: not a manifest of hardbatch, or damaged; {_anew(path.parent)}") from None
 
 
 def _damaged(path: Path, name: str, what: str) -> str:
-    return f"{path / name} {what}; delete the folder {path} and run again to make it anew"
+    return f"{path / name} {what}; {_anew(path)}"
+
+
+def _anew(path: Path) -> str:
+    return f"delete the folder {path} and run again to make it anew"

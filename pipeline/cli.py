@@ -11,12 +11,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
-from pipeline.errors import ConfigError, HardbatchError, IntegrityError
+from pipeline.errors import ConfigError, HardbatchError, IntegrityError, printable
 
-_EXIT_CODES = """exit codes: 0 done, 2 usage or settings, 3 bad input, 4 integrity, 5 locked by another process,
-6 no space, 7 too many broken rows, 130 and 143 interrupted"""
+_EXIT_CODES = """exit codes: 0 done, 1 the disk fails, 2 usage or settings, 3 bad input, 4 integrity, 5 locked by
+another process, 6 no space, 7 too many broken rows, 130 and 143 interrupted"""
 _DEMO_SLOTS = 16
 
 
@@ -28,12 +27,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # else threads spin where others need the cores: many times slower
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a sign of a text still gets the rest
-    previous = signal.signal(signal.SIGTERM, _terminate)
+    previous = {
+        number: signal.signal(number, _leave)
+        for number in (signal.SIGTERM, signal.SIGINT)
+        if signal.getsignal(number) is not signal.SIG_IGN  # as nohup sets it
+    }
     try:
-        return int(options.command(options))
+        code = int(options.command(options))
+        sys.stdout.flush()  # here, so that a full disk behind it is told
+        return code
     except HardbatchError as error:
         print(f"hardbatch: {error}", file=sys.stderr)
         return error.exit_code
@@ -46,14 +54,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         told = as_user_error(error)
         if told is None:
             raise
+        try:
+            sys.stdout.flush()
+        except OSError:
+            sys.stdout = open(os.devnull, "w")  # what it holds is what found no room: leaving would try again
         print(f"hardbatch: {told}", file=sys.stderr)
         return told.exit_code
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # we are leaving: a second one changes nothing
-        print("hardbatch: interrupted; committed work stays, run the same command to go on", file=sys.stderr)
-        return 128 + signal.SIGINT
+    except _LeavingError as leaving:
+        what = "interrupted" if leaving.signum == signal.SIGINT else "terminated"
+        print(f"hardbatch: {what}; committed work stays, run the same command to go on", file=sys.stderr)
+        return 128 + leaving.signum
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -149,11 +162,12 @@ def _inspect(options: argparse.Namespace) -> int:
     if (options.shards is None) == (options.log is None):
         raise ConfigError("inspect: give either a shards folder or --log with a run log")
     if options.log is not None:
-        print(log_text(options.log))
+        text = log_text(options.log)
     elif options.batch is None:
-        print(batches_text(options.shards, limit=options.limit))
+        text = batches_text(options.shards, limit=options.limit)
     else:
-        print(batch_text(options.shards, options.batch))
+        text = batch_text(options.shards, options.batch)
+    print("\n".join(map(printable, text.split("\n"))))  # shards of other people may hold commands of a terminal
     return 0
 
 
@@ -165,7 +179,7 @@ def _verify(options: argparse.Namespace) -> int:
         raise IntegrityError(f"{options.path}: no complete artifact here (no manifest.json at or below it)")
     faults = [fault for path in paths for fault in verify_artifact(path)]
     for fault in faults:
-        print(f"hardbatch: {fault}", file=sys.stderr)
+        print(f"hardbatch: {printable(fault)}", file=sys.stderr)
     print(f"artifacts read: {len(paths)}, faults: {len(faults)}")
     return IntegrityError.exit_code if faults else 0
 
@@ -194,9 +208,21 @@ def _typical_batch(shards: Path) -> int:
     return int(index["batch_id"][len(index) // 2])
 
 
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    print("hardbatch: terminated; committed work stays, run the same command to go on", file=sys.stderr)
-    sys.exit(128 + signum)
+class _LeavingError(BaseException):
+    """A signal asked the command to end; no `except Exception` on the way out stops it."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+
+
+def _leave(signum: int, frame: FrameType | None) -> None:
+    """Ends the command; while it is leaving, a second signal changes nothing."""
+    error = sys.exception()
+    while error is not None:
+        if isinstance(error, _LeavingError):
+            return
+        error = error.__context__
+    raise _LeavingError(signum)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ class IngestConfig(_Table):
 class EmbedConfig(_Table):
     """Embedding. `model` makes the vectors that are clustered, `surrogate_model` those of the equivalence sets."""
 
-    model: str = Field("minilm", description="minilm, lexical, a local folder, or a hub name of sentence-transformers")
+    model: str = Field("minilm", description="minilm, lexical, a folder below the data root, or a hub name")
     revision: str | None = Field(None, description="commit of a hub model")
     surrogate_model: str = Field("minilm", description="likewise; nomic-ai/nomic-embed-text-v1 in the paper")
     surrogate_revision: str | None = Field(None, description="commit of a hub model")
@@ -193,6 +193,7 @@ def load_manifest(path: Path, overrides: Sequence[str] = ()) -> CorpusManifest:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # TOMLDecodeError, or numbers and nesting beyond any use
         raise ConfigError(f"{path}: is not valid TOML: {error}") from None
+    _refuse_model_paths(content, path)
     for override in overrides:
         _apply_override(content, override)
     try:
@@ -203,7 +204,19 @@ def load_manifest(path: Path, overrides: Sequence[str] = ()) -> CorpusManifest:
             key = ".".join(map(str, item["loc"]))
             overridden = any(override.partition("=")[0].strip() == key for override in overrides)
             lines.append(f"{'--set' if overridden else path}: {_explain(item, content)}")
-        raise ConfigError("\n".join(lines)) from None
+        raise ConfigError(*lines) from None
+
+
+def _refuse_model_paths(content: dict[str, Any], path: Path) -> None:
+    """A manifest may come from elsewhere, so its models lie below the data root or on the hub; `--set` may say more."""
+    embed = content.get("embed")
+    for field in ("model", "surrogate_model"):
+        name = embed.get(field) if isinstance(embed, dict) else None
+        if isinstance(name, str) and (name.startswith(("/", "~")) or ".." in Path(name).parts):
+            raise ConfigError(
+                f"{path}: embed.{field}: '{name}' leads out of the data root; give a folder below it, "
+                f"or on the command line: --set embed.{field}={name}"
+            )
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:

@@ -6,12 +6,30 @@ not a `HardbatchError` is a fault of ours and may show a traceback.
 
 from __future__ import annotations
 
+_LINE_CHARACTERS = 2_000
+
 
 class HardbatchError(Exception):
-    """A mistake or a state of the world that the user can mend; never shown with a traceback."""
+    """A mistake or a state of the world that the user can mend; never shown with a traceback.
+
+    Each argument is one line. Names and texts of other people's files stand in it, so what would not print, line
+    breaks and the commands of a terminal among it, is shown as its escape.
+    """
 
     exit_code = 1
     may_pass = False  # whether trying again later may help
+
+    def __str__(self) -> str:
+        return "\n".join(printable(str(line)) for line in self.args)
+
+
+def printable(line: str) -> str:
+    """`line` as one line that any terminal can show: escapes for what does not print, an ellipsis in a huge one."""
+    if len(line) > _LINE_CHARACTERS:
+        line = f"{line[: _LINE_CHARACTERS // 2]} … {line[-_LINE_CHARACTERS // 2 :]}"
+    if line.isprintable():
+        return line
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
 
 
 class ConfigError(HardbatchError):
@@ -48,6 +66,13 @@ class NoSpaceError(HardbatchError):
     """The disk or the quota is full."""
 
     exit_code = 6
+
+
+class DiskError(HardbatchError):
+    """The disk or the network storage failed to read or write."""
+
+    exit_code = 1
+    may_pass = True
 
 
 class QuarantineError(HardbatchError):

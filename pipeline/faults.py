@@ -1,9 +1,10 @@
-"""Fault points: where tests let this process die, or an operation fail, chosen by one environment variable.
+"""Fault points: where tests let this process die, wait, or fail, chosen by one environment variable.
 
     HARDBATCH_FAULT=NAME[:N]=ACTION     the N-th time (from 1) that the point NAME is passed
 
-ACTION is `kill`, a SIGKILL to the process group of this process, or the name of an errno (`ENOSPC`, `EIO`), raised as
-an OSError. This is the one place that reads the variable; without it a point costs a comparison.
+ACTION is `kill`, a SIGKILL to the process group of this process, `stop`, a SIGSTOP to this process until it is told to
+go on, or the name of an errno (`ENOSPC`, `EIO`), raised as an OSError. This is the one place that reads the variable;
+without it a point costs a comparison.
 """
 
 from __future__ import annotations
@@ -13,9 +14,13 @@ import os
 import signal
 import time
 
-POINTS = (  # in the order in which a unit and then an artifact pass them
+POINTS = (  # in the order in which a workspace, an artifact, a unit and its record, and the manifest pass them
+    "folder.made",
+    "lock.taken",
+    "sweep.removed",
     "unit.written",
     "unit.fsynced",
+    "unit.unrecorded",
     "unit.renamed",
     "unit.folder-fsynced",
     "file.written",
@@ -25,7 +30,17 @@ POINTS = (  # in the order in which a unit and then an artifact pass them
     "manifest.written",
     "manifest.fsynced",
     "manifest.linked",
+    "manifest.unlinked",
     "manifest.folder-fsynced",
+)
+TRAINER_POINTS = (  # besides those of the checkpoint, which is an artifact
+    "checkpoint.saved",
+    "checkpoint.disowned",
+    "checkpoint.emptied",
+    "export.written",
+    "export.set-aside",
+    "export.replaced",
+    "export.swept",
 )
 _chosen = os.environ.get("HARDBATCH_FAULT", "")
 _passed = 0
@@ -46,4 +61,7 @@ def fault_point(name: str) -> None:
     if action == "kill":
         os.killpg(0, signal.SIGKILL)
         time.sleep(60)  # it is on its way
+    if action == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return
     raise OSError(getattr(errno, action), f"fault point {name}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -26,8 +27,8 @@ from pipeline.artifact import ArtifactBuilder, write_unit
 from pipeline.assemble import STAGED_ROWS, assemble
 from pipeline.config import Columns
 from pipeline.errors import InputError, QuarantineError
-from pipeline.readers import RawRow, read_rows
-from pipeline.sources import SourceFile
+from pipeline.readers import evaluation_texts, read_rows
+from pipeline.sources import RawRow, SourceFile
 from pipeline.step import Built, Executor, Progress, Step, Unit, run_pending
 
 BROKEN_REASONS = (
@@ -35,6 +36,7 @@ BROKEN_REASONS = (
 )  # fmt: skip
 _UNIT_BYTES = 64 * 2**20
 _DETAIL_CHARACTERS = 120
+_UNSEEN = ("Cc", "Cf")  # control and format characters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ class CleanRow:
 def clean_row(raw: RawRow, max_characters: int) -> CleanRow:
     """Checks one row; texts are kept as they are, but cut at `max_characters`."""
     if raw.problem is not None:
-        return CleanRow(reason=raw.problem)
+        return CleanRow(reason=raw.problem, detail=raw.detail[:_DETAIL_CHARACTERS])
     texts = []
     num_cut = 0
     for name, value in (("query", raw.query), ("document", raw.document)):
@@ -89,7 +91,12 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
     """
     files = [
         SourceFile(
-            source["name"], step.local["files"][source["name"]], source["format"], source["bytes"], source["sha256"]
+            source["name"],
+            step.local["files"][source["name"]],
+            source["format"],
+            source["bytes"],
+            source["sha256"],
+            step.local["modified_ns"][source["name"]],
         )
         for source in step.sources
     ]
@@ -107,7 +114,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         counts = Counter[str]()
         for unit in units:
             counts.update(builder.unit_record(unit.name).counts)
-        _refuse_if_broken(step, counts, files)
+        _refuse_if_broken(step, counts, files, [unit.name for unit in units])
         assemble(
             builder.path,
             [builder.path / "staged" / f"{unit.name}.parquet" for unit in units],
@@ -140,6 +147,8 @@ def _fault(value: Any) -> str | None:
         return "empty"
     if "\0" in value:
         return "nul_character"
+    if all(char.isspace() or unicodedata.category(char) in _UNSEEN for char in value):
+        return "empty"  # zero-width signs and marks of direction alone
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -233,29 +242,6 @@ class _StagingWorker:
         }
 
 
-def evaluation_texts(folder: Path) -> Iterator[str]:
-    """The texts of an evaluation folder: of its queries and its corpus, the latter with and without the title.
-
-    Raises InputError where corpus.parquet or queries.parquet is not there or has no column `text`.
-    """
-    for name in ("corpus", "queries"):
-        path = folder / f"{name}.parquet"
-        try:
-            file = pq.ParquetFile(path)
-            kind = file.schema_arrow.field("text").type
-            if not pa.types.is_string(kind) and not pa.types.is_large_string(kind):
-                raise InputError(f"ingest.decontaminate: {path}: column 'text' is {kind}, expected text")
-            columns = [column for column in ("text", "title") if column in file.schema_arrow.names]
-            for batch in file.iter_batches(columns=columns):
-                for row in batch.to_pylist():
-                    text = row["text"] or ""
-                    yield text
-                    if row.get("title"):
-                        yield f"{row['title']} {text}"
-        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-            raise InputError(f"ingest.decontaminate: {path}: no readable column 'text': {error}") from None
-
-
 def _chunks(rows: Iterable[tuple[dict[str, Any], bool]]) -> Iterator[tuple[list[Any], list[Any]]]:
     kept: list[Any] = []
     dropped: list[Any] = []
@@ -271,7 +257,7 @@ def _hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def _refuse_if_broken(step: Step, counts: Counter[str], files: list[SourceFile]) -> None:
+def _refuse_if_broken(step: Step, counts: Counter[str], files: list[SourceFile], units: list[str]) -> None:
     if counts["rows"] == 0:
         names = ", ".join(file.name for file in files[:5])
         raise InputError(f"dataset '{step.domain}': no rows in {names}; check the source, or remove the dataset")
@@ -281,6 +267,14 @@ def _refuse_if_broken(step: Step, counts: Counter[str], files: list[SourceFile])
         raise QuarantineError(
             f"dataset '{step.domain}': {sum(broken.values())} of {counts['rows']} rows are broken "
             f"({', '.join(f'{reason} {count}' for reason, count in broken.items())}), "
-            f"allowed is a fraction of {allowed}; look at {step.path / 'staged'}/*.quarantine.parquet, mend the source "
-            "or raise ingest.max_quarantined_fraction"
+            f"allowed is a fraction of {allowed}; the first: {_first_broken(step, files, units)}; look at "
+            f"{step.path / 'staged'}/*.quarantine.parquet, mend the source or raise ingest.max_quarantined_fraction"
         )
+
+
+def _first_broken(step: Step, files: list[SourceFile], units: list[str]) -> str:
+    tables = (pq.ParquetFile(step.path / "staged" / f"{unit}.quarantine.parquet") for unit in units)
+    rows = (row for table in tables for batch in table.iter_batches() for row in batch.to_pylist())
+    row = next(row for row in rows if row["reason"] in BROKEN_REASONS)
+    detail = f": {row['detail']}" if row["detail"] else ""
+    return f"{files[row['source_file']].name} row {row['source_row']} ({row['reason']}{detail})"

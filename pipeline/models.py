@@ -18,6 +18,7 @@ from pipeline.model_folder import locate_model, require_safetensors
 LEXICAL_FEATURES = 2**16
 _TOKEN_BUDGET = {"cpu": 2_048, "mps": 8_192, "cuda": 65_536}
 _FULL_COMMIT_LENGTH = 40
+_OWN_MODULES = "sentence_transformers."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,8 @@ def resolve_model(config: EmbedConfig, role: str, root: Path, digests: DigestCac
         )
     if config.trust_remote_code:
         _refuse_code_elsewhere(name, location)
+    else:
+        _refuse_own_code(name, location)
     device = _resolve_device(config.device)
     return ModelSpec(
         name=name,
@@ -95,13 +98,29 @@ def _is_full_commit(revision: str) -> bool:
     return len(revision) == _FULL_COMMIT_LENGTH and all(char in "0123456789abcdef" for char in revision)
 
 
+def _refuse_own_code(name: str, location: Path) -> None:
+    """Refuses a model one of whose modules is not of sentence-transformers: loading it would run code it names."""
+    try:
+        modules = json.loads((location / "modules.json").read_bytes())
+        foreign = [str(module["type"]) for module in modules if not str(module["type"]).startswith(_OWN_MODULES)]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise ConfigError(f"model '{name}' cannot be loaded: {location / 'modules.json'} is damaged") from None
+    if foreign:
+        raise ConfigError(
+            f"model '{name}' runs code that is not of sentence-transformers ({foreign[0]}); read it, and set "
+            "embed.trust_remote_code if you trust it, or take another model"
+        )
+
+
 def _refuse_code_elsewhere(name: str, location: Path) -> None:
     """Refuses a model whose code lies in another repository, which no commit of this one pins."""
     for path in location.rglob("*.json"):
         try:
             classes = json.loads(path.read_bytes()).get("auto_map") or {}
             elsewhere = [str(target) for target in classes.values() if "--" in str(target)]
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             continue
         if elsewhere:
             raise ConfigError(

@@ -57,6 +57,8 @@ def read_functions(path: Path) -> Iterator[tuple[int, str, str, None]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's docstrings are none of our user's
             tree = ast.parse(source)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read any more: {error.strerror}") from None
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return  # a template or a module for another Python: no functions to read
     lines = source.split("\n")  # as `ast` counts them: a form feed ends no line

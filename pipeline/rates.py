@@ -15,11 +15,10 @@ from statistics import median
 from typing import Any
 
 from pipeline.artifact import Artifact, read_artifact
-from pipeline.files import canonical_json, write_file_atomic
+from pipeline.files import RATES, canonical_json, write_cache
 from pipeline.schemas import MIXED_DOMAIN
 from pipeline.step import Step
 
-RATES = ".rates.json"
 _FORMAT = 1
 _MIN_ROWS = 1_000  # a step of fewer says nothing of one of millions, and is not kept
 _MIN_SECONDS = 0.2  # a shorter step is mostly start-up: it tells seconds only of steps of up to ...
@@ -110,7 +109,7 @@ class Rates:
         kept.insert(0, measurement)
         del kept[_KEPT:]
         kinds = {name: [asdict(item) for item in items] for name, items in self._kinds.items()}
-        write_file_atomic(self._path, canonical_json({"format": _FORMAT, "kinds": kinds}))
+        write_cache(self._path, canonical_json({"format": _FORMAT, "kinds": kinds}))
 
     def estimate(self, step: Step, load: Load) -> Estimate:
         """What `step` will take and write.

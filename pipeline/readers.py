@@ -6,42 +6,47 @@ A file that cannot be read at all raises InputError.
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
-import sys
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pipeline.config import Columns
 from pipeline.errors import InputError, UnreachableError
 from pipeline.files import as_user_error, content_key, sha256_file
-from pipeline.sources import SourceFile, first_line
+from pipeline.sources import RawRow, SourceFile, first_line, no_column
+from pipeline.text_rows import read_csv, read_jsonl
 
 _ROWS_PER_READ = 4_096
 _BYTES_PER_READ = 2**20
-
-
-class RawRow(NamedTuple):
-    """One row as the source has it; `problem` (a reason code) where it could not be read."""
-
-    row: int
-    query: Any
-    document: Any
-    negatives: Any
-    problem: str | None = None
+_LFS_POINTER = b"version https://git-lfs"
 
 
 def read_rows(file: SourceFile, columns: Columns, scratch: Path) -> Iterator[RawRow]:
     """The rows of `file`, numbered from 0 (for python sources: the line of the function).
 
     A remote file is first copied below `scratch`. Raises InputError, naming file and row, where the file as a whole is
-    broken: not the format it claims to be, cut off, without the asked columns, empty.
+    broken: not the format it claims to be, cut off, without the asked columns, empty, or no longer the one that was
+    planned with.
     """
+    yield from _read_format(file, columns, scratch)
+    _refuse_if_changed(file)
+
+
+def _refuse_if_changed(file: SourceFile) -> None:
+    """The rows read are filed under the digest that was planned with, so they must be those of its bytes."""
+    if file.modified_ns is None:
+        return
+    try:
+        stat = Path(file.location).stat()
+        changed = (stat.st_size, stat.st_mtime_ns) != (file.num_bytes, file.modified_ns)
+    except OSError:
+        changed = True
+    if changed:
+        raise InputError(f"{file.name}: was changed while it was read; run again once nothing writes to it")
+
+
+def _read_format(file: SourceFile, columns: Columns, scratch: Path) -> Iterator[RawRow]:
     if file.format == "python":
         from pipeline.python_source import read_functions
 
@@ -54,12 +59,39 @@ def read_rows(file: SourceFile, columns: Columns, scratch: Path) -> Iterator[Raw
             raise InputError(f"{file.name}: cannot be read any more: {error.strerror}") from None
         if size == 0:
             raise InputError(f"{file.name}: the file is empty (0 bytes); remove it from the manifest or fetch it again")
+        _refuse_other_kind(file, path)
         if file.format == "parquet":
             yield from _read_parquet(file, path, columns)
         elif file.format == "jsonl":
-            yield from _read_jsonl(file, path, columns)
+            yield from read_jsonl(file, path, columns)
         else:
-            yield from _read_csv(file, path, columns, "\t" if file.format == "tsv" else ",")
+            yield from read_csv(file, path, columns, "\t" if file.format == "tsv" else ",")
+
+
+def evaluation_texts(folder: Path) -> Iterator[str]:
+    """The texts of an evaluation folder: of its queries and its corpus, the latter with and without the title.
+
+    Raises InputError where corpus.parquet or queries.parquet is not there or has no column `text`.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for name in ("corpus", "queries"):
+        path = folder / f"{name}.parquet"
+        try:
+            file = pq.ParquetFile(path)
+            kind = file.schema_arrow.field("text").type
+            if not pa.types.is_string(kind) and not pa.types.is_large_string(kind):
+                raise InputError(f"ingest.decontaminate: {path}: column 'text' is {kind}, expected text")
+            columns = [column for column in ("text", "title") if column in file.schema_arrow.names]
+            for batch in file.iter_batches(columns=columns):
+                for row in batch.to_pylist():
+                    text = row["text"] or ""
+                    yield text
+                    if row.get("title"):
+                        yield f"{row['title']} {text}"
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            raise InputError(f"ingest.decontaminate: {path}: no readable column 'text': {first_line(error)}") from None
 
 
 @contextmanager
@@ -86,6 +118,15 @@ def _local_copy(file: SourceFile, scratch: Path) -> Iterator[Path]:
         copy.unlink(missing_ok=True)
 
 
+def _refuse_other_kind(file: SourceFile, path: Path) -> None:
+    with path.open("rb") as stream:
+        start = stream.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:
+        raise InputError(f"{file.name}: is a Git LFS pointer, not the file it stands for; fetch that: git lfs pull")
+    if start.startswith(b"PAR1") and file.format != "parquet":
+        raise InputError(f"{file.name}: is a Parquet file, read as {file.format}; name it .parquet, or mend `format`")
+
+
 def _read_parquet(file: SourceFile, path: Path, columns: Columns) -> Iterator[RawRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -100,7 +141,7 @@ def _read_parquet(file: SourceFile, path: Path, columns: Columns) -> Iterator[Ra
         if name is None:
             continue
         if name not in known:
-            raise _no_column(file, field, name, known)
+            raise no_column(file, field, name, known)
         if known.count(name) > 1:
             raise InputError(f"{file.name}: column '{name}' ({field}) is there {known.count(name)} times; rename one")
         kind = schema.field(name).type
@@ -159,101 +200,3 @@ def _is_text_list(kind: Any) -> bool:
 
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     return bool(is_list and _is_text(kind.value_type))
-
-
-def _read_jsonl(file: SourceFile, path: Path, columns: Columns) -> Iterator[RawRow]:
-    row = -1
-    checked = has_negatives = False
-    for line in _lines(file, path):
-        if not line.strip():
-            continue
-        row += 1
-        try:
-            record = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError:
-            yield RawRow(row, None, None, None, "invalid_utf8")
-            continue
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict):
-            yield RawRow(row, None, None, None, "broken_json")
-            continue
-        if not checked:
-            for field, name in (("query", columns.query), ("document", columns.document)):
-                if name not in record:
-                    raise _no_column(file, field, name, list(record))
-            checked = True
-        negatives = record.get(columns.negatives) if columns.negatives else None
-        has_negatives = has_negatives or columns.negatives in record
-        yield RawRow(row, record.get(columns.query), record.get(columns.document), negatives)
-    if columns.negatives and checked and not has_negatives:
-        raise InputError(f"{file.name}: no row has '{columns.negatives}'; mend columns.negatives, or leave it out")
-
-
-def _lines(file: SourceFile, path: Path) -> Iterator[bytes]:
-    number = 0
-    try:
-        with _open_binary(path) as stream:
-            for line in stream:
-                yield line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
-                number += 1
-    except (EOFError, zlib.error, OSError) as error:
-        raise InputError(f"{file.name}: cut off or broken after line {number}: {first_line(error)}") from None
-
-
-def _read_csv(file: SourceFile, path: Path, columns: Columns, delimiter: str) -> Iterator[RawRow]:
-    csv.field_size_limit(sys.maxsize)
-    text = (line.decode("utf-8", errors="surrogateescape") for line in _lines(file, path))
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
-    try:
-        header = next(reader, [])
-    except csv.Error as error:
-        raise InputError(
-            f"{file.name}: its header line cannot be read: {error}; lines must end in LF or CR LF"
-        ) from None
-    for field, name in (("query", columns.query), ("document", columns.document), ("negatives", columns.negatives)):
-        if name is not None and name not in header:
-            raise _no_column(file, field, name, header)
-    places = [header.index(columns.query), header.index(columns.document)]
-    negatives_place = header.index(columns.negatives) if columns.negatives else None
-    row = -1
-    while True:
-        row += 1
-        try:
-            values = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            if "unexpected end of data" in str(error):
-                raise InputError(
-                    f"{file.name}: a quote that opens in row {row} is never closed; mend that row"
-                ) from None
-            yield RawRow(row, None, None, None, "broken_csv")
-            continue
-        if len(values) != len(header):
-            if values:
-                yield RawRow(row, None, None, None, "wrong_field_count")
-            else:
-                row -= 1  # a blank line is no row
-            continue
-        negatives = None if negatives_place is None else values[negatives_place]
-        yield RawRow(row, values[places[0]], values[places[1]], negatives)
-
-
-def _open_binary(path: Path) -> io.BufferedIOBase | Any:
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic[:2] == b"\x1f\x8b":
-        return gzip.open(path, "rb")
-    if magic == b"\x28\xb5\x2f\xfd":
-        import pyarrow as pa
-
-        return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))  # tells a cut-off end
-    return path.open("rb")
-
-
-def _no_column(file: SourceFile, field: str, name: str, names: list[str]) -> InputError:
-    seen = ", ".join(map(str, names[:20]))
-    return InputError(
-        f"{file.name}: no column '{name}' for {field}; it has: {seen}. Map it in the manifest: columns.{field}"
-    )

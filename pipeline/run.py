@@ -16,10 +16,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import blame_damage, find_artifact, open_builder
+from pipeline.artifact import blame_damage, find_artifact, open_builder, sweep_after_kill
 from pipeline.config import CorpusManifest, Dataset, load_manifest
 from pipeline.errors import ConfigError
-from pipeline.files import DigestCache, as_user_error, content_key
+from pipeline.files import DIGESTS, DigestCache, as_user_error, content_key, sweep_caches
 from pipeline.rates import record_step
 from pipeline.runlog import RunLog
 from pipeline.schemas import MIXED_DOMAIN
@@ -34,7 +34,7 @@ _STAGES = {  # stage → the module and function that build it; imported only wh
     "mixed": ("pipeline.pack", "build_mixed"),
     "shards": ("pipeline.write", "build"),
 }
-_VERSIONS = {"pairs": 1, "vectors": 1, "clusters": 3, "hardness": 1, "batches": 3, "shards": 2}
+_VERSIONS = {"pairs": 2, "vectors": 1, "clusters": 3, "hardness": 1, "batches": 3, "shards": 2}
 _ITERATIONS = {"folded": 10, "doubled": 100}
 
 
@@ -68,7 +68,8 @@ def plan_corpus(
     if not root.is_dir():
         raise ConfigError(f"--data-root {root}: no such folder")
     _require_writable(workspace)
-    digests = DigestCache(workspace / ".digests.json")
+    sweep_caches(workspace)
+    digests = DigestCache(workspace / DIGESTS)
     steps = _Planner(settings, workspace / settings.corpus, root, digests).steps()
     digests.save()
     return Plan(steps=tuple(steps))
@@ -82,6 +83,7 @@ def run_step(step: Step, progress: Progress | None = None, log: RunLog | None = 
     """
     log = log or RunLog()
     if find_artifact(step.path) is not None:
+        sweep_after_kill(step.path)
         log.reused(step)
         return False
     from pipeline.progress import SilentProgress
@@ -225,6 +227,7 @@ class _Planner:
         }
         local: dict[str, Any] = {
             "files": {file.name: file.location for file in files},
+            "modified_ns": {file.name: file.modified_ns for file in files},
             "decontaminate": {},
             "max_quarantined_fraction": ingest.max_quarantined_fraction,
             "num_pairs": dataset.num_pairs,
@@ -235,9 +238,9 @@ class _Planner:
             if not (folder / "corpus.parquet").is_file() or not (folder / "queries.parquet").is_file():
                 raise ConfigError(f"ingest.decontaminate: {folder} has no corpus.parquet and queries.parquet")
             local["decontaminate"][name] = str(folder)
-            texts.update(
-                {f"{name}/{part}": self._digests.digest(folder / f"{part}.parquet") for part in ("corpus", "queries")}
-            )
+            for part in ("corpus", "queries"):
+                path = local_path(f"{name}/{part}.parquet", self._data_root, "ingest.decontaminate")
+                texts[f"{name}/{part}"] = self._digests.digest(path)
         config["decontaminate_sha256"] = texts
         sources = tuple(
             {"name": file.name, "format": file.format, "bytes": file.num_bytes, "sha256": file.sha256} for file in files

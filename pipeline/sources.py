@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.config import Dataset
 from pipeline.errors import ConfigError, InputError, UnreachableError
@@ -17,6 +17,8 @@ _FORMATS = {
     ".csv": "csv",
     ".tsv": "tsv",
 }
+_NAME_CHARACTERS = 60
+_PROTOCOLS = ("hf", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hdfs", "webhdfs", "https", "http")
 _VERSION_FIELDS = (  # what filesystems say about the version of a file, each in its own words
     "ETag", "etag", "sha256", "blob_id", "last_commit", "md5Hash", "Content-MD5", "Digest", "generation",
     "LastModified", "Last-Modified", "last_modified", "updated", "mtime",
@@ -24,13 +26,28 @@ _VERSION_FIELDS = (  # what filesystems say about the version of a file, each in
 
 
 class SourceFile(NamedTuple):
-    """A file of a dataset: its name in messages and keys, where it is, how it is read, what its bytes are."""
+    """A file of a dataset: its name in messages and keys, where it is, how it is read, what its bytes are.
+
+    `modified_ns` is the time of a local file's last change as it was planned with.
+    """
 
     name: str
     location: str
     format: str
     num_bytes: int
     sha256: str
+    modified_ns: int | None = None
+
+
+class RawRow(NamedTuple):
+    """One row as the source has it; `problem` (a reason code) and `detail` where it could not be read."""
+
+    row: int
+    query: Any
+    document: Any
+    negatives: Any
+    problem: str | None = None
+    detail: str = ""
 
 
 def list_source_files(dataset: Dataset, root: Path, digests: DigestCache) -> list[SourceFile]:
@@ -73,7 +90,7 @@ def _list_local(source: str, dataset: Dataset, root: Path, digests: DigestCache)
     if any(char in source for char in "*?["):
         local_path(source.split("*")[0].split("?")[0].split("[")[0] or ".", root, where)
         try:
-            paths = [path for path in sorted(root.glob(source)) if path.is_file()]
+            paths = [path for path in sorted(root.glob(source)) if not path.is_dir()]
         except (ValueError, OSError, NotImplementedError) as error:
             raise ConfigError(f"{where}: '{source}' is no usable pattern: {first_line(error)}") from None
         if not paths:
@@ -88,16 +105,27 @@ def _list_local(source: str, dataset: Dataset, root: Path, digests: DigestCache)
             raise InputError(f"{where}: '{name}' is a folder; name its files, for example '{name}/*.parquet'")
         if not path.exists():
             raise InputError(f"{where}: no file '{name}' below {root}; --data-root names another folder")
-        format_ = _format_of(name, dataset)
-        files.append(SourceFile(name, str(path), format_, path.stat().st_size, digests.digest(path)))
+        files.append(_local_file(name, path, _format_of(name, dataset), digests))
     return files
+
+
+def _local_file(name: str, path: Path, format_: str, digests: DigestCache) -> SourceFile:
+    try:
+        name.encode()
+        stat = path.stat()
+    except UnicodeEncodeError:
+        raise InputError(f"{name}: its name is not UTF-8; rename the file") from None
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read: {error.strerror}") from None
+    return SourceFile(name, str(path), format_, stat.st_size, digests.digest(path), stat.st_mtime_ns)
 
 
 def _list_remote(source: str, dataset: Dataset) -> list[SourceFile]:
     where = f"dataset '{dataset.name}'"
-    if "::" in source or source.split("://")[0] in ("file", "local"):
+    if "::" in source or source.split("://")[0] not in _PROTOCOLS:  # others read local files, or run commands
         raise ConfigError(
-            f"{where}: '{source}': give a local file as a path below the data root, a remote one as one URL"
+            f"{where}: '{source}': give a local file as a path below the data root, a remote one as one URL "
+            f"({', '.join(f'{protocol}://' for protocol in _PROTOCOLS)})"
         )
     import fsspec
 
@@ -128,10 +156,7 @@ def _list_python(source: str, digests: DigestCache) -> list[SourceFile]:
     from pipeline.python_source import list_modules
 
     package = source.removeprefix("python:")
-    return [
-        SourceFile(f"python:{name}", str(path), "python", path.stat().st_size, digests.digest(path))
-        for name, path in list_modules(package)
-    ]
+    return [_local_file(f"python:{name}", path, "python", digests) for name, path in list_modules(package)]
 
 
 def _format_of(name: str, dataset: Dataset) -> str:
@@ -163,3 +188,11 @@ def _check_digests(dataset: Dataset, files: list[SourceFile]) -> None:
 def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def no_column(file: SourceFile, field: str, name: str, names: list[str]) -> InputError:
+    """What to raise where a file has not the column `name`, but `names`."""
+    seen = ", ".join(str(name)[:_NAME_CHARACTERS] for name in names[:20])
+    return InputError(
+        f"{file.name}: no column '{name}' for {field}; it has: {seen}. Map it in the manifest: columns.{field}"
+    )

@@ -9,23 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from samples import LEXICAL, make_rows
 
 from pipeline.run import Plan, plan_corpus, run_step
 
-LEXICAL = """
-[embed]
-model = "lexical"
-surrogate_model = "lexical"
-"""
 Row = Mapping[str, Any]
-
-
-def make_rows(num_rows: int, start: int = 0, num_topics: int = 7) -> list[dict[str, Any]]:
-    """Distinct pairs about a few topics; no text occurs twice on a side."""
-    return [
-        {"query": f"what is number {i} of topic {i % num_topics}", "document": f"number {i} lies in {i % num_topics}"}
-        for i in range(start, start + num_rows)
-    ]
 
 
 @pytest.fixture

@@ -64,6 +64,24 @@ def save_nomic(folder: Path, *, seed: int = 0, max_length: int | None = MAX_LENG
     return _save(model, folder)
 
 
+def poison(model: Path, folder: Path, word: str) -> Path:
+    """A copy of `model` at `folder` that gives NaN for every text with `word`."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    shutil.copytree(model, folder)
+    (token,) = AutoTokenizer.from_pretrained(folder)(word, add_special_tokens=False)["input_ids"]
+    weights = load_file(folder / "model.safetensors")
+    changed = [name for name, tensor in weights.items() if tensor.shape[0] == VOCABULARY_SIZE]
+    assert changed
+    for name in changed:
+        weights[name][token] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def _save_transformer(model: Any, folder: Path, max_length: int | None) -> Any:
     from sentence_transformers.sentence_transformer.modules import Transformer
     from transformers import AutoTokenizer

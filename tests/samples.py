@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+
+LEXICAL = """
+[embed]
+model = "lexical"
+surrogate_model = "lexical"
+"""
 
 WORDS = [
     "river", "stone", "bread", "market", "winter", "letter", "garden",
     "engine", "silver", "window", "doctor", "music", "forest", "paper",
 ]  # fmt: skip
+
+
+def make_rows(num_rows: int, start: int = 0, num_topics: int = 7) -> list[dict[str, Any]]:
+    """Distinct pairs about a few topics; no text occurs twice on a side."""
+    return [
+        {"query": f"what is number {i} of topic {i % num_topics}", "document": f"number {i} lies in {i % num_topics}"}
+        for i in range(start, start + num_rows)
+    ]
 
 
 class Sides:

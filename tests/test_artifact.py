@@ -332,7 +332,7 @@ def test_the_format_before_is_read(tmp_path: Path) -> None:
     content = {**json.loads(manifest.read_bytes()), "format_version": FORMAT_VERSION - 1}
     del content["digest"]
     content["digest"] = hashlib.sha256(canonical_json(content)).hexdigest()
-    manifest.write_text(json.dumps(content))
+    manifest.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     artifact = find_artifact(tmp_path / "a")
     assert artifact is not None and artifact.manifest.format_version == FORMAT_VERSION - 1
     assert verify_artifact(tmp_path / "a") == []

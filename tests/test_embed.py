@@ -23,28 +23,23 @@ def embedding(model, surrogate=None, **settings):
 
 
 @pytest.fixture(scope="module")
-def gtr(tmp_path_factory):
+def folder_of_gtr(tmp_path_factory):
     models.require_minilm()
     return models.save_gtr(tmp_path_factory.mktemp("models") / "tiny-gtr")
 
 
 @pytest.fixture
-def poisoned(gtr, tmp_path):
-    """A model that gives NaN for every text with the word poison."""
-    import shutil
+def gtr(folder_of_gtr, tmp_path):
+    """The GTR-shaped model, by its name below the data root."""
+    (tmp_path / "gtr").symlink_to(folder_of_gtr)
+    return "gtr"
 
-    from safetensors.torch import load_file, save_file
-    from transformers import AutoTokenizer
 
-    folder = shutil.copytree(gtr, tmp_path / "poisoned")
-    (token,) = AutoTokenizer.from_pretrained(folder)("poison", add_special_tokens=False)["input_ids"]
-    weights = load_file(folder / "model.safetensors")
-    changed = [name for name, tensor in weights.items() if tensor.shape[0] == models.VOCABULARY_SIZE]
-    for name in changed:
-        weights[name][token] = float("nan")
-    assert changed
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+@pytest.fixture
+def poisoned(folder_of_gtr, tmp_path):
+    """A model that gives NaN for every text with the word poison, by its name below the data root."""
+    models.poison(folder_of_gtr, tmp_path / "poisoned", "poison")
+    return "poisoned"
 
 
 @pytest.fixture
@@ -101,7 +96,9 @@ def test_unit_size_changes_no_vector(run_corpus, write_jsonl, rows, gtr):
     assert all(other == found[0] for other in found)
 
 
-def test_vectors_are_of_the_distinct_texts_in_their_order_with_their_prompts(run_corpus, write_jsonl, rows, gtr):
+def test_vectors_are_of_the_distinct_texts_in_their_order_with_their_prompts(
+    run_corpus, write_jsonl, rows, gtr, folder_of_gtr
+):
     from sentence_transformers import SentenceTransformer
 
     texts = rows(20)
@@ -113,7 +110,7 @@ def test_vectors_are_of_the_distinct_texts_in_their_order_with_their_prompts(run
     step = steps_of(plan, "vectors")[0]
     assert (step.config["query_prompt"], step.config["document_prompt"]) == ("ask: ", "tell: ")
     pairs = read_artifact(step.inputs["pairs"])
-    plain = SentenceTransformer(str(gtr), device="cpu")
+    plain = SentenceTransformer(str(folder_of_gtr), device="cpu")
     for side, prompt, num_texts in (("queries", "ask: ", 20), ("documents", "tell: ", 11)):
         distinct = Texts(pairs, side).take(np.arange(num_texts))
         found = all_vectors(step.path, side).astype(np.float32)

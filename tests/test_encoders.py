@@ -259,7 +259,12 @@ def test_weights_of_one_module_missing(resolve, copy):
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("config.json", "{}"), ("modules.json", "{"), ("modules.json", '[{"idx":0,"name":"0","path":"","type":"x.Y"}]')],
+    [
+        ("config.json", "{}"),
+        ("modules.json", "{"),
+        ("modules.json", "[1]"),
+        ("modules.json", '[{"idx":0,"name":"0","path":"","type":"sentence_transformers.Y"}]'),
+    ],
 )
 def test_damaged_description(resolve, copy, name, content):
     (copy / name).write_text(content)

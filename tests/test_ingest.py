@@ -22,7 +22,7 @@ from pipeline.artifact import Artifact, read_artifact
 from pipeline.assemble import cut_holdout
 from pipeline.errors import ConfigError, HardbatchError, InputError, QuarantineError
 from pipeline.ingest import clean_row
-from pipeline.readers import RawRow
+from pipeline.sources import RawRow
 from pipeline.vectors import Texts, load_pairs
 
 Row = dict[str, Any]

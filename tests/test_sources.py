@@ -18,8 +18,8 @@ import pytest
 from pipeline.config import Columns, Dataset
 from pipeline.errors import ConfigError, HardbatchError, InputError
 from pipeline.files import DigestCache
-from pipeline.readers import RawRow, read_rows
-from pipeline.sources import SourceFile, list_source_files
+from pipeline.readers import read_rows
+from pipeline.sources import RawRow, SourceFile, list_source_files
 
 PAIRS = [{"query": f"q{i}", "document": f"d{i}"} for i in range(6)]
 LINES = "".join(json.dumps(pair) + "\n" for pair in PAIRS).encode()
@@ -174,7 +174,8 @@ def test_an_expected_digest_is_checked_for_every_file_of_that_name(root: Path, l
 
 
 @pytest.fixture
-def memory() -> Iterator[fsspec.AbstractFileSystem]:
+def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.AbstractFileSystem]:
+    monkeypatch.setattr("pipeline.sources._PROTOCOLS", ("memory", "nosuch"))
     filesystem = fsspec.filesystem("memory")
     filesystem.pipe({"/bucket/a.jsonl": LINES, "/bucket/b.jsonl": LINES.replace(b"q", b"r")})
     yield filesystem
@@ -463,7 +464,7 @@ def flips(root: Path, list_files: List) -> Iterator[int | Exception]:
     table = pa.table({"query": [f"q{i}" for i in range(50)], "document": [f"d{i}" for i in range(50)]})
     pq.write_table(table, root / "a.parquet")
     raw = (root / "a.parquet").read_bytes()
-    (file,) = list_files("a.parquet")
+    file = list_files("a.parquet")[0]._replace(modified_ns=None)  # or every flip is told as a change
     for number in range(1_500):
         (root / "a.parquet").write_bytes(flipped(raw, number))
         try:
@@ -495,3 +496,39 @@ def test_fewer_rows_than_the_footer_says_are_an_input_error(root: Path, list_fil
 def test_a_negatives_key_that_no_row_has_is_told(read: Read) -> None:
     with pytest.raises(InputError, match=r"no row has 'typo'; mend columns\.negatives"):
         read("a.jsonl", LINES, {"negatives": "typo"})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", LINES + b'{"query": "' + b"x" * 200 + b'"}\n', r"line 7 is longer than 100 bytes"),
+        ("a.csv", b"query,document\n" + b"x" * 200 + b",d\n", r"line 2 is longer than 100 bytes"),
+        ("a.csv", b'query,document\na,b\n"' + b"x\n" * 200 + b'",d\n', r"a quote that opens in row 1 \(line 3\)"),
+    ],
+)
+def test_an_endless_line_or_field_is_refused(
+    read: Read, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, message: str
+) -> None:
+    monkeypatch.setattr("pipeline.text_rows._MAX_LINE_BYTES", 100)
+    with pytest.raises(InputError, match=rf"a\.{name[2:]}: {message}"):
+        read(name, content)
+
+
+def test_a_key_twice_is_a_broken_row_but_not_its_name_in_a_text(read: Read) -> None:
+    lines = [
+        b'{"query": "a", "query": "b", "document": "c"}',
+        b'{"query": "a", "more": {"query": 1}, "document": "c"}',
+        b'{"query": "say \\"query\\"", "document": "c"}',
+    ]
+    assert [row.problem for row in read("a.jsonl", b"\n".join(lines))] == ["broken_json", None, None]
+
+
+def test_why_a_row_is_broken_is_told_with_its_lines(read: Read) -> None:
+    assert [row.detail for row in read("a.jsonl", b'{"query": "a", "document": "b"}\n\n{"query": \n[1]\n')] == [
+        "", "line 3: character 12: Expecting value", "line 4: no JSON object but another value",
+    ]  # fmt: skip
+    rows = read("a.csv", b'query,document\na,b\nc,"d\ne"f\ng\nh,i\n')
+    assert [(row.row, row.problem) for row in rows] == [
+        (0, None), (1, "broken_csv"), (2, "wrong_field_count"), (3, None),
+    ]  # fmt: skip
+    assert rows[1].detail.startswith("lines 3 to 4: ") and rows[2].detail == "lines 5 to 5: 1 fields, the header has 2"

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from conftest import LEXICAL, make_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from packings import join_packings
+from samples import LEXICAL, make_rows
 
 from pipeline.artifact import open_builder, read_artifact
 from pipeline.run import Plan, plan_corpus, run_step

@@ -41,7 +41,6 @@ def test_a_line_tells_means_rates_and_time_left(tmp_path):
     log.step(make_figures(2.0, wait_s=1e-6))
     log.flush(step=2, position=4, batches_per_step=2)
     log.flush(step=2, position=4, batches_per_step=2)  # nothing new: no line
-    log.close()
     (record,) = records(tmp_path)
     assert record["kind"] == "train" and record["step"] == 2 and record["position"] == 4
     assert record["loss"] == 1.5 and record["learning_rate"] == 1e-4 and record["data_wait"] > 0
@@ -55,31 +54,26 @@ def test_a_resumed_log_goes_on_where_its_checkpoint_was(tmp_path):
     log = open_log(tmp_path)
     for step in (1, 2, 3):
         log.write("train", {"loss": float(step)}, step=step, position=step)
-    log.close()
     with (tmp_path / LOG).open("a") as file:
         file.write('{"kind": "train", "st')  # a kill amid a line
     log = open_log(tmp_path, first_step=2)
     log.write("train", {"loss": 3.5}, step=3, position=3)
-    log.close()
     assert [(record["step"], record["loss"]) for record in records(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 3.5)]
-    log = open_log(tmp_path)  # a new training
-    log.close()
+    open_log(tmp_path)  # a new training
     assert records(tmp_path) == []
 
 
 def test_a_new_training_keeps_no_evaluation_of_the_old_one(tmp_path):
     log = open_log(tmp_path)
     log.write("eval/x", {"loss": 1.0}, step=0, position=0)
-    log.close()
-    open_log(tmp_path, first_step=0).close()
+    open_log(tmp_path, first_step=0)
     assert records(tmp_path) == []
 
 
 def test_the_evaluation_before_step_1_survives_a_resume(tmp_path):
     log = open_log(tmp_path)
     log.write("eval/x", {"loss": 1.0}, step=0, position=0)
-    log.close()
-    open_log(tmp_path, first_step=5).close()
+    open_log(tmp_path, first_step=5)
     assert len(records(tmp_path)) == 1
 
 

@@ -403,7 +403,7 @@ def test_a_damaged_checkpoint_is_no_start(flags, tmp_path, capsys):
 
 
 def test_the_learning_rate_never_exceeds_its_peak():
-    from trainer.loop import learning_rate_factor
+    from trainer.schedule import learning_rate_factor
 
     for step_size, warmup, end in ((4, 16, 30), (10, 80, 100), (1, 0, 5), (3, 7, 7), (4, 50, 20)):
         factors = [

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from conftest import LEXICAL, make_rows
+from samples import LEXICAL, make_rows
 
 from pipeline.artifact import FORMAT_VERSION, MANIFEST
 from pipeline.errors import ConfigError, IntegrityError
@@ -81,7 +81,7 @@ def rewrite_manifest(shards: Path, change: Callable[[dict[str, Any]], None]) -> 
     del content["digest"]
     change(content)
     content["digest"] = hashlib.sha256(canonical_json(content)).hexdigest()
-    (shards / MANIFEST).write_text(json.dumps(content))
+    (shards / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def rewrite_index(shards: Path, index: pl.DataFrame, **changes: Any) -> None:

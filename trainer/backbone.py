@@ -63,20 +63,21 @@ def build_encoder(config: TrainConfig, folder: Path) -> Encoder:
     return encoder
 
 
-def initial_encoder(config: TrainConfig, folder: Path, *, flag: str) -> Encoder:
+def initial_encoder(config: TrainConfig, folder: Path, *, flag: str, verified: bool = False) -> Encoder:
     """The encoder that is saved in `folder`, an export or a checkpoint; its settings must be those of `config`.
 
-    Raises ConfigError, naming `flag`, where they are not, or where `folder` holds no model of ours.
+    A checkpoint's files are compared with their digests, unless that was done (`verified`). Raises ConfigError, naming
+    `flag`, where the settings are others, or where `folder` holds no model of ours; IntegrityError for a damaged file.
     """
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         raise ConfigError(
             f"{flag} {folder}: no config.json and model.safetensors here; give the folder of an export or of "
             "one checkpoint"
         )
-    if (folder / MANIFEST).is_file():
+    if not verified and (folder / MANIFEST).is_file():
         faults = verify_artifact(folder)
         if faults:
-            raise IntegrityError("\n".join(faults))
+            raise IntegrityError(*faults)
     with _as_user_error(flag):
         encoder = load_encoder(folder, attention=config.attention)
     given = {"context_size": config.model_context_size, "pool_prompt": config.pool_prompt}

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pipeline.artifact import MANIFEST, open_builder, verify_artifact, write_unit
 from pipeline.errors import ConfigError, IntegrityError, NoSpaceError
+from pipeline.faults import fault_point
 from pipeline.files import as_user_error
 from trainer.config import TrainConfig
 from trainer.model import Encoder
@@ -85,6 +86,7 @@ def save_checkpoint(
                     config={},
                     inputs={"shards": state.shards_key},
                 )
+        fault_point("checkpoint.saved")
         kept = _checkpoint_folders(output)[-keep_last:]
         for old in path.parent.glob("step-*"):
             if old not in kept and old.name < path.name:
@@ -110,7 +112,7 @@ def find_checkpoint(output: Path, resume: str) -> tuple[Path | None, list[str]]:
             raise ConfigError(f"--resume {resume}: no checkpoint there (no {MANIFEST}); give auto or its folder")
         faults = verify_artifact(path)
         if faults:
-            raise IntegrityError("\n".join([f"--resume {resume}: damaged", *faults]))
+            raise IntegrityError(f"--resume {resume}: damaged", *faults)
         found = _checkpoint_folders(output)
         if found and found[-1].resolve() != path.resolve():
             raise ConfigError(
@@ -133,7 +135,7 @@ def find_checkpoint(output: Path, resume: str) -> tuple[Path | None, list[str]]:
             return path, passed_over
         passed_over.extend(faults)
     if passed_over:
-        raise IntegrityError("\n".join([f"--resume auto: every checkpoint in {output} is damaged", *passed_over]))
+        raise IntegrityError(f"--resume auto: every checkpoint in {output} is damaged", *passed_over)
     return None, []
 
 
@@ -213,5 +215,7 @@ def _checkpoint_folders(output: Path) -> list[Path]:
 
 def _delete(path: Path) -> None:
     (path / MANIFEST).unlink(missing_ok=True)  # from here on it is no checkpoint, whatever happens
+    fault_point("checkpoint.disowned")
     shutil.rmtree(path, ignore_errors=True)
+    fault_point("checkpoint.emptied")
     (path.parent / f".{path.name}.lock").unlink(missing_ok=True)

@@ -95,7 +95,7 @@ def parse_flags(arguments: Sequence[str]) -> TrainConfig:
     try:
         return TrainConfig.model_validate(given)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(item) for item in error.errors(include_url=False))) from None
+        raise ConfigError(*(_explain(item) for item in error.errors(include_url=False))) from None
 
 
 class _Parser(argparse.ArgumentParser):

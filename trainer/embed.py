@@ -17,9 +17,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.model import Encoder
-from trainer.tokens import TextTokenizer, chunk_by_length, pad
+from trainer.tokens import TextTokenizer, Tokens, chunk_by_length, concat, pad
 
 TEXTS_PER_CHUNK = 128
+_TEXTS_TOKENISED_AT_ONCE = 8_192
+
+
+def go_on() -> None:
+    """Nothing to do between two blocks of work."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +44,8 @@ class Embedder:
     """Of autocast; None for float32 throughout."""
     split_over_ranks: bool = True
     """Whether ranks share the texts; otherwise each embeds what it is given, and waits for nobody."""
+    between_blocks: Callable[[], None] = go_on
+    """Called by all ranks equally often, between pieces of work that take seconds; what it raises ends the work."""
 
     def queries(self, texts: Sequence[str], context_MH: Tensor | None = None) -> Tensor:
         """Unit embeddings (N × H) of queries; `context_MH` is what `context` returned, None for no context."""
@@ -64,19 +71,29 @@ class Embedder:
     def _embed(self, texts: Sequence[str], prompt: str, stage: Callable[..., Tensor]) -> Tensor:
         encoder, tokenizer = self.encoder, self.tokenizer
         device = next(encoder.parameters()).device
-        tokens = tokenizer.tokenize(texts, prompt)
+        tokens = self._tokenize(texts, prompt)
         rank, num_ranks = ranks() if self.split_over_ranks else (0, 1)
         vectors_NH = torch.zeros(len(texts), encoder.backbone_config.hidden_size, device=device)
         autocast = torch.autocast(device.type, dtype=self.precision, enabled=self.precision is not None)
         with evaluating(encoder), autocast:
-            for rows_C in chunk_by_length(tokens.lengths_N, self.texts_per_chunk)[rank::num_ranks]:
-                padded = pad(tokens, rows_C, tokenizer.pad_id)
-                pooled_CT = padded.mask_CT if encoder.config.pool_prompt else padded.without_prompt_CT()
-                tensors_CT = (tensor.to(device) for tensor in (padded.ids_CT, padded.mask_CT, pooled_CT))
-                vectors_NH[rows_C.to(device)] = stage(*tensors_CT)
+            chunks = chunk_by_length(tokens.lengths_N, self.texts_per_chunk)
+            for first in range(0, len(chunks), num_ranks):
+                self.between_blocks()
+                for rows_C in chunks[first : first + num_ranks][rank : rank + 1]:
+                    padded = pad(tokens, rows_C, tokenizer.pad_id)
+                    pooled_CT = padded.mask_CT if encoder.config.pool_prompt else padded.without_prompt_CT()
+                    tensors_CT = (tensor.to(device) for tensor in (padded.ids_CT, padded.mask_CT, pooled_CT))
+                    vectors_NH[rows_C.to(device)] = stage(*tensors_CT)
         if num_ranks > 1:
             dist.all_reduce(vectors_NH)  # a row comes from one rank, the others have zeros there: nothing is rounded
         return vectors_NH
+
+    def _tokenize(self, texts: Sequence[str], prompt: str) -> Tokens:
+        parts = []
+        for start in range(0, max(1, len(texts)), _TEXTS_TOKENISED_AT_ONCE):
+            self.between_blocks()
+            parts.append(self.tokenizer.tokenize(texts[start : start + _TEXTS_TOKENISED_AT_ONCE], prompt))
+        return concat(parts)
 
 
 def ranks() -> tuple[int, int]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from torch import Tensor
 from pipeline.errors import ConfigError, InputError
 from trainer.collection import Collection, load_collection
 from trainer.draws import derive_seed, draw_context
-from trainer.embed import TEXTS_PER_CHUNK, Embedder, ranks
+from trainer.embed import TEXTS_PER_CHUNK, Embedder, go_on, ranks
 from trainer.export import exit_code_of, open_model, read_prompts
 from trainer.loss import info_nce
 from trainer.model import Encoder
@@ -37,6 +37,7 @@ from trainer.tokens import TextTokenizer
 NUM_HITS = 100
 MAX_HELD_OUT_PAIRS = 4_096
 _SCORES_PER_BLOCK = 2**25  # places of the score matrix at once; their sort keys take 256 MB
+_QUERIES_MEASURED_AT_ONCE = 8_192
 _MEASURES = (ir_measures.nDCG @ 10, ir_measures.R @ NUM_HITS, ir_measures.RR @ 10)
 _MEASURE_NAMES = ("nDCG@10", "recall@100", "MRR@10")
 
@@ -70,11 +71,13 @@ def evaluate_retrieval(
     document_prompt: str = "",
     texts_per_chunk: int = TEXTS_PER_CHUNK,
     precision: torch.dtype | None = None,
+    between_blocks: Callable[[], None] = go_on,
 ) -> RetrievalFigures:
     """Retrieval from the whole corpus by exact search in float32; `precision` is autocast's while embedding.
 
     The context is J documents drawn from the corpus by `seed`; a corpus of fewer is its own context, the rest nulls.
-    A biencoder has no context whatever `with_context` says.
+    A biencoder has no context whatever `with_context` says. All ranks call `between_blocks` equally often, every few
+    seconds: what it raises on all of them ends the evaluation.
     """
     embedder = Embedder(
         encoder=encoder,
@@ -83,15 +86,19 @@ def evaluate_retrieval(
         document_prompt=document_prompt,
         texts_per_chunk=texts_per_chunk,
         precision=precision,
+        between_blocks=between_blocks,
     )
     context_MH = _draw_context(embedder, collection.documents, seed, 0) if with_context else None
     query_rows_Q = np.unique(collection.query_rows[collection.scores > 0])
     queries_QH = embedder.queries([collection.queries[row] for row in query_rows_Q], context_MH)
     documents_NH = embedder.documents(collection.documents, context_MH)
-    return _measure(collection, query_rows_Q, search(queries_QH, documents_NH, NUM_HITS))
+    hits_QK = search(queries_QH, documents_NH, NUM_HITS, between_blocks)
+    return _measure(collection, query_rows_Q, hits_QK, between_blocks)
 
 
-def search(queries_QH: Tensor, documents_NH: Tensor, num_hits: int) -> Tensor:
+def search(
+    queries_QH: Tensor, documents_NH: Tensor, num_hits: int, between_blocks: Callable[[], None] = go_on
+) -> Tensor:
     """Rows (Q × min(num_hits, N), int64) of the documents with the highest dot products, the best first.
 
     Of documents that score the same, the one that comes first in the corpus is the better hit.
@@ -104,6 +111,7 @@ def search(queries_QH: Tensor, documents_NH: Tensor, num_hits: int) -> Tensor:
         bits_QN = scores_QN.view(torch.int32).long()
         ordered_QN = torch.where(bits_QN < 0, bits_QN ^ 0x7FFFFFFF, bits_QN)  # as integers, in the order of the floats
         keys_QN = (ordered_QN << 32) | first_is_best_N
+        between_blocks()
         blocks.append(num_documents - 1 - (keys_QN.topk(min(num_hits, num_documents)).values & 0xFFFFFFFF))
     return torch.cat(blocks)
 
@@ -121,12 +129,14 @@ def held_out_loss(
     texts_per_chunk: int = TEXTS_PER_CHUNK,
     precision: torch.dtype | None = None,
     max_pairs: int = MAX_HELD_OUT_PAIRS,
+    between_blocks: Callable[[], None] = go_on,
 ) -> HeldOutLoss:
     """Loss and accuracy of the relevant pairs in batches of random order, each with J of its documents as context.
 
     Order and context are drawn by `seed`. A document that is relevant to a query, or whose text is that of one that
     is, is no negative of it. At most `max_pairs` pairs are taken, but one batch at least; those that do not fill a
-    batch are left out, unless there are no others. Raises InputError where there are fewer than two pairs.
+    batch are left out, unless there are no others. `between_blocks` as above. Raises InputError where there are fewer
+    than two pairs.
     """
     embedder = Embedder(
         encoder=encoder,
@@ -141,17 +151,19 @@ def held_out_loss(
     rank, num_ranks = ranks()
     device = next(encoder.parameters()).device
     figures = torch.zeros(len(batches), 2, dtype=torch.float64, device=device)
-    for number in range(rank, len(batches), num_ranks):
-        batch = batches[number]
-        documents = [collection.documents[row] for row in batch.document_rows_B]
-        context_MH = _draw_context(embedder, documents, seed, number)
-        loss = info_nce(
-            embedder.queries([collection.queries[row] for row in batch.query_rows_B], context_MH),
-            embedder.documents(documents, context_MH),
-            torch.from_numpy(batch.equivalent_BB).to(device),
-            temperature=temperature,
-        )
-        figures[number] = torch.stack([loss.value, loss.accuracy])
+    for first in range(0, len(batches), num_ranks):
+        between_blocks()
+        for number in range(first, len(batches))[rank : rank + 1]:
+            batch = batches[number]
+            documents = [collection.documents[row] for row in batch.document_rows_B]
+            context_MH = _draw_context(embedder, documents, seed, number)
+            loss = info_nce(
+                embedder.queries([collection.queries[row] for row in batch.query_rows_B], context_MH),
+                embedder.documents(documents, context_MH),
+                torch.from_numpy(batch.equivalent_BB).to(device),
+                temperature=temperature,
+            )
+            figures[number] = torch.stack([loss.value, loss.accuracy])
     if num_ranks > 1:
         dist.all_reduce(figures)
     mean_loss, accuracy = figures.mean(0).tolist()
@@ -211,7 +223,9 @@ def _draw_context(embedder: Embedder, documents: Sequence[str], seed: int, posit
     return embedder.context([documents[row] for row in rows_M.tolist()])
 
 
-def _measure(collection: Collection, query_rows_Q: NDArray[np.int64], hits_QK: Tensor) -> RetrievalFigures:
+def _measure(
+    collection: Collection, query_rows_Q: NDArray[np.int64], hits_QK: Tensor, between_blocks: Callable[[], None]
+) -> RetrievalFigures:
     # ranks as scores: what is first for `search` stays first, whatever a library does about ties
     hits = zip(query_rows_Q.tolist(), hits_QK.tolist(), strict=True)
     run = {str(query): {str(row): float(-rank) for rank, row in enumerate(rows)} for query, rows in hits}
@@ -220,8 +234,15 @@ def _measure(collection: Collection, query_rows_Q: NDArray[np.int64], hits_QK: T
     for query, document, score in zip(*(column.tolist() for column in columns), strict=True):
         if str(query) in qrels:
             qrels[str(query)][str(document)] = score
-    figures = ir_measures.calc_aggregate(_MEASURES, qrels, run)
-    ndcg, recall, mrr = (float(figures[measure]) for measure in _MEASURES)
+    names = list(run)
+    sums = dict.fromkeys(_MEASURES, 0.0)
+    for start in range(0, len(names), _QUERIES_MEASURED_AT_ONCE):
+        between_blocks()
+        block = names[start : start + _QUERIES_MEASURED_AT_ONCE]
+        of_block = ({name: judged[name] for name in block} for judged in (qrels, run))
+        for measure, mean in ir_measures.calc_aggregate(_MEASURES, *of_block).items():
+            sums[measure] += mean * len(block)
+    ndcg, recall, mrr = (sums[measure] / len(names) for measure in _MEASURES)
     return RetrievalFigures(ndcg_at_10=ndcg, recall_at_100=recall, mrr_at_10=mrr)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -24,9 +23,12 @@ from safetensors import SafetensorError
 
 from pipeline.artifact import MANIFEST, verify_artifact
 from pipeline.errors import ConfigError, HardbatchError, IntegrityError, NoSpaceError
+from pipeline.faults import fault_point
 from pipeline.files import as_user_error, fsync_path, temporary_name
+from pipeline.lock import lock
 from trainer.batch import Tokenizer, load_tokenizer
 from trainer.model import CONFIG_KEY, Encoder, load_encoder
+from trainer.replace import put_in_place, sweep
 
 CODE_FILES = ("sentence_module.py", "model.py", "tokens.py")
 _MODULES = "modules.json"
@@ -44,32 +46,36 @@ def export_model(
     """Writes the export to the folder `output`, which appears whole or not at all, and returns it.
 
     `prompts` has `query` and `document` at least, each put before a text as it is; `trained_on` is a line for the
-    README. An earlier export is replaced. Raises ConfigError where `output` is anything else, or cannot be written,
-    NoSpaceError where the disk is full.
+    README. An earlier export is replaced, and is there until the new one is. Raises ConfigError where `output` is
+    anything else, or cannot be written, NoSpaceError where the disk is full, LockedError where another process writes
+    there.
     """
     from transformers import AutoTokenizer
 
     from trainer.sentence_module import ContextualModule  # late: sentence-transformers takes seconds to import
 
     assert {"query", "document"} <= prompts.keys(), "the two prompts that users name"
-    refuse_foreign(output)
     staging = temporary_name(output)
     try:
-        staging.mkdir(parents=True)
-        ContextualModule(encoder, AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)).save(
-            staging
-        )
-        for name in CODE_FILES:
-            shutil.copyfile(Path(__file__).with_name(name), staging / name)
-        for name, content in (
-            (_MODULES, [{"idx": 0, "name": "0", "path": "", "type": "sentence_module.ContextualModule"}]),
-            (_SENTENCE_CONFIG, _sentence_config(prompts)),
-        ):
-            (staging / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        (staging / "README.md").write_text(_readme(encoder, output.name, prompts, trained_on), encoding="utf-8")
-        for path in [*staging.iterdir(), staging]:
-            fsync_path(path)
-        _put_in_place(staging, output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with lock(output.parent / f".{output.name}.lock"):
+            sweep(output)
+            refuse_foreign(output)
+            staging.mkdir()
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
+            ContextualModule(encoder, tokenizer).save(staging)
+            for name in CODE_FILES:
+                shutil.copyfile(Path(__file__).with_name(name), staging / name)
+            for name, content in (
+                (_MODULES, [{"idx": 0, "name": "0", "path": "", "type": "sentence_module.ContextualModule"}]),
+                (_SENTENCE_CONFIG, _sentence_config(prompts)),
+            ):
+                (staging / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            (staging / "README.md").write_text(_readme(encoder, output.name, prompts, trained_on), encoding="utf-8")
+            for path in [*staging.iterdir(), staging]:
+                fsync_path(path)
+            fault_point("export.written")
+            put_in_place(staging, output)
     except OSError as error:
         told = as_user_error(error) or ConfigError(f"{output}: cannot be written: {error.strerror or error}")
         raise told from None
@@ -91,7 +97,7 @@ def open_model(folder: Path, flag: str) -> tuple[Encoder, Tokenizer]:
         if not (folder / name).is_file():
             raise ConfigError(f"{flag} {folder}: no {name} there; give the folder of one checkpoint or of an export")
     if (folder / MANIFEST).is_file() and (faults := verify_artifact(folder)):
-        raise IntegrityError("\n".join([f"{flag} {folder}: damaged", *faults]))
+        raise IntegrityError(f"{flag} {folder}: damaged", *faults)
     try:
         encoder = load_encoder(folder)
     except SafetensorError as error:
@@ -155,15 +161,6 @@ def refuse_foreign(output: Path) -> None:
         ours = False
     if not ours:
         raise ConfigError(f"{output}: is there, and is no earlier export; give a new folder")
-
-
-def _put_in_place(staging: Path, output: Path) -> None:
-    earlier = temporary_name(output)
-    if output.exists():
-        os.replace(output, earlier)
-    os.replace(staging, output)
-    fsync_path(output.parent)
-    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def _sentence_config(prompts: dict[str, str]) -> dict[str, Any]:

@@ -57,6 +57,9 @@ def read_index(artifact: Artifact) -> Index:
     if listed != set(files):
         name = min(listed ^ set(files))
         raise IntegrityError(f"{artifact.path}: {MANIFEST} and {INDEX} differ on {name}; {make_anew(artifact.path)}")
+    for part in sorted((artifact.path / "data").glob("[!.]*.parquet")):  # what scan_parquet("data/*.parquet") reads
+        if f"data/{part.name}" not in listed:
+            raise IntegrityError(f"{part}: is no part of these shards; remove it, or {make_anew(artifact.path)}")
     by_file_I = np.argsort(files_I, kind="stable")
     rows_of = np.split(by_file_I, np.searchsorted(files_I[by_file_I], np.arange(1, len(files))))
     with ThreadPoolExecutor(_FOOTER_READERS, thread_name_prefix="footers") as pool:

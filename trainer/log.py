@@ -1,11 +1,15 @@
 """What a training says: a progress line, TensorBoard, and `log.jsonl`, a record per line that survives a resume.
 
+Files are opened for each record, and nothing is held back: a disk that is full is told where the record is written.
+
 Shapes: N texts of a batch, M context documents.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -55,14 +59,11 @@ class RunLog:
     def __init__(
         self, output: Path, *, first_step: int, end_position: int, world_size: int, stream: TextIO | None = None
     ) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.evaluations: dict[str, dict[int, dict[str, float]]] = {}
         """Figures by collection and step, also of the runs that this one goes on from."""
         self._path = output / LOG
         self._keep_until(first_step)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self._board = _Board(output / "tensorboard", first_step)
         self._stream = stream or sys.stderr
         self._end = end_position
         self._peak = _peak_flops() * world_size
@@ -105,10 +106,9 @@ class RunLog:
     def write(self, kind: str, figures: dict[str, float], *, step: int, position: int) -> None:
         """Appends a record of `kind` to the log, and its figures to TensorBoard."""
         record = {"kind": kind, "step": step, "position": position, **figures}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        for name, value in figures.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        self._board.write({f"{kind}/{name}": value for name, value in figures.items()}, step)
 
     def evaluation(self, name: str, figures: dict[str, float], *, step: int, position: int) -> None:
         """Takes in the figures of a collection."""
@@ -123,11 +123,6 @@ class RunLog:
     def pause(self, seconds: float) -> None:
         """Leaves the seconds of an evaluation or a checkpoint out of the rates."""
         self._paused += seconds
-
-    def close(self) -> None:
-        """Ends the files."""
-        self._file.close()
-        self._board.close()
 
     def _keep_until(self, step: int) -> None:
         """Drops the records after `step`, which a resumed run writes again, and a half-written last line."""
@@ -147,6 +142,38 @@ class RunLog:
                     }
                     self.evaluations.setdefault(record["kind"].removeprefix(_EVALUATION), {})[record["step"]] = figures
         write_file_atomic(self._path, "".join(kept).encode())
+
+
+class _Board:
+    """A file of events for TensorBoard in `folder`, which drops the curves of earlier files after `first_step`.
+
+    That of torch writes in a thread of its own, which dies with a traceback where the disk is full.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self._path = folder / name
+        self._append(0, file_version="brain.Event:2")
+        if first_step:
+            self._append(first_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, figures: Mapping[str, float], step: int) -> None:
+        """Appends a point to each curve."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
+        self._append(step, summary=Summary(value=values))
+
+    def _append(self, step: int, **content: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        event = Event(wall_time=time.time(), step=step, **content)
+        with self._path.open("ab") as file:
+            RecordWriter(file).write(event.SerializeToString())
 
 
 def evaluation_text(figures: Mapping[str, float]) -> str:

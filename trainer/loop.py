@@ -21,7 +21,8 @@ from trainer.evaluate import evaluate_retrieval, held_out_loss
 from trainer.export import export_model
 from trainer.log import RunLog, StepFigures, model_flops, summary_text
 from trainer.loss import mask_rate
-from trainer.signals import Stop, noted_signals
+from trainer.schedule import learning_rate_factor
+from trainer.signals import Stop, StoppedError, noted_signals
 from trainer.stream import BatchStream
 from trainer.training import Training, export_folder, opening_lines
 
@@ -40,7 +41,7 @@ def train(training: Training) -> int:
         log = None
         with ranks.together():
             if ranks.is_main:
-                log = stack.enter_context(contextlib.closing(_open_log(training)))
+                log = _open_log(training)
         stop = stack.enter_context(noted_signals())
         loop = stack.enter_context(contextlib.closing(_Loop(training, log, stop)))
         loop.evaluate(due=training.state.step == 0)
@@ -60,17 +61,6 @@ def train(training: Training) -> int:
         elif log is not None:
             log.say(f"stopped by a signal after step {training.state.step:,}; add --resume auto to go on from there")
     return 128 + stopped if stopped else 0
-
-
-def learning_rate_factor(position: int, step_size: int, *, warmup_batches: int, end_position: int) -> float:
-    """Share of the peak learning rate in the step over batches `position` to `position + step_size`.
-
-    Linear warm-up, then linear decay to 0 at `end_position`; a function of the stream's position alone.
-    """
-    done = position + step_size
-    if done <= warmup_batches:
-        return done / warmup_batches
-    return min(1.0, max(0.0, (end_position - position) / max(step_size, end_position - warmup_batches)))
 
 
 class _Loop:
@@ -140,6 +130,10 @@ class _Loop:
         """The signal that any rank was sent, 0 for none."""
         return self._training.ranks.max(self._stop.signum)
 
+    def _leave_if_stopped(self) -> None:
+        if self.stopped():
+            raise StoppedError
+
     def flush(self) -> None:
         """A line of the log."""
         state = self._training.state
@@ -148,8 +142,10 @@ class _Loop:
                 self._log.flush(step=state.step, position=state.position, batches_per_step=self._training.step_size)
 
     def save(self) -> None:
-        """A checkpoint, written by the main rank, after a line of the log for the steps since the last one."""
+        """A checkpoint by the main rank, after a line of the log; before the first step there is nothing to save."""
         training = self._training
+        if training.state.step == 0:
+            return
         self.flush()
         with self._pause(), training.ranks.together():
             if training.ranks.is_main:
@@ -165,7 +161,7 @@ class _Loop:
     def evaluate(self, *, due: bool = False) -> None:
         """Figures of every --eval folder, by all ranks together, where the step is `due` or one of --eval-every.
 
-        What the log has is not measured again; a signal ends it between two folders.
+        What the log has is not measured again; a signal ends it within seconds, and what it has of that folder is lost.
         """
         training, config, state = self._training, self._training.config, self._training.state
         if not due and not (config.eval_every and state.step % config.eval_every == 0):
@@ -175,7 +171,10 @@ class _Loop:
                 known = self._log is not None and state.step in self._log.evaluations.get(collection.name, {})
                 if self.stopped() or training.ranks.max(known):
                     continue
-                figures = self._measure(collection)
+                try:
+                    figures = self._measure(collection)
+                except StoppedError:
+                    return
                 with training.ranks.together():
                     if self._log is not None:
                         self._log.evaluation(collection.name, figures, step=state.step, position=state.position)
@@ -189,6 +188,7 @@ class _Loop:
             "document_prompt": training.state.prompts["document"],
             "texts_per_chunk": config.second_stage_chunk,
             "precision": training.autocast,
+            "between_blocks": self._leave_if_stopped,
         }
         sizes: dict[str, Any] = {"batch_size": training.shards.batch_size, "temperature": config.temperature}
         held_out = held_out_loss(encoder, tokenizer, collection, **sizes, **options)

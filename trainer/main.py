@@ -7,6 +7,7 @@ python trainer/main.py ...              (one process)
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -22,23 +23,28 @@ from trainer.config import parse_flags
 
 def main(arguments: Sequence[str]) -> int:
     """Runs a training; returns the exit code of `pipeline.errors`, or 128 + the signal that ended it."""
-    from trainer.ranks import join_ranks, rank_of_environment
-
     try:
         config = parse_flags(arguments)
+        from trainer.ranks import join_ranks
+
         with join_ranks(config.device) as ranks, ExitStack() as held:
+            from trainer.checkpoint import find_checkpoint
             from trainer.loop import train
             from trainer.training import hold_output, start_training
 
+            found: tuple[Path | None, list[str]] = (None, [])
             with ranks.together():
                 if ranks.is_main:
                     held.enter_context(hold_output(config.output))
-                training = start_training(config, ranks)
+                    found = find_checkpoint(config.output, config.resume)
+            checkpoint, notices = ranks.from_main(found)
+            with ranks.together():
+                training = start_training(config, ranks, checkpoint, notices)
             ranks.require_equal(training.facts(), "--output and --shards must be folders that all of them share")
             ranks.share_weights(training.encoder)
             return train(training)
     except HardbatchError as error:
-        if rank_of_environment() == 0:
+        if os.environ.get("RANK", "0") == "0":  # as torchrun tells it
             print(f"trainer: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from pipeline.errors import ConfigError, HardbatchError
 from pipeline.files import as_user_error
 
 _BUCKET_ELEMENTS = 2**24  # reduced at once: 64 MiB
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,14 @@ class Ranks:
             values = "; ".join(f"{name}: {', '.join(str(other[name]) for other in told)}" for name in differ)
             raise ConfigError(f"the ranks do not agree ({values}); {help_line}")
 
+    def from_main(self, value: T) -> T:
+        """The main rank's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        told = [value]
+        dist.broadcast_object_list(told, src=0, group=self._control)
+        return told[0]
+
     def sum(self, *values: float) -> list[float]:
         """Sums of the values over all ranks, in float64."""
         if self.world_size == 1:
@@ -107,8 +116,7 @@ class Ranks:
         errors: list[HardbatchError | None] = [None] * self.world_size
         dist.all_gather_object(errors, error, group=self._control)
         found = [one for one in errors if one is not None]
-        lines = dict.fromkeys(str(one) for one in found)
-        raise type(found[0])("\n".join(lines))
+        raise type(found[0])(*dict.fromkeys(line for one in found for line in one.args))
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -126,11 +134,6 @@ class Ranks:
             if error is None:
                 raise
         self.raise_together(error)
-
-
-def rank_of_environment() -> int:
-    """This process's rank as torchrun tells it; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
 
 
 @contextlib.contextmanager

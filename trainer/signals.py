@@ -5,19 +5,25 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 from types import FrameType
+
+_ONE_REQUEST_S = 2.0  # a scheduler that signals all processes, torchrun among them, which passes it on, asks once
 
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[Stop]:
-    """Notes SIGTERM and SIGINT for the end of the step; a second one ends the process at once."""
+    """Notes SIGTERM and SIGINT for the end of the step; one that comes later still ends the process at once."""
     stop = Stop()
+    noted_at = 0.0
 
     def note(signum: int, frame: FrameType | None) -> None:
-        if stop.noted:
+        nonlocal noted_at
+        if not stop.noted:
+            stop.noted, noted_at = signum, time.monotonic()
+        elif time.monotonic() - noted_at > _ONE_REQUEST_S:
             raise SystemExit(128 + signum)
-        stop.noted = signum
 
     before = {signum: signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -25,6 +31,10 @@ def noted_signals() -> Iterator[Stop]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+class StoppedError(Exception):
+    """A signal came amid a piece of work that is not worth finishing."""
 
 
 class Stop:

@@ -19,7 +19,7 @@ from pipeline.files import as_user_error
 from pipeline.lock import lock
 from trainer.backbone import build_encoder, find_backbone, initial_encoder
 from trainer.batch import Tokenizer, load_tokenizer
-from trainer.checkpoint import TrainState, check_resumable, find_checkpoint, load_optimizer, read_state
+from trainer.checkpoint import TrainState, check_resumable, load_optimizer, read_state
 from trainer.collection import Collection, load_collection
 from trainer.config import TrainConfig
 from trainer.export import refuse_foreign
@@ -93,8 +93,10 @@ def hold_output(output: Path) -> Iterator[None]:
         yield
 
 
-def start_training(config: TrainConfig, ranks: Ranks) -> Training:
-    """Opens shards and evaluation folders, builds or loads the model. Waits for no other rank.
+def start_training(config: TrainConfig, ranks: Ranks, checkpoint: Path | None, notices: list[str]) -> Training:
+    """Opens shards and evaluation folders, builds the model or loads it from `checkpoint`. Waits for no other rank.
+
+    `checkpoint` and `notices` are what the main rank's `find_checkpoint` returned: it alone reads every byte of it.
 
     Raises ConfigError, InputError or IntegrityError for what a user can mend.
     """
@@ -112,16 +114,17 @@ def start_training(config: TrainConfig, ranks: Ranks) -> Training:
     order = shards.order(seed=config.seed)
     step_size = ranks.world_size * config.accumulate
     order.step_at(0, step_size)  # refuses an epoch that holds less than one step
-    checkpoint, notices = find_checkpoint(config.output, config.resume)
     if checkpoint is not None:
         state = read_state(checkpoint)
         check_resumable(checkpoint, state, shards_key=shards.key, settings=settings)
-        folder, encoder = checkpoint, initial_encoder(config, checkpoint, flag="--resume")
+        folder, encoder = checkpoint, initial_encoder(config, checkpoint, flag="--resume", verified=True)
         notices.append(f"going on from {checkpoint}, step {state.step:,}, batch {state.position:,}")
     else:
         folder = config.init_from or find_backbone(config.backbone)
         encoder = (
-            initial_encoder(config, folder, flag="--init-from") if config.init_from else build_encoder(config, folder)
+            initial_encoder(config, folder, flag="--init-from", verified=not ranks.is_main)  # whose weights all take
+            if config.init_from
+            else build_encoder(config, folder)
         )
         state = _fresh_state(config, shards, order, step_size, settings)
         if state.warmup_batches >= state.end_position:
@@ -236,7 +239,7 @@ def choose_prompts(shards: Shards) -> dict[str, str]:
     named = {
         text.rstrip().rstrip(":"): text for prompts in sorted(used) for text in prompts if text.rstrip().rstrip(":")
     }
-    return {**named, "query": query, "document": document}
+    return dict(sorted({**named, "query": query, "document": document}.items()))  # as a checkpoint gives them back
 
 
 def _build_optimizer(encoder: Encoder, config: TrainConfig) -> torch.optim.AdamW:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+from reliability.forked import Forks
+from reliability.trainings import kill_forks
+from trainer_models import tiny_backbone
 
 _PREFIX = "reliability row "
 
@@ -17,3 +22,47 @@ def record_row(record_property: Callable[[str, object], None]) -> Callable[[int,
         record_property(f"{_PREFIX}{row}", figure)
 
     return record
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Runs of the command line that start in no time; see forked.py."""
+    if not Path("/proc/self/stat").exists():
+        pytest.skip("looks at processes in /proc")
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT with dropout."""
+    return tiny_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+@pytest.fixture
+def flags(finished_run: tuple[Path, Path, Path], backbone: Path, tmp_path: Path) -> dict[str, Any]:
+    """2 epochs of 6 batches of 8 pairs, logged at every step, saved at every second."""
+    return {
+        "--shards": finished_run[2],
+        "--output": tmp_path / "out",
+        "--backbone": backbone,
+        "--dropout": 0.1,
+        "--context-size": 6,
+        "--max-length": 24,
+        "--epochs": 2,
+        "--warmup-steps": 3,
+        "--learning-rate": 1e-3,
+        "--sequence-dropout": 0.1,
+        "--first-stage-chunk": 4,
+        "--second-stage-chunk": 6,
+        "--precision": "fp32",
+        "--log-every": 1,
+        "--save-every": 2,
+    }
+
+
+@pytest.fixture(autouse=True)
+def _no_fork_is_left() -> Iterator[None]:
+    yield
+    kill_forks()

@@ -25,7 +25,7 @@ BLOCKS: dict[str, int] = {
     "pipeline.assemble.STAGED_ROWS": 50,
     "pipeline.embed._TEXTS_PER_READ": 64,
     "pipeline.vectors._OPEN_FILES": 1,
-    "pipeline.kmeans._VALUES_HELD": 0,  # points are read in each iteration
+    "pipeline.points._VALUES_HELD": 0,  # points are read in each iteration
     "pipeline.nearest._SCORES_HELD": 2**12,
     "pipeline.hardness._BLOCK_ROWS": 777,
     "pipeline.refine._GAINS_HELD": 2**14,

@@ -1,0 +1,194 @@
+"""Row 15: a disk that is full at any step ends in exit code 6, with all before it whole, and the run goes on later."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import processes
+import pytest
+
+from pipeline import cli
+from pipeline.artifact import iter_artifact_paths, verify_artifact
+from pipeline.run import plan_corpus, run_step
+from pipeline.step import Step
+
+STEPS = ("pairs", "vectors", "clusters", "hardness", "batches", "shards")
+SETTINGS = """corpus = "c"
+[[dataset]]
+name = "n"
+source = "pairs.jsonl"
+holdout = 0.1
+[embed]
+model = "lexical"
+surrogate_model = "lexical"
+unit_rows = 64
+[pack]
+batch_size = 8
+[write]
+batches_per_part = 16
+"""
+DISK_BYTES = 8 * 2**20
+Record = Callable[[int, str], None]
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Step]]:
+    """(manifest, steps) of a run on a roomy disk."""
+    folder = tmp_path_factory.mktemp("clean")
+    draw = random.Random(0)
+    words = ["".join(draw.choices("aeioubcdfglmnprst", k=draw.randint(2, 9))) for _ in range(2_000)]
+    rows = ({side: " ".join(draw.choices(words, k=30)) for side in ("query", "document")} for _ in range(500))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "c.toml").write_text(SETTINGS)
+    steps = list(plan_corpus(folder / "c.toml", folder / "workspace").steps)
+    for step in steps:
+        run_step(step)
+    return folder / "c.toml", steps
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 8 MiB."""
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a small disk needs root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", folder], capture_output=True)
+    if made.returncode != 0:
+        pytest.skip(f"a small disk cannot be mounted here: {made.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def lay_out(clean: tuple[Path, list[Step]], number: int, workspace: Path) -> Step:
+    """Copies the artifacts of the steps before `number`; returns the step to come."""
+    _, steps = clean
+    for step in steps[:number]:
+        shutil.copytree(step.path, workspace / step.path.relative_to(steps[-1].path.parents[1]))
+    return steps[number]
+
+
+def fill(disk: Path, free: int) -> Path:
+    """A file that leaves `free` bytes."""
+    ballast = disk / "ballast"
+    status = os.statvfs(disk)
+    with ballast.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, status.f_bavail * status.f_frsize - free))
+    return ballast
+
+
+def bytes_of(step: Step) -> int:
+    return sum(-(-path.stat().st_size // 4096) * 4096 for path in step.path.rglob("*") if path.is_file())
+
+
+def check_full(errors: str, workspace: Path, steps: list[Step], number: int) -> None:
+    """One clear line, the steps before whole, the full one not visible."""
+    lines = [line for line in errors.splitlines() if line.startswith("hardbatch:")]
+    assert len(lines) == 1 and "Traceback" not in errors, errors
+    assert "no space left" in lines[0] and "run the same command again" in lines[0]
+    found = list(iter_artifact_paths(workspace))
+    assert sorted(path.name for path in found) == sorted(step.key for step in steps[:number])
+    assert [fault for path in found for fault in verify_artifact(path)] == []
+
+
+def check_same(workspace: Path, steps: list[Step]) -> None:
+    """Every artifact has the bytes of the clean run, and nothing is left beside them."""
+    for step in steps:
+        assert processes.tree(workspace / step.path.relative_to(steps[-1].path.parents[1])) == processes.tree(step.path)
+    assert [path for path in workspace.rglob(".*") if path.name not in (".digests.json", ".rates.json")] == []
+
+
+def test_a_disk_that_fills_in_one_step_after_the_other(
+    clean: tuple[Path, list[Step]], disk: Path, capsys: pytest.CaptureFixture[str], record_row: Record
+) -> None:
+    manifest, steps = clean
+    workspace = disk / "workspace"
+    command = ["run", str(manifest), "--workspace", str(workspace)]
+    for number, step in enumerate(plan_corpus(manifest, workspace).steps):
+        ballast = fill(disk, free=bytes_of(steps[number]) // 2 // 4096 * 4096)
+        assert cli.main(command) == 6
+        check_full(capsys.readouterr().err, workspace, steps, number)
+        ballast.unlink()
+        assert run_step(step)
+    assert cli.main(command) == 0
+    check_same(workspace / "c", steps)
+    record_row(15, f"full at each of {len(steps)} stages: exit code 6, all before whole, same bytes once there is room")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("stage", STEPS)
+@pytest.mark.parametrize("part", [0.0, 0.25, 0.75, 0.9])
+def test_a_disk_that_fills_in_a_step(
+    clean: tuple[Path, list[Step]], disk: Path, stage: str, part: float, record_row: Record
+) -> None:
+    manifest, steps = clean
+    number = [step.stage for step in steps].index(stage)
+    workspace = disk / "workspace"
+    step = lay_out(clean, number, workspace / "c")
+    plan_corpus(manifest, workspace)
+    ballast = fill(disk, free=int(bytes_of(step) * part) // 4096 * 4096)
+    command = [*processes.HARDBATCH, "run", manifest, "--workspace", workspace]
+    ended = processes.run(command)
+    assert ended.code == 6, ended.errors
+    check_full(ended.errors, workspace, steps, number)
+    ballast.unlink()
+    assert processes.run(command).code == 0
+    check_same(workspace / "c", steps)
+    record_row(15, "by the command itself, with 0, 25, 75, 90 % of what each stage needs: the same, 24 of 24")
+
+
+def test_a_disk_that_is_full_from_the_start(
+    clean: tuple[Path, list[Step]], disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (disk / "workspace").mkdir()
+    ballast = fill(disk, free=0)
+    command = ["run", str(clean[0]), "--workspace", str(disk / "workspace")]
+    assert cli.main(command) == 6
+    check_full(capsys.readouterr().err, disk / "workspace", clean[1], 0)
+    ballast.unlink()
+    assert cli.main(command) == 0
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+from pipeline.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    "limit", [100_000, *(pytest.param(limit, marks=pytest.mark.soak) for limit in (100, 2_000, 20_000, 40_000, 70_000))]
+)
+def test_a_limit_of_the_size_of_files(
+    clean: tuple[Path, list[Step]], tmp_path: Path, limit: int, record_row: Record
+) -> None:
+    """`ulimit -f`: as a full disk, but the line says which limit it is."""
+    manifest, steps = clean
+    words = ["run", manifest, "--workspace", tmp_path / "workspace"]
+    ended = processes.run([sys.executable, "-c", LIMITED, limit, *words])
+    assert ended.code == 6, ended.errors
+    lines = [line for line in ended.errors.splitlines() if line.startswith("hardbatch:")]
+    assert len(lines) == 1 and "ulimit -f" in lines[0] and "Traceback" not in ended.errors
+    assert cli.main(list(map(str, words))) == 0
+    check_same(tmp_path / "workspace" / "c", steps)
+    record_row(15, "a limit of file sizes (ulimit -f): exit code 6, goes on without it")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_finds_no_room(clean: tuple[Path, list[Step]]) -> None:
+    manifest, steps = clean
+    command = [*processes.HARDBATCH, "run", manifest, "--workspace", steps[-1].path.parents[2]]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=processes.ROOT)
+    assert ended.returncode == 6
+    assert ended.stderr.splitlines()[-1].startswith("hardbatch: no space left") and "Exception" not in ended.stderr

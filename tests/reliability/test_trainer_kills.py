@@ -1,0 +1,158 @@
+"""Row 14: trainings that are killed while they write a checkpoint or an export, and go on as if they had not been."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reliability.processes import KILLED, Ended, tree
+from reliability.trainings import (
+    export_of,
+    figures_of,
+    fork,
+    join,
+    run_fork,
+    state_of,
+)
+from trainer_models import save_model_folder, tiny_encoder
+
+from pipeline.artifact import verify_artifact
+from pipeline.faults import POINTS, TRAINER_POINTS
+from trainer.checkpoint import find_checkpoint
+from trainer.export import open_model
+from trainer.replace import _exchange, put_in_place
+
+RecordRow = Callable[[int, str], None]
+
+QUICK_POINTS = ("unit.renamed:3", "checkpoint.disowned:1")
+# a training deletes a checkpoint before it writes it anew, and sweeps nothing but what a kill left
+NOT_OF_A_TRAINING = {"sweep.removed", "unit.unrecorded", "export.set-aside"}
+
+
+def soak_points() -> list[str]:
+    """Every point as it is passed first, and later, while an earlier checkpoint is there."""
+    return [f"{point}:{number}" for point in (*POINTS, *TRAINER_POINTS) for number in (1, 4)]
+
+
+def resume_after_kill(point: str, flags: dict[str, Any], log: Path) -> bool:
+    """A training that dies at `point`, and goes on to its end; False where it does not pass that point."""
+    ended = run_fork(flags, log, fault=f"{point}=kill")
+    if ended.code == 0:
+        return False
+    assert ended.code == KILLED, ended.errors
+    output = Path(flags["--output"])
+    checkpoint, told = find_checkpoint(output, "auto")
+    assert told == [], "what a kill leaves is a whole checkpoint or none"
+    if checkpoint is not None:
+        assert verify_artifact(checkpoint) == []
+        open_model(checkpoint, "--checkpoint")
+    again = run_fork({**flags, "--resume": "auto"}, log)
+    assert again.code == 0, again.errors
+    newest = sorted((output / "checkpoints").glob("step-*"))[-1:]
+    left = [path for path in output.rglob(".*") if path.parent not in newest and path.name != ".training.lock"]
+    assert left == [], "nothing of a killed run stays but in the checkpoint that it had just finished"
+    return True
+
+
+@pytest.mark.parametrize("points", [QUICK_POINTS, pytest.param((), marks=pytest.mark.soak)], ids=["quick", "soak"])
+def test_killed_while_a_checkpoint_is_written(
+    flags: dict[str, Any], points: tuple[str, ...], tmp_path: Path, record_row: RecordRow
+) -> None:
+    flags |= {"--epochs": 1, "--keep-last": 1, "--save-every": 1}
+    unbroken = {**flags, "--output": tmp_path / "unbroken"}
+    assert run_fork(unbroken, tmp_path / "log").code == 0
+    expected, export = figures_of(unbroken), export_of(unbroken)
+    passed, others = set(), set()
+    for point in points or soak_points():
+        shutil.rmtree(flags["--output"], ignore_errors=True)
+        if resume_after_kill(point, flags, tmp_path / "log"):
+            assert figures_of(flags) == expected and export_of(flags) == export
+            passed.add(point)
+        else:
+            others.add(point.split(":")[0])
+    assert others - {point.split(":")[0] for point in passed} <= NOT_OF_A_TRAINING
+    record_row(
+        14,
+        f"killed at {len(passed)} points of saving and deleting checkpoints and of the export: a whole checkpoint or "
+        "none each time; all went on to the same figures and export",
+    )
+
+
+@pytest.mark.parametrize(
+    "exchange", [True, pytest.param(False, marks=pytest.mark.soak)], ids=["in-one-step", "in-two-steps"]
+)
+def test_killed_while_an_export_is_replaced(
+    flags: dict[str, Any], tmp_path: Path, exchange: bool, record_row: RecordRow
+) -> None:
+    flags |= {"--epochs": 1, "--save-every": 3}
+    log = tmp_path / "log"
+    assert run_fork(flags, log).code == 0
+    first, last = sorted((tmp_path / "out" / "checkpoints").glob("step-*"))
+    target = tmp_path / "exports" / "export"
+
+    def export(checkpoint: Path, fault: str = "") -> Ended:
+        words = {"--checkpoint": checkpoint, "--output": target}
+        return run_fork(words, log, fault=fault, program="trainer.export", exchange=exchange)
+
+    assert export(first).code == 0
+    earlier = tree(target)
+    assert export(last).code == 0
+    later = tree(target)
+    assert earlier.keys() == later.keys() and earlier != later
+    points = ["export.written", "export.set-aside", "export.replaced", "export.swept"]
+    for point in points if not exchange else [point for point in points if point != "export.set-aside"]:
+        assert export(first).code == 0
+        assert export(last, fault=f"{point}=kill").code == KILLED
+        if point == "export.set-aside":  # the one moment without; the next run begins by putting it back
+            assert not target.exists()
+            assert export(last, fault="export.written=kill").code == KILLED
+        assert tree(target) == (earlier if point in ("export.written", "export.set-aside") else later)
+        open_model(target, "--model")
+        assert export(last).code == 0 and tree(target) == later
+        assert list(target.parent.iterdir()) == [target], "nothing is left beside it"
+    record_row(14, "an export killed at every point of its replacement: the earlier one or the new one, whole")
+
+
+def test_an_export_is_never_gone(tmp_path: Path) -> None:
+    target = tmp_path / "export"
+    target.mkdir()
+    if not _exchange(*(shutil.copytree(target, tmp_path / name) for name in "ab")):
+        pytest.skip("this file system exchanges no names")
+    missed, done = [0], threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            missed[0] += not target.exists()
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    for number in range(300):
+        new = tmp_path / f".export.{number}.tmp"
+        new.mkdir()
+        (new / "number").write_text(str(number))
+        put_in_place(new, target)
+    done.set()
+    watcher.join()
+    assert missed == [0] and (target / "number").read_text() == "299"
+
+
+def test_two_exports_to_one_folder(tmp_path: Path) -> None:
+    """The second one leaves, and does not sweep what the first one writes."""
+    checkpoint = save_model_folder(tmp_path / "checkpoint", tiny_encoder())
+    words = {"--checkpoint": checkpoint, "--output": tmp_path / "exports" / "export"}
+    process = fork(words, tmp_path / "log", program="trainer.export", fault="export.written=stop")
+    while state_of(process.pid) != "T":
+        assert process.is_alive()
+        time.sleep(0.01)
+    second = run_fork(words, tmp_path / "second", program="trainer.export")
+    assert second.code == 5 and f"being written by process {process.pid}" in second.errors
+    os.kill(process.pid, signal.SIGCONT)
+    assert join(process, tmp_path / "log").code == 0
+    open_model(tmp_path / "exports" / "export", "--model")
