@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from pipeline.errors import ConfigError, HardbatchError, IntegrityError, printable
+from pipeline.errors import ConfigError, HardbatchError, IntegrityError, LeavingError, printable
 
 _EXIT_CODES = """exit codes: 0 done, 1 the disk fails, 2 usage or settings, 3 bad input, 4 integrity, 5 locked by
 another process, 6 no space, 7 too many broken rows, 130 and 143 interrupted"""
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout = open(os.devnull, "w")  # what it holds is what found no room: leaving would try again
         print(f"hardbatch: {told}", file=sys.stderr)
         return told.exit_code
-    except _LeavingError as leaving:
+    except LeavingError as leaving:
         what = "interrupted" if leaving.signum == signal.SIGINT else "terminated"
         print(f"hardbatch: {what}; committed work stays, run the same command to go on", file=sys.stderr)
         return 128 + leaving.signum
@@ -208,21 +208,14 @@ def _typical_batch(shards: Path) -> int:
     return int(index["batch_id"][len(index) // 2])
 
 
-class _LeavingError(BaseException):
-    """A signal asked the command to end; no `except Exception` on the way out stops it."""
-
-    def __init__(self, signum: int) -> None:
-        self.signum = signum
-
-
 def _leave(signum: int, frame: FrameType | None) -> None:
     """Ends the command; while it is leaving, a second signal changes nothing."""
     error = sys.exception()
     while error is not None:
-        if isinstance(error, _LeavingError):
+        if isinstance(error, LeavingError):
             return
         error = error.__context__
-    raise _LeavingError(signum)
+    raise LeavingError(signum)
 
 
 if __name__ == "__main__":

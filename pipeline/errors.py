@@ -79,3 +79,10 @@ class QuarantineError(HardbatchError):
     """More rows had to be quarantined than `ingest.max_quarantined_fraction` allows."""
 
     exit_code = 7
+
+
+class LeavingError(BaseException):
+    """A signal asked the command to end; no `except Exception` on the way out stops it."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum

@@ -33,6 +33,7 @@ POINTS = (  # in the order in which a workspace, an artifact, a unit and its rec
     "manifest.unlinked",
     "manifest.folder-fsynced",
 )
+LONG_POINTS = ("snapshot.saved",)  # of work that takes longer than a test: its test makes them come at once
 TRAINER_POINTS = (  # besides those of the checkpoint, which is an artifact
     "checkpoint.saved",
     "checkpoint.disowned",

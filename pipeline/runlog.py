@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import socket
 import sys
 import time
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import Artifact, ArtifactBuilder, UnitRecord
-from pipeline.errors import HardbatchError
+from pipeline.errors import HardbatchError, LeavingError
 from pipeline.files import as_user_error, sha256_file
 from pipeline.step import Executor, Progress, Step, Unit, Work, Worker
 
@@ -124,6 +125,8 @@ def told(error: BaseException) -> tuple[int, str]:
         return error.exit_code, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
+    if isinstance(error, LeavingError):
+        return 128 + error.signum, "interrupted" if error.signum == signal.SIGINT else "terminated"
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1, "terminated"
     return 1, f"{type(error).__name__}: {error}"

@@ -167,7 +167,7 @@ def test_other_folders_are_told_apart(corpus: tuple[Path, Path], tmp_path: Path)
 def test_of_many_keys_a_few_are_named(shards: Path) -> None:
     for number in range(4):
         shutil.copytree(shards, shards.with_name(f"copy{number}"))
-    with pytest.raises(ConfigError, match=r"one of these folders in it: .*, .*, .*copy1, \.\.\.$"):
+    with pytest.raises(ConfigError, match=r"one of these folders in it: [^,]*, [^,]*, [^,]*, \.\.\.$"):
         open_shards(shards.parent)
 
 

@@ -19,7 +19,7 @@ from reliability.workspaces import assert_same, content, faults_in, hidden, writ
 
 from pipeline.artifact import MANIFEST, find_artifact, open_builder, write_unit
 from pipeline.errors import DiskError, IntegrityError, NoSpaceError
-from pipeline.faults import POINTS
+from pipeline.faults import LONG_POINTS, POINTS
 
 Record = Callable[[int, str], None]
 CODES = {"kill": KILLED, "ENOSPC": NoSpaceError.exit_code, "EIO": DiskError.exit_code}
@@ -77,7 +77,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Iterator[C
 
 def test_every_point_is_listed_and_passed(corpus: Corpus, tmp_path: Path) -> None:
     written = re.findall(r'fault_point\("([^"]+)"\)', "".join(p.read_text() for p in (ROOT / "pipeline").glob("*.py")))
-    assert sorted(written) == sorted(POINTS)
+    assert sorted(written) == sorted((*POINTS, *LONG_POINTS))
     passed = set(corpus.counts)
     for point, (before, *_) in BEFORE.items():
         workspace = tmp_path / point

@@ -19,6 +19,7 @@ PEAKS = Path(__file__).with_name("peaks.py")
 B = 64
 MIB = 2**20
 ALLOWED = 1.10
+QUICK_ALLOWED = 1.25  # some MiB of the allocator are more than a tenth of so little; what grows with n is ten times it
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 
 
@@ -92,7 +93,7 @@ def test_ten_times_the_pairs_hold_the_stated_buffers_more(
     # units and blocks that 3,000 pairs fill: larger ones would grow with the corpus, to no more than a few MiB
     ratios, told = compare(tmp_path, made_up(30_000), 3_000, "unit_rows = 256\n[hardness]\nanchors = 256\n")
     record_row(18, told)
-    assert {stage: ratio for stage, ratio in ratios.items() if ratio > ALLOWED} == {}
+    assert {stage: ratio for stage, ratio in ratios.items() if ratio > QUICK_ALLOWED} == {}
 
 
 @pytest.mark.soak

@@ -161,7 +161,7 @@ def test_an_artifact_names_no_file_outside(copied_run: tuple[Path, Path, Path], 
     content["files"][name] = {"sha256": hashlib.sha256(b"x").hexdigest(), "bytes": 1, "rows": None}
     del content["digest"]
     content["digest"] = hashlib.sha256(canonical_json(content)).hexdigest()
-    (shards / MANIFEST).write_text(json.dumps(content))
+    (shards / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     with pytest.raises(IntegrityError, match="names files that are not below its folder"):
         find_artifact(shards)
     assert verify_artifact(shards) == [f"{shards / MANIFEST}: names files that are not below its folder; do not use it"]
