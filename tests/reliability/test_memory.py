@@ -32,17 +32,17 @@ def _stretch(n: int) -> int:
 def _clusters(n: int) -> float:
     """In one level the points as they are read; in two what malloc and oneDNN keep. Either way k x D values."""
     k = -(-n // B)
-    return 40 * n + 12 * k * D + (10 * D * n if k <= 1_024 else 1_400 * n)
+    return 40 * n + 12 * k * D + (10 * D * n if k <= 1_024 else 1_200 * n)
 
 
 # bytes of buffers for n pairs whose texts have so many bytes: docs/benchmarks.md, 'Growth', has the same table
 STATED: dict[str, Callable[[int, float], float]] = {
-    "pairs": lambda n, text: 400 * n + 6.5 * text * min(n, 65_536) + 4 * text * min(n, 8_192),
+    "pairs": lambda n, text: 700 * n + (4 * text + 500) * min(n, 65_536) + 4 * text * min(n, 8_192),
     "vectors": lambda n, text: 0,
     "clusters": lambda n, text: _clusters(n),
-    "hardness": lambda n, text: 40 * n,
-    "batches": lambda n, text: 24 * n + 4 * (n / B) ** 2 + 5.5 * _stretch(n),
-    "shards": lambda n, text: 44 * n,
+    "hardness": lambda n, text: 40 * n + 10 * D * min(n, 8_192),
+    "batches": lambda n, text: 24 * n + 4 * (n / B) ** 2 + 3.5 * _stretch(n),
+    "shards": lambda n, text: 44 * n + 20_000 * min(n / B, 1_024),
 }
 
 
