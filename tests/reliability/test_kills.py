@@ -132,7 +132,7 @@ def test_kills_at_random_moments(tmp_path: Path, forks: Forks, record_row: Recor
 @pytest.mark.parametrize("seed", [21, 22])
 def test_fifty_kills_at_random_moments_of_writing(tmp_path: Path, forks: Forks, record_row: Record, seed: int) -> None:
     """Most of the time of these runs goes into writing: units of a few rows, parts of one batch."""
-    manifest = write_corpus(tmp_path / "corpus", {"alpha": 300, "beta": 100}, batches_per_part=1)
+    manifest = write_corpus(tmp_path / "corpus", {"alpha": 160, "beta": 60}, batches_per_part=1)
     num_ends, num_redone = kill_at_random(forks, manifest, tmp_path, seed=seed, num_kills=30)
     record_row(
         2, f"seed {seed}: 30 kills, {num_ends} runs, {num_redone} units redone, 0 partial files, 0 wrong manifests"

@@ -93,7 +93,7 @@ def test_a_signal_in_a_stage(
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", [31, 32])
 def test_signals_at_random_moments(tmp_path: Path, forks: Forks, record_row: Record, seed: int) -> None:
-    manifest = write_corpus(tmp_path / "corpus", {"alpha": 300, "beta": 100}, batches_per_part=1)
+    manifest = write_corpus(tmp_path / "corpus", {"alpha": 160, "beta": 60}, batches_per_part=1)
     command = ["run", manifest, "--workspace"]
     started = time.monotonic()
     assert forks.run([*command, tmp_path / "clean"]).code == 0
@@ -101,7 +101,7 @@ def test_signals_at_random_moments(tmp_path: Path, forks: Forks, record_row: Rec
     expected = content(tmp_path / "clean")
     draw = random.Random(seed)
     number = num_trials = 0
-    while number < 25:
+    while number < 13:
         workspace = tmp_path / str(num_trials)
         num_trials += 1
         pid = forks.start([*command, workspace])
