@@ -123,10 +123,10 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
             holdout=step.config["holdout"],
             holdout_seed=step.config["holdout_seed"],
         )
+    for unit in units:  # their records first: none ever stands without its files
+        (builder.path / "units" / f"{unit.name}.json").unlink(missing_ok=True)
     for folder in ("staged", "scratch"):
         shutil.rmtree(builder.path / folder, ignore_errors=True)
-    for unit in units:
-        (builder.path / "units" / f"{unit.name}.json").unlink(missing_ok=True)
     return Built(units=["assembled"], counts=builder.unit_record("assembled").counts)
 
 

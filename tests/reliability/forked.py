@@ -51,6 +51,7 @@ class Forks:
         """Starts `hardbatch ARGUMENTS` with `fault` as HARDBATCH_FAULT; returns its process id."""
         self._num_started += 1
         log = self._folder / f"{self._num_started}.log"
+        log.touch()  # a run may be killed before it has written anything
         words = [str(word) for word in arguments]
         pid = int(self._ask({"arguments": words, "fault": fault, "log": str(log)}))
         self._logs[pid] = log
@@ -124,6 +125,8 @@ def _serve() -> None:
             answer = os.fork()
             if answer == 0:
                 _run(**question)
+            while os.getpgid(answer) != answer:  # from then on it can be killed whole
+                time.sleep(0.0005)
             alive.add(answer)
         print(json.dumps(answer), flush=True)
     for pid in alive:
