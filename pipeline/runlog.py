@@ -30,6 +30,7 @@ from typing import Any
 from pipeline.artifact import Artifact, ArtifactBuilder, UnitRecord
 from pipeline.errors import HardbatchError, LeavingError
 from pipeline.files import as_user_error, sha256_file
+from pipeline.peak import forget_peak, peak_rss_mib
 from pipeline.step import Executor, Progress, Step, Unit, Work, Worker
 
 LOG_FORMAT = 1
@@ -38,7 +39,6 @@ _LIBRARIES = (
     "hardbatch", "numpy", "pyarrow", "scipy", "scikit-learn", "torch", "sentence-transformers", "transformers",
     "faiss-cpu", "faiss-gpu-cu12", "prefect",
 )  # fmt: skip
-_HIGH_WATER = Path("/proc/self/clear_refs")  # Linux: writing 5 sets the peak back to what is held now
 
 
 @dataclass(kw_only=True)
@@ -150,7 +150,7 @@ class StepLog:
         self.is_begun = True
         self.log.write(_record("begin", **_names(self.step), units_before=len(committed)))
         if self.log.path is not None:
-            _forget_peak()
+            forget_peak()
 
     def units_by(self, executor: Executor) -> Executor:
         """An executor that runs units as `executor` does and writes the record of each."""
@@ -179,7 +179,7 @@ class StepLog:
             )
         )
         self._last = now
-        _forget_peak()
+        forget_peak()
 
     def ran(self, names: set[str]) -> None:
         """Units that an executor has run, in this process or others: each has its record."""
@@ -231,22 +231,6 @@ class _LoggedWorker:
     def commit(self, unit: Unit, prepared: Any) -> None:
         self.worker.commit(unit, prepared)
         self.records.unit(unit.name)
-
-
-def peak_rss_mib() -> float | None:
-    """The most memory (resident, mapped files included) this process held since the last unit, in MiB; Linux only."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        return round(int(status.split("VmHWM:")[1].split()[0]) / 1024, 1)
-    except (OSError, IndexError, ValueError):
-        return None
-
-
-def _forget_peak() -> None:
-    try:
-        _HIGH_WATER.write_text("5")
-    except OSError:
-        pass  # no Linux, or not allowed: peaks are then those since the process began
 
 
 def _rows(unit: UnitRecord) -> int | None:

@@ -25,6 +25,8 @@ def main(arguments: Sequence[str]) -> int:
     """Runs a training; returns the exit code of `pipeline.errors`, or 128 + the signal that ended it."""
     try:
         config = parse_flags(arguments)
+        # before torch is loaded: else its threads spin where other work needs the cores, many times slower
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from trainer.ranks import join_ranks
 
         with join_ranks(config.device) as ranks, ExitStack() as held:
