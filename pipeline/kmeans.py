@@ -134,18 +134,16 @@ class Lloyd:
                     sum_of_squares += float(np.einsum("nd,nd->", block, block, dtype=np.float64))
             sums[choices] += group_sums
         self.sizes = np.bincount(labels, minlength=len(self.centroids))
-        filled = self.sizes > 0
-        means = sums[filled] / self.sizes[filled, None]
-        self.objective.append(
-            float(self._sum_of_squares.setdefault(level, sum_of_squares) - (sums[filled] * means).sum())
-        )
+        means = np.divide(sums, np.maximum(self.sizes, 1)[:, None], out=sums)
+        captured = float(np.einsum("kd,kd,k->", means, means, self.sizes))
+        self.objective.append(self._sum_of_squares.setdefault(level, sum_of_squares) - captured)
         self.levels.append(level)
-        self.centroids[filled] = means
+        np.copyto(self.centroids, means, where=self.sizes[:, None] > 0, casting="same_kind")
         equal_size = len(labels) / len(self.centroids)
         self._imbalance.append(float(np.abs(self.sizes - equal_size).sum() / len(labels)))
         if not exact:  # else this was the last iteration, and these are the prices it was made with
-            mean = sums.sum(0) / len(labels)
-            between = float((sums[filled] * means).sum() / len(labels) - mean @ mean)
+            mean = self.sizes @ means / len(labels)
+            between = captured / len(labels) - float(mean @ mean)
             step = self._balance * max(0.0, min(between, self.objective[-1] / len(labels)))
             self.prices -= (step * np.clip(self.sizes / equal_size - 1, *_PRICE_STEPS)).astype(np.float32)
         return labels

@@ -13,8 +13,9 @@ import torch
 
 from pipeline.vectors import Array
 
-_SCORES_HELD = 2**24  # float32 scores of a block of points: 64 MiB
-_MIN_BLOCK_ROWS = 64
+_SCORES_HELD = 2**21  # float32 scores of a block of points: 8 MiB
+_SCORES_HELD_ON_GPU = 2**26
+_ROWS, _COLUMNS = 512, 64  # products are padded to multiples: oneDNN keeps the code of each shape that it has met
 _NEAR_TIE = 1e-4  # scores are dot products of vectors of norm up to 2 in float32: two orders above their error
 
 
@@ -32,36 +33,54 @@ def fast_products() -> Iterator[None]:
 class Nearest:
     """Assigns points to the cluster that maximises c·s − ‖c‖²/2 + price, the lowest id on a tie.
 
-    Takes `centroids_kD` (float32) and `prices_k` (float32; None for zeros).
+    Takes `centroids_kD` (float32) and `prices_k` (float32; None for zeros). Large buffers on the CPU are numpy's: those
+    of torch are aligned, and what glibc frees of aligned pieces it may not find again.
     """
 
     def __init__(self, centroids_kD: Array, prices_k: Array | None = None, *, device: str = "cpu") -> None:
-        self._centroids = torch.from_numpy(centroids_kD).to(device)
-        self._offsets = -0.5 * (self._centroids.double() ** 2).sum(1)
+        k = len(centroids_kD)
+        self._device = torch.device(device)
+        self._centroids = torch.from_numpy(_padded(centroids_kD, _COLUMNS)).to(self._device)
+        offsets = np.full(len(self._centroids), -np.inf)  # no point is nearest to the padding
+        offsets[:k] = -0.5 * (centroids_kD.astype(np.float64) ** 2).sum(1)
         if prices_k is not None:
-            self._offsets += torch.from_numpy(prices_k).to(device)
-        self._block_rows = max(_MIN_BLOCK_ROWS, _SCORES_HELD // len(centroids_kD))
+            offsets[:k] += prices_k
+        self._offsets = torch.from_numpy(offsets).to(self._device)
+        held = _SCORES_HELD if self._device.type == "cpu" else _SCORES_HELD_ON_GPU
+        self._block_rows = max(1, held // len(offsets) // _ROWS) * _ROWS
 
     def __call__(self, points_nD: Array, *, exact: bool = True) -> Array:
         """The clusters (int32, n). Not `exact`: products as in `fast_products`, and near-ties stay as they come."""
         assign = self._exactly if exact else self._roughly
         labels = np.empty(len(points_nD), dtype=np.int32)
         for start in range(0, len(points_nD), self._block_rows):
-            block = torch.from_numpy(points_nD[start : start + self._block_rows]).to(self._centroids.device)
-            labels[start : start + len(block)] = assign(block).cpu().numpy()
+            block = points_nD[start : start + self._block_rows]
+            chosen = assign(torch.from_numpy(_padded(block, _ROWS)).to(self._device))
+            labels[start : start + len(block)] = chosen[: len(block)].cpu().numpy()
         return labels
 
     def _roughly(self, points: torch.Tensor) -> torch.Tensor:
         with fast_products():
-            return torch.addmm(self._offsets.float(), points, self._centroids.T).argmax(1)
+            return self._scores(points).argmax(1)
 
     def _exactly(self, points: torch.Tensor) -> torch.Tensor:
-        scores = torch.addmm(self._offsets.float(), points, self._centroids.T)
-        best = scores.topk(min(2, scores.shape[1]), dim=1)
+        scores = self._scores(points)
+        best = scores.topk(2, dim=1)
         chosen = best.indices[:, 0].clone()
         least = best.values[:, 0] - _NEAR_TIE
-        for row in torch.nonzero(best.values[:, -1] >= least).flatten().tolist():
+        for row in torch.nonzero(best.values[:, 1] >= least).flatten().tolist():
             candidates = torch.nonzero(scores[row] >= least[row]).flatten()
             products = self._centroids[candidates].double() * points[row].double()
             chosen[row] = candidates[int((products.sum(1) + self._offsets[candidates]).argmax())]
         return chosen
+
+    def _scores(self, points: torch.Tensor) -> torch.Tensor:
+        shape = len(points), len(self._centroids)
+        out = torch.from_numpy(np.empty(shape, dtype=np.float32)) if points.device.type == "cpu" else None
+        return torch.addmm(self._offsets.float(), points, self._centroids.T, out=out)
+
+
+def _padded(vectors: Array, multiple: int) -> Array:
+    """With rows of zeros up to a multiple of rows; the array itself where there is none to add."""
+    missing = -len(vectors) % multiple
+    return np.concatenate([vectors, np.zeros((missing, vectors.shape[1]), dtype=np.float32)]) if missing else vectors

@@ -68,7 +68,10 @@ class Subset:
 def held_if_small(points: Points) -> Points:
     if len(points) * points.dimension > _VALUES_HELD:
         return points
-    return InMemory(points.take(np.arange(len(points))))
+    held = np.empty((len(points), points.dimension), dtype=np.float32)
+    for rows in partitions(len(points)):
+        held[rows[0] : rows[-1] + 1] = points.take(rows)
+    return InMemory(held)
 
 
 def partitions(num_rows: int) -> Iterator[Array]:
@@ -80,9 +83,10 @@ def cluster_sums(points_nD: Array, labels: Array, num_clusters: int) -> Array:
     """Sum of the points of each cluster, float64 (k, D): float32 within a partition, added in the order of the rows."""
     sums = np.zeros((num_clusters, points_nD.shape[1]))
     for rows in partitions(len(points_nD)):
-        part = torch.zeros(sums.shape, dtype=torch.float32)
-        part.index_add_(0, torch.from_numpy(labels[rows]), torch.from_numpy(points_nD[rows[0] : rows[-1] + 1]))
-        sums += part.numpy()
+        part = np.zeros(sums.shape, dtype=np.float32)
+        added = torch.from_numpy(points_nD[rows[0] : rows[-1] + 1])
+        torch.from_numpy(part).index_add_(0, torch.from_numpy(labels[rows]), added)
+        sums += part
     return sums
 
 

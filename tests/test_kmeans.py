@@ -359,6 +359,7 @@ def test_threads_and_block_size_change_nothing(monkeypatch, restored_threads, ba
     for threads, held in ((1, 2**24), (2, 2**24), *blocks):
         torch.set_num_threads(threads)
         monkeypatch.setattr(nearest, "_SCORES_HELD", held)
+        monkeypatch.setattr(nearest, "_ROWS", 64)
         found.append(run(points, 40, iterations=6, balance=balance))
     for other in found[1:]:
         assert np.array_equal(other.labels, found[0].labels)

@@ -130,7 +130,7 @@ def test_exact_labels_do_not_depend_on_blocks_or_threads(monkeypatch, restored_t
     for threads, held, rows in ((1, 1, 64), (1, 1, 1), (1, 1, 17), (1, 40 * 333, 16), (2, 2**24, 64), (2, 1, 64)):
         torch.set_num_threads(threads)
         monkeypatch.setattr(module, "_SCORES_HELD", held)
-        monkeypatch.setattr(module, "_MIN_BLOCK_ROWS", rows)
+        monkeypatch.setattr(module, "_ROWS", rows)
         assert np.array_equal(Nearest(centroids)(points), expected), (threads, held, rows)
 
 
@@ -144,11 +144,12 @@ def test_scores_are_held_for_a_block_only(monkeypatch):
 
     monkeypatch.setattr(module.torch, "addmm", addmm)
     monkeypatch.setattr(module, "_SCORES_HELD", 10_000)
+    monkeypatch.setattr(module, "_ROWS", 64)
     for exact in (True, False):
         shapes.clear()
         Nearest(sums_of_units(50, seed=1))(sums_of_units(3_000), exact=exact)
         assert max(rows * columns for rows, columns in shapes) <= 10_000
-        assert sum(rows for rows, _ in shapes) == 3_000
+        assert sum(rows for rows, _ in shapes) == 3_008  # padded to a multiple of 64
 
 
 def test_arguments_are_left_as_they_were():

@@ -285,6 +285,7 @@ def test_threads_and_block_size_change_nothing(monkeypatch, restored_threads, sp
         torch.set_num_threads(threads)
         monkeypatch.setattr(refine_module, "_GAINS_HELD", held)
         monkeypatch.setattr(nearest, "_SCORES_HELD", held)
+        monkeypatch.setattr(nearest, "_ROWS", 64)
         found.append(pack(points, labels, centroids, PackSettings(batch_size=32, refine_rounds=6)))
     for other in found[1:]:
         assert np.array_equal(other.batches, found[0].batches)

@@ -199,6 +199,7 @@ def test_threads_and_block_size_change_nothing(monkeypatch, restored_threads, ba
     for threads, held in ((1, 2**24), (2, 2**24), *blocks):
         torch.set_num_threads(threads)
         monkeypatch.setattr(nearest, "_SCORES_HELD", held)
+        monkeypatch.setattr(nearest, "_ROWS", 64)
         found.append(run(points, 100, iterations=5, balance=balance))
     for other in found[1:]:
         assert np.array_equal(other.labels, found[0].labels)
@@ -223,6 +224,7 @@ def test_neither_points_nor_scores_are_held_at_once(monkeypatch):
     monkeypatch.setattr(points_module, "_PARTITION_ROWS", 100)
     monkeypatch.setattr(points_module, "_VALUES_HELD", 0)
     monkeypatch.setattr(nearest, "_SCORES_HELD", 6_400)
+    monkeypatch.setattr(nearest, "_ROWS", 32)
     monkeypatch.setattr(nearest.torch, "addmm", addmm)
     clustering = run(Counted(folded_points(3_000)), 100, iterations=4)
     assert len(clustering.labels) == 3_000

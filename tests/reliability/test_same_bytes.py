@@ -27,6 +27,7 @@ BLOCKS: dict[str, int] = {
     "pipeline.vectors._OPEN_FILES": 1,
     "pipeline.points._VALUES_HELD": 0,  # points are read in each iteration
     "pipeline.nearest._SCORES_HELD": 2**12,
+    "pipeline.nearest._ROWS": 64,
     "pipeline.hardness._BLOCK_ROWS": 777,
     "pipeline.refine._GAINS_HELD": 2**14,
     "pipeline.neighbours._BLOCK_ROWS": 300,
