@@ -186,7 +186,7 @@ def fill_and_refine(points: FoldedPoints, labels: Array, batch_size: int, seed: 
 def cut_and_refine(points: FoldedPoints, labels: Array, batch_size: int, seed: int) -> tuple[Array, Array]:
     """The row of FAISS's clusters along the tour, cut every B, and our refinement of that."""
     batches, labels = tour_and_cut(points, labels, batch_size, seed)
-    vectors = torch.from_numpy(np.concatenate(points.sides(np.arange(len(points))), axis=1))
+    vectors = torch.from_numpy(points.joined(batches.ravel()))
     return refine(vectors, batches, rounds=30, tolerance=5e-4).batches, labels
 
 

@@ -15,7 +15,7 @@ from pipeline.vectors import Array
 
 _SCORES_HELD = 2**21  # float32 scores of a block of points: 8 MiB
 _SCORES_HELD_ON_GPU = 2**26
-_ROWS, _COLUMNS = 512, 64  # products are padded to multiples: oneDNN keeps the code of each shape that it has met
+_ROWS, _COLUMNS = 512, 32  # products are padded to multiples: oneDNN keeps the code of each shape that it has met
 _NEAR_TIE = 1e-4  # scores are dot products of vectors of norm up to 2 in float32: two orders above their error
 
 

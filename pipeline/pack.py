@@ -63,20 +63,20 @@ def pack(points: FoldedPoints, labels: Array, centroids: Array, settings: PackSe
     batches = [np.empty((0, settings.batch_size), dtype=np.int64)]
     for stretch in _stretches(labels, centroids, tour, settings.batch_size, 2 * points.dimension):
         places = np.concatenate([*stretch.members, left])
-        vectors = points.joined(places)
-        folded = vectors[:, : points.dimension] + vectors[:, points.dimension :]
+        folded = points.take(places)
         row = lay_out(folded, stretch)
         lengths = np.array([len(members) for members in stretch.members])
         filled, rest = fill_batches(folded, row, lengths, settings.batch_size)
         del folded
+        batched = places[filled]
         refined = refine(
-            torch.from_numpy(vectors),
-            filled,
+            torch.from_numpy(points.joined(batched.ravel())),
+            batched,
             rounds=settings.refine_rounds,
             tolerance=settings.refine_tolerance,
             device=settings.device,
         )
-        batches.append(places[refined.batches])
+        batches.append(refined.batches)
         left = places[rest]
     return Packing(batches=np.concatenate(batches), remainder=left)
 

@@ -7,6 +7,7 @@ Shape letters: n points, k clusters, D dimension.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -68,7 +69,12 @@ class Subset:
 def held_if_small(points: Points) -> Points:
     if len(points) * points.dimension > _VALUES_HELD:
         return points
-    held = np.empty((len(points), points.dimension), dtype=np.float32)
+    num_bytes = 4 * max(1, len(points) * points.dimension)
+    room = mmap.mmap(
+        -1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    )  # given back when freed, unlike malloc's
+    held = np.frombuffer(room, dtype=np.float32)[: len(points) * points.dimension]
+    held = held.reshape(len(points), points.dimension)
     for rows in partitions(len(points)):
         held[rows[0] : rows[-1] + 1] = points.take(rows)
     return InMemory(held)

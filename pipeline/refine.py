@@ -16,6 +16,7 @@ N = M + 1, F = 2·dimension.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ _NUM_NEAR = 32  # batches that a batch may trade with: more gain more, in second
 _NUM_CANDIDATES = 8  # pairs that a batch may give to another at once
 _NUM_MATCHINGS = 6  # of a round: gains are asked for once, which is most of the work
 _GAINS_HELD = 2**24  # float32 gains of a block of batches: 64 MiB
+_VALUES_READ = 2**18  # float32 values of x summed at a time: 1 MiB
 _LEAST_GAIN = 1e-6  # cosines, of a sum over B² of them
 
 
@@ -39,14 +41,15 @@ class Refined:
 
 
 def refine(vectors: torch.Tensor, batches: Array, *, rounds: int, tolerance: float, device: str = "cpu") -> Refined:
-    """Trades pairs between `batches` (int64, b × B, rows of `vectors`, float32 n × F = d⊕q of each pair).
+    """Trades pairs between `batches` (int64, b × B) with `vectors` = d⊕q (float32, b·B × F), slot by slot.
 
-    Stops after `rounds`, or when a round gains no more than `tolerance` of Eq. 2 (summed over i ≠ j). Holds b·B·F
-    float32, 64 MiB of gains, and b × b cosines of batches.
+    On the CPU `vectors` follow the trade: they come out in the order of the refined batches. Stops after `rounds`, or when
+    a round gains no more than `tolerance` of Eq. 2 (summed over i ≠ j). Holds, beside x, 64 MiB of gains, 20·M·F bytes a
+    batch of what is exchanged, and b × b cosines of batches.
     """
     if len(batches) == 0:
         return Refined(batches=batches, objective=[0.0])
-    trade = _Trade(vectors, torch.from_numpy(batches), torch.device(device))
+    trade = _Trade(vectors.to(device).view(*batches.shape, -1), torch.tensor(batches, device=device))
     objective = [trade.value()]
     for _ in range(rounds if len(batches) > 1 else 0):
         gained = trade.round()
@@ -57,14 +60,16 @@ def refine(vectors: torch.Tensor, batches: Array, *, rounds: int, tolerance: flo
 
 
 class _Trade:
-    def __init__(self, vectors: torch.Tensor, places_bB: torch.Tensor, device: torch.device) -> None:
-        self.places = places_bB.clone().to(device)
-        self._x_bBF = vectors[places_bB.ravel()].view(*places_bB.shape, -1).to(device)
-        self._half = self._x_bBF.shape[2] // 2
-        self._sum_bF = torch.zeros(len(places_bB), self._x_bBF.shape[2], dtype=torch.float64, device=device)
-        for slot in range(places_bB.shape[1]):  # one sum over the slots would first write all of x as float64
-            self._sum_bF += self._x_bBF[:, slot]
-        self._own_bB = (self._x_bBF[..., : self._half] * self._x_bBF[..., self._half :]).sum(2)
+    def __init__(self, x_bBF: torch.Tensor, places_bB: torch.Tensor) -> None:
+        self.places = places_bB
+        self._x_bBF = x_bBF
+        self._half = x_bBF.shape[2] // 2
+        self._sum_bF = x_bBF.new_empty((len(x_bBF), x_bBF.shape[2]), dtype=torch.float64)
+        self._own_bB = x_bBF.new_empty(x_bBF.shape[:2])
+        for own in _blocks(len(x_bBF), _VALUES_READ // (x_bBF.shape[1] * x_bBF.shape[2])):
+            x = x_bBF[own]
+            self._sum_bF[own] = x.sum(1, dtype=torch.float64)  # which writes all of x as float64 first
+            self._own_bB[own] = (x[..., : self._half] * x[..., self._half :]).sum(2)
 
     def value(self) -> float:
         """Σ_b Σ_{i≠j} d_i·q_j, in float64."""
@@ -117,10 +122,9 @@ class _Trade:
         """For each batch and near batch the slots (b × L × M) that gain most by going there, and the gains."""
         toward_bF = self._swapped(self._sum_bF).float()
         num_slots = self.places.shape[1]
-        block = max(1, _GAINS_HELD // ((near_bL.shape[1] + 1) * max(num_slots, self._x_bBF.shape[2])))
+        block = _GAINS_HELD // ((near_bL.shape[1] + 1) * max(num_slots, self._x_bBF.shape[2]))
         best = []
-        for start in range(0, len(near_bL), block):
-            own = slice(start, start + block)
+        for own in _blocks(len(near_bL), block):
             target_bLF = torch.cat([toward_bF[own, None], toward_bF[near_bL[own]]], dim=1)
             with fast_products():
                 score_bLB = torch.bmm(target_bLF, self._x_bBF[own].transpose(1, 2))
@@ -152,6 +156,11 @@ class _Trade:
         for values in (self._x_bBF.flatten(0, 1), self.places.flatten(), self._own_bB.flatten()):
             values[here], values[there] = values[there], values[here]
         return float(gain_P[gains].sum())
+
+
+def _blocks(total: int, size: int) -> Iterator[slice]:
+    for start in range(0, total, max(1, size)):
+        yield slice(start, start + max(1, size))
 
 
 def _match(promise_bL: torch.Tensor, near_bL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

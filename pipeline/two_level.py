@@ -59,10 +59,12 @@ def two_level_kmeans(
         found = kmeans(Subset(points, rows), share, seed=seed + 1 + number, **settings) if share > 0 else None
         fine.add(found)
         snapshots.save("fine", fine.state)
+    del found
     owned = np.split(np.arange(sum(fine.found)), np.cumsum(fine.found)[:-1])
     lloyd = Lloyd(np.concatenate(fine.centroids), balance, device)
     lloyd.prices = np.concatenate(fine.prices)
     lloyd.objective, lloyd.levels = [*coarse.objective, float(np.sum(fine.objective))], [*coarse.levels, 2]
+    del fine
     lloyd.restore(snapshots.load("wide"))
     near = _nearest_cells(coarse.centroids)
     choices = [

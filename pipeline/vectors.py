@@ -108,6 +108,7 @@ def load_pairs(artifact: Artifact) -> Pairs:
     if "negative_rows" in table.column_names:
         lists = table["negative_rows"].combine_chunks()
         offsets, rows = lists.offsets.to_numpy(), lists.values.to_numpy()
+    pa.default_memory_pool().release_unused()  # as much again, of pages as they were read
     return Pairs(
         query_row=table["query_row"].to_numpy(),
         document_row=table["document_row"].to_numpy(),
