@@ -69,12 +69,9 @@ class Subset:
 def held_if_small(points: Points) -> Points:
     if len(points) * points.dimension > _VALUES_HELD:
         return points
-    num_bytes = 4 * max(1, len(points) * points.dimension)
-    room = mmap.mmap(
-        -1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    )  # given back when freed, unlike malloc's
-    held = np.frombuffer(room, dtype=np.float32)[: len(points) * points.dimension]
-    held = held.reshape(len(points), points.dimension)
+    num_values = len(points) * points.dimension
+    room = mmap.mmap(-1, 4 * max(1, num_values), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # malloc may keep freed
+    held = np.frombuffer(room, dtype=np.float32, count=num_values).reshape(len(points), points.dimension)
     for rows in partitions(len(points)):
         held[rows[0] : rows[-1] + 1] = points.take(rows)
     return InMemory(held)

@@ -43,9 +43,9 @@ class Refined:
 def refine(vectors: torch.Tensor, batches: Array, *, rounds: int, tolerance: float, device: str = "cpu") -> Refined:
     """Trades pairs between `batches` (int64, b × B) with `vectors` = d⊕q (float32, b·B × F), slot by slot.
 
-    On the CPU `vectors` follow the trade: they come out in the order of the refined batches. Stops after `rounds`, or when
-    a round gains no more than `tolerance` of Eq. 2 (summed over i ≠ j). Holds, beside x, 64 MiB of gains, 20·M·F bytes a
-    batch of what is exchanged, and b × b cosines of batches.
+    On the CPU `vectors` follow the trade: they come out in the order of the refined batches. Stops after `rounds`, or
+    when a round gains no more than `tolerance` of Eq. 2 (summed over i ≠ j). Holds, beside them, 64 MiB of gains,
+    10·M·F bytes a batch of what is exchanged, and b × b cosines of batches.
     """
     if len(batches) == 0:
         return Refined(batches=batches, objective=[0.0])
