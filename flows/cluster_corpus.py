@@ -28,6 +28,7 @@ from prefect.client.schemas.objects import State, TaskRun
 
 from flows import service
 from pipeline.errors import HardbatchError
+from pipeline.threads import spin_briefly
 
 if TYPE_CHECKING:
     from pipeline.runlog import RunLog
@@ -123,11 +124,12 @@ def main(argv: list[str] | None = None) -> int:
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
     }
+    environment = {**defaults, **os.environ}
+    spin_briefly(environment)
     command = [sys.executable, "-m", "flows.cluster_corpus", "--inside", *arguments]
     leader = subprocess.Popen(  # noqa: S603 -- this very module, its arguments as a list
-        command, env={**defaults, **os.environ}, stdin=subprocess.PIPE, start_new_session=True
+        command, env=environment, stdin=subprocess.PIPE, start_new_session=True
     )
     try:
         return_code = leader.wait()

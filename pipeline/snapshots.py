@@ -6,6 +6,7 @@ one before it whole, and all are deleted when the artifact's unit is committed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
@@ -41,22 +42,29 @@ class Snapshots:
             return None
 
     def save(self, name: str, arrays: Callable[[], Mapping[str, Array]]) -> None:
-        """Keeps what `arrays()` gives under `name`, if it is time: a kill costs some seconds of work, or one step."""
+        """Keeps what `arrays()` gives under `name`, if it is time: a kill costs some seconds of work, or one step.
+
+        Where it finds no room, or may not write, the one before it stays: the artifact itself will tell of that.
+        """
         started = time.monotonic()
         if self._folder is None or started < self._next:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_name(self._folder / f"{name}.npz")
-        try:
-            with temporary.open("wb") as file:
-                np.savez(file, allow_pickle=False, **arrays())
-            fsync_path(temporary)
-            os.replace(temporary, self._folder / f"{name}.npz")
-        finally:
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._replace(self._folder / f"{name}.npz", arrays())
         ended = time.monotonic()
         self._next = ended + max(_LEAST_SECONDS_BETWEEN, _TIMES_ITS_COST * (ended - started))
         fault_point("snapshot.saved")
+
+    def _replace(self, path: Path, arrays: Mapping[str, Array]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_name(path)
+        try:
+            with temporary.open("wb") as file:
+                np.savez(file, allow_pickle=False, **arrays)
+            fsync_path(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Deletes all of them."""

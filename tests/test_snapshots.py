@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import numpy as np
 import pytest
 
@@ -44,6 +46,24 @@ def test_arrays_come_back_as_they_were(at_once, tmp_path):
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["one.npz"]
     snapshots.clear()
     assert not (tmp_path / "kept").exists() and snapshots.load("one") is None
+
+
+def test_without_room_the_one_before_stays(at_once, tmp_path, monkeypatch):
+    snapshots = Snapshots(tmp_path)
+    snapshots.save("one", lambda: {"a": np.arange(3)})
+
+    def full(file, **arrays):
+        file.write(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "savez", full)
+        snapshots.save("one", lambda: {"a": np.arange(4)})
+        Snapshots(tmp_path / "one.npz").save("two", lambda: {})  # a file where its folder should be
+    assert [path.name for path in tmp_path.iterdir()] == ["one.npz"]
+    assert snapshots.load("one")["a"].tolist() == [0, 1, 2]
+    snapshots.save("one", lambda: {"a": np.arange(4)})
+    assert snapshots.load("one")["a"].tolist() == [0, 1, 2, 3]
 
 
 def test_they_are_kept_only_when_it_is_time(tmp_path):

@@ -18,6 +18,7 @@ if __name__ == "__main__" and not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from pipeline.errors import HardbatchError
+from pipeline.threads import spin_briefly
 from trainer.config import parse_flags
 
 
@@ -25,8 +26,7 @@ def main(arguments: Sequence[str]) -> int:
     """Runs a training; returns the exit code of `pipeline.errors`, or 128 + the signal that ended it."""
     try:
         config = parse_flags(arguments)
-        # before torch is loaded: else its threads spin where other work needs the cores, many times slower
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        spin_briefly(os.environ)
         from trainer.ranks import join_ranks
 
         with join_ranks(config.device) as ranks, ExitStack() as held:
