@@ -56,10 +56,8 @@ def two_level_kmeans(
     fine = _Fine.restored(snapshots.load("fine"))
     for number in range(len(fine.found), len(members)):
         rows, share = members[number], int(shares[number])
-        found = kmeans(Subset(points, rows), share, seed=seed + 1 + number, **settings) if share > 0 else None
-        fine.add(found)
+        fine.add(kmeans(Subset(points, rows), share, seed=seed + 1 + number, **settings) if share > 0 else None)
         snapshots.save("fine", fine.state)
-    del found
     owned = np.split(np.arange(sum(fine.found)), np.cumsum(fine.found)[:-1])
     lloyd = Lloyd(np.concatenate(fine.centroids), balance, device)
     lloyd.prices = np.concatenate(fine.prices)

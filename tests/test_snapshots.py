@@ -59,7 +59,7 @@ def test_without_room_the_one_before_stays(at_once, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(np, "savez", full)
         snapshots.save("one", lambda: {"a": np.arange(4)})
-        Snapshots(tmp_path / "one.npz").save("two", lambda: {})  # a file where its folder should be
+        Snapshots(tmp_path / "one.npz").save("two", dict)  # a file where its folder should be
     assert [path.name for path in tmp_path.iterdir()] == ["one.npz"]
     assert snapshots.load("one")["a"].tolist() == [0, 1, 2]
     snapshots.save("one", lambda: {"a": np.arange(4)})
