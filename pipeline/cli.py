@@ -18,6 +18,7 @@ from pipeline.threads import spin_briefly
 _EXIT_CODES = """exit codes: 0 done, 1 the disk fails, 2 usage or settings, 3 bad input, 4 integrity, 5 locked by
 another process, 6 no space, 7 too many broken rows, 130 and 143 interrupted"""
 _DEMO_SLOTS = 16
+_BATCHES_LISTED = 20
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = add("inspect", _inspect, "show the batches of a shards folder, or with --log what a run took")
     inspect.add_argument("shards", type=Path, nargs="?", help="folder printed by `hardbatch run`")
     inspect.add_argument("--batch", type=int, metavar="N", help="show the pairs of batch N and what is masked")
-    inspect.add_argument("--limit", type=_positive, default=20, metavar="N", help="batches to list (default 20)")
+    inspect.add_argument("--limit", type=_positive, metavar="N", help=f"batches to list (default {_BATCHES_LISTED})")
     inspect.add_argument(
         "--log",
         type=Path,
@@ -160,10 +161,14 @@ def _inspect(options: argparse.Namespace) -> int:
 
     if (options.shards is None) == (options.log is None):
         raise ConfigError("inspect: give either a shards folder or --log with a run log")
+    if options.limit is not None and (options.log or options.batch is not None):
+        raise ConfigError("inspect: --limit says how many batches to list; leave it out with --batch or --log")
+    if options.log is not None and options.batch is not None:
+        raise ConfigError("inspect: --batch is for a shards folder; leave it out with --log")
     if options.log is not None:
         text = log_text(options.log)
     elif options.batch is None:
-        text = batches_text(options.shards, limit=options.limit)
+        text = batches_text(options.shards, limit=options.limit or _BATCHES_LISTED)
     else:
         text = batch_text(options.shards, options.batch)
     print("\n".join(map(printable, text.split("\n"))))  # shards of other people may hold commands of a terminal

@@ -19,7 +19,7 @@ from pipeline.files import RATES, canonical_json, write_cache
 from pipeline.schemas import MIXED_DOMAIN
 from pipeline.step import Step
 
-_FORMAT = 1
+_FORMAT = 2  # of 1 the work of clusters was told otherwise
 _MIN_ROWS = 1_000  # a step of fewer says nothing of one of millions, and is not kept
 _MIN_SECONDS = 0.2  # a shorter step is mostly start-up: it tells seconds only of steps of up to ...
 _REACH = 4  # ... so many times its rows
@@ -29,14 +29,14 @@ _LIMIT = 1e18  # no number of a measurement is as large
 _MAX_TOKENS = 512  # where the model's own limit is not told
 
 # Typical: seconds per unit of work (see `load_of`) and bytes per row, on 2 cores of an AMD EPYC without a GPU, B = 64:
-# docs/benchmarks.md, 'Stages on 13 real domains' and 'Growth'. clusters and batches: the corpora of 'Growth' again, one
-# thread. MiniLM: 233 texts of 32 tokens a second and core in bfloat16, 107 in float32. No figure: none until measured.
+# docs/benchmarks.md, 'Stages on 13 real domains' and 'Growth'. MiniLM: 233 texts of 32 tokens a second and core in
+# bfloat16, 107 in float32. No figure: none until measured.
 _TYPICAL = {
     "pairs": (25e-6, 625.0),
     "vectors lexical": (0.45e-6, 513.0),
-    "clusters folded": (0.022e-6, 20.0),
+    "clusters folded": (0.0083e-6, 20.0),
     "hardness": (34e-6 / 4_096, 0.0),
-    "batches tour": (0.2e-9, 3.7),
+    "batches tour": (0.12e-9, 3.7),
     "batches random": (2.5e-6, 3.7),
     "shards": (28e-6, 310.0),
 }
@@ -182,8 +182,8 @@ def num_packings(step: Step, config_of: Callable[[Path], Mapping[str, Any]]) -> 
 def load_of(step: Step, sizes: Sequence[PairsSize], num_packings: int = 1) -> Load:
     """What `step` has to do on domains of these sizes; the remainders that are mixed are less than a batch of each.
 
-    Work is what seconds grow with, each row times: tokens (vectors); 300 and k centroids, or in two levels 450 and 12√k
-    (clusters: fitted); anchors (hardness); 275,000 and the k centroids that a tour chooses from (batches: fitted).
+    Work is what seconds grow with, each row times: tokens (vectors); 820 and k centroids, or in two levels 1,370 and
+    26√k (clusters: fitted); anchors (hardness); 275,000 and the k centroids a tour chooses from (batches: fitted).
     """
     config = step.config
     rows = sum(size.pairs for size in sizes) * num_packings
@@ -199,7 +199,7 @@ def load_of(step: Step, sizes: Sequence[PairsSize], num_packings: int = 1) -> Lo
         settings = [config[name] for name in ("name", "device", "dtype", "max_length_tokens")]
     elif step.stage == "clusters":
         k = rows / config["cluster_size"]
-        each = 300 + k if k <= config.get("two_level_above", math.inf) else 450 + 12 * math.sqrt(k)
+        each = 820 + k if k <= config.get("two_level_above", math.inf) else 1_370 + 26 * math.sqrt(k)
         device = config.get("device") or config.get("backend")
         settings = [config["method"], config["cluster_size"], config["iterations"], device]
     elif step.stage == "hardness":

@@ -132,11 +132,11 @@ def test_only_the_last_few_of_a_domain_are_kept(tmp_path: Path) -> None:
 
 
 FOREIGN = [
-    b"", b"\xff\xfe", b"[]", b"{}", b"null", b'{"format": 1}', b'{"format": 2, "kinds": {}}',
-    b'{"format": 1, "kinds": []}',
-    b'{"format": 1, "kinds": {"pairs 1": [{"rows": 5}]}}', b"[" * 5_000,
+    b"", b"\xff\xfe", b"[]", b"{}", b"null", b'{"format": 2}', b'{"format": 3, "kinds": {}}',
+    b'{"format": 2, "kinds": []}',
+    b'{"format": 2, "kinds": {"pairs 1": [{"rows": 5}]}}', b"[" * 5_000,
     *(
-        b'{"format":1,"kinds":{"pairs 1":[{"bytes":1,"domain":"n","rows":%b,"seconds":1,"work":9}]}}' % rows
+        b'{"format":2,"kinds":{"pairs 1":[{"bytes":1,"domain":"n","rows":%b,"seconds":1,"work":9}]}}' % rows
         for rows in (b"0", b"-4", b"NaN", b"Infinity", b'"9"', b"null", b"1" + b"0" * 400)
     ),
 ]  # fmt: skip
