@@ -14,7 +14,7 @@ import torch
 
 from pipeline.kmeans import apportion
 from pipeline.nearest import fast_products
-from pipeline.points import cluster_sums
+from pipeline.points import cluster_sums, partitions
 from pipeline.vectors import Array
 
 
@@ -58,7 +58,7 @@ def _seed(row: Array, lengths: Array, num_points: int, num_batches: int, batch_s
 def _settle(points_mD: Array, batch_of: Array, num_batches: int, batch_size: int) -> None:
     """Moves points, in place, until every batch has `batch_size`; -1 for those that fill none.
 
-    Holds the scores of the points that must move (a tenth or so) for the batches with room.
+    Holds the vectors of the points that must move (a tenth or so) and their scores for the batches with room.
     """
     placed = np.flatnonzero(batch_of >= 0)
     sizes = np.bincount(batch_of[placed], minlength=num_batches)
@@ -67,18 +67,19 @@ def _settle(points_mD: Array, batch_of: Array, num_batches: int, batch_size: int
     centroids, offsets = torch.from_numpy(means.astype(np.float32)), torch.from_numpy(-0.5 * (means**2).sum(1)).float()
     with_room = np.flatnonzero(sizes < batch_size)
     crowded = np.flatnonzero((batch_of >= 0) & (sizes > batch_size)[batch_of])
-    movable = np.concatenate([crowded, np.flatnonzero(batch_of < 0)])
-    points = torch.from_numpy(points_mD[movable])
-    with fast_products():
-        score = torch.addmm(offsets[with_room], points, centroids[with_room].T)
-    elsewhere = score.amax(1) if len(with_room) > 0 else torch.zeros(len(points))
     now = batch_of[crowded]
-    own = torch.einsum("md,md->m", points[: len(crowded)], centroids[now]) + offsets[now]
-    stays = np.zeros(len(movable), dtype=bool)
-    stays[: len(crowded)] = _best_of_each(now, (own - elsewhere[: len(crowded)]).numpy(), np.minimum(sizes, batch_size))
-    moving = np.flatnonzero(~stays)
-    batch_of[movable[moving]] = -1
-    score = score[torch.from_numpy(moving)]
+    better = np.empty(len(crowded), dtype=np.float32)  # its own batch suits a point than the best one with room
+    for part in partitions(len(crowded)):
+        points = torch.from_numpy(points_mD[crowded[part]])
+        own = torch.einsum("md,md->m", points, centroids[now[part]]) + offsets[now[part]]
+        with fast_products():
+            score = torch.addmm(offsets[with_room], points, centroids[with_room].T)
+        better[part] = own - score.amax(1) if len(with_room) > 0 else own
+    stays = _best_of_each(now, better, np.minimum(sizes, batch_size))
+    moving = np.concatenate([crowded[~stays], np.flatnonzero(batch_of < 0)])
+    batch_of[moving] = -1
+    with fast_products():
+        score = torch.addmm(offsets[with_room], torch.from_numpy(points_mD[moving]), centroids[with_room].T)
     room = batch_size - sizes[with_room]
     while len(moving) > 0 and (room > 0).any():
         open_ = np.flatnonzero(room)
@@ -86,7 +87,7 @@ def _settle(points_mD: Array, batch_of: Array, num_batches: int, batch_size: int
         chosen = open_[best.indices[:, 0].numpy()]
         regret = (best.values[:, 0] - best.values[:, -1]).numpy()
         goes = _best_of_each(chosen, regret, room)
-        batch_of[movable[moving[goes]]] = with_room[chosen[goes]]
+        batch_of[moving[goes]] = with_room[chosen[goes]]
         room = room - np.bincount(chosen[goes], minlength=len(room))
         moving, score = moving[~goes], score[torch.from_numpy(~goes)]
 

@@ -142,7 +142,7 @@ class Lloyd:
         equal_size = len(labels) / len(self.centroids)
         self._imbalance.append(float(np.abs(self.sizes - equal_size).sum() / len(labels)))
         if not exact:  # else this was the last iteration, and these are the prices it was made with
-            mean = self.sizes @ means / len(labels)
+            mean = np.einsum("k,kd->d", self.sizes, means) / len(labels)
             between = captured / len(labels) - float(mean @ mean)
             step = self._balance * max(0.0, min(between, self.objective[-1] / len(labels)))
             self.prices -= (step * np.clip(self.sizes / equal_size - 1, *_PRICE_STEPS)).astype(np.float32)

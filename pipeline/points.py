@@ -7,14 +7,13 @@ Shape letters: n points, k clusters, D dimension.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from pipeline.vectors import Array
+from pipeline.vectors import Array, empty
 
 _PARTITION_ROWS = 4_096
 _VALUES_HELD = 2**26  # float32 values of points that are held rather than read in each iteration: 256 MiB
@@ -69,9 +68,7 @@ class Subset:
 def held_if_small(points: Points) -> Points:
     if len(points) * points.dimension > _VALUES_HELD:
         return points
-    num_values = len(points) * points.dimension
-    room = mmap.mmap(-1, 4 * max(1, num_values), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # malloc may keep freed
-    held = np.frombuffer(room, dtype=np.float32, count=num_values).reshape(len(points), points.dimension)
+    held = empty((len(points), points.dimension), np.float32)
     for rows in partitions(len(points)):
         held[rows[0] : rows[-1] + 1] = points.take(rows)
     return InMemory(held)

@@ -27,7 +27,7 @@ from pipeline.vectors import Array
 _NUM_NEAR = 32  # batches that a batch may trade with: more gain more, in seconds that grow with them
 _NUM_CANDIDATES = 8  # pairs that a batch may give to another at once
 _NUM_MATCHINGS = 6  # of a round: gains are asked for once, which is most of the work
-_GAINS_HELD = 2**24  # float32 gains of a block of batches: 64 MiB
+_GAINS_HELD = 2**22  # float32 gains of a block of batches: 16 MiB
 _VALUES_READ = 2**18  # float32 values of x summed at a time: 1 MiB
 _LEAST_GAIN = 1e-6  # cosines, of a sum over B² of them
 

@@ -34,7 +34,7 @@ _STAGES = {  # stage → the module and function that build it; imported only wh
     "mixed": ("pipeline.pack", "build_mixed"),
     "shards": ("pipeline.write", "build"),
 }
-_VERSIONS = {"pairs": 2, "vectors": 1, "clusters": 3, "hardness": 1, "batches": 3, "shards": 2}
+_VERSIONS = {"pairs": 2, "vectors": 1, "clusters": 4, "hardness": 1, "batches": 4, "shards": 2}
 _ITERATIONS = {"folded": 10, "doubled": 100}
 
 
