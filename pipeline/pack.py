@@ -20,6 +20,7 @@ import torch
 from pipeline import schemas
 from pipeline.artifact import ArtifactBuilder, read_artifact, write_unit
 from pipeline.fill import fill_batches
+from pipeline.memory import release_freed
 from pipeline.refine import refine
 from pipeline.step import Built, Executor, Progress, Step
 from pipeline.tour import greedy_tour
@@ -63,11 +64,13 @@ def pack(points: FoldedPoints, labels: Array, centroids: Array, settings: PackSe
     batches = [np.empty((0, settings.batch_size), dtype=np.int64)]
     for stretch in _stretches(labels, centroids, tour, settings.batch_size, 2 * points.dimension):
         places = np.concatenate([*stretch.members, left])
+        release_freed()  # what filling and refining freed in small pieces: here, and where vectors are read again below
         folded = points.take(places)
         row = lay_out(folded, stretch)
         lengths = np.array([len(members) for members in stretch.members])
         filled, rest = fill_batches(folded, row, lengths, settings.batch_size)
         del folded
+        release_freed()
         batched = places[filled]
         refined = refine(
             torch.from_numpy(points.joined(batched.ravel())),

@@ -28,6 +28,7 @@ _NUM_NEAR = 32  # batches that a batch may trade with: more gain more, in second
 _NUM_CANDIDATES = 8  # pairs that a batch may give to another at once
 _NUM_MATCHINGS = 6  # of a round: gains are asked for once, which is most of the work
 _GAINS_HELD = 2**22  # float32 gains of a block of batches: 16 MiB
+_EXCHANGING = 128  # pairs of batches at once
 _VALUES_READ = 2**18  # float32 values of x summed at a time: 1 MiB
 _LEAST_GAIN = 1e-6  # cosines, of a sum over B² of them
 
@@ -44,8 +45,8 @@ def refine(vectors: torch.Tensor, batches: Array, *, rounds: int, tolerance: flo
     """Trades pairs between `batches` (int64, b × B) with `vectors` = d⊕q (float32, b·B × F), slot by slot.
 
     On the CPU `vectors` follow the trade: they come out in the order of the refined batches. Stops after `rounds`, or
-    when a round gains no more than `tolerance` of Eq. 2 (summed over i ≠ j). Holds, beside them, 64 MiB of gains,
-    10·M·F bytes a batch of what is exchanged, and b × b cosines of batches.
+    when a round gains no more than `tolerance` of Eq. 2 (summed over i ≠ j). Holds, beside them, 16 MiB of gains,
+    20·M·F bytes for each of 128 exchanges, and b × b cosines of batches.
     """
     if len(batches) == 0:
         return Refined(batches=batches, objective=[0.0])
@@ -90,7 +91,9 @@ class _Trade:
                 break
             two_P, back_P = near_bL[one_P, place_P], back_bL[one_P, place_P]
             promise_bL[one_P, place_P] = promise_bL[two_P, back_P] = -torch.inf
-            gained += self._exchange(one_P, two_P, slot_bLM[one_P, place_P], slot_bLM[two_P, back_P])
+            slot_PM, back_slot_PM = slot_bLM[one_P, place_P], slot_bLM[two_P, back_P]
+            for part in _blocks(len(one_P), _EXCHANGING):
+                gained += self._exchange(one_P[part], two_P[part], slot_PM[part], back_slot_PM[part])
         return gained
 
     def _row(self, batch: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
@@ -121,11 +124,16 @@ class _Trade:
     def _best_to_give(self, near_bL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """For each batch and near batch the slots (b × L × M) that gain most by going there, and the gains."""
         toward_bF = self._swapped(self._sum_bF).float()
-        num_slots = self.places.shape[1]
-        block = _GAINS_HELD // ((near_bL.shape[1] + 1) * max(num_slots, self._x_bBF.shape[2]))
+        num_slots, width = self._x_bBF.shape[1:]
+        own_b1 = torch.arange(len(near_bL), device=near_bL.device)[:, None]
+        either_bL = torch.cat([own_b1, near_bL], dim=1)  # its own batch, then those near it
+        block = max(1, _GAINS_HELD // (either_bL.shape[1] * max(num_slots, width)))
+        held_F = toward_bF.new_empty((min(block, len(near_bL)) * either_bL.shape[1], width))
         best = []
         for own in _blocks(len(near_bL), block):
-            target_bLF = torch.cat([toward_bF[own, None], toward_bF[near_bL[own]]], dim=1)
+            rows = either_bL[own].flatten()
+            target_F = torch.index_select(toward_bF, 0, rows, out=held_F[: len(rows)])
+            target_bLF = target_F.view(-1, either_bL.shape[1], width)
             with fast_products():
                 score_bLB = torch.bmm(target_bLF, self._x_bBF[own].transpose(1, 2))
             gain_bLB = score_bLB[:, 1:] - score_bLB[:, :1]

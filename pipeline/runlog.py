@@ -30,7 +30,7 @@ from typing import Any
 from pipeline.artifact import Artifact, ArtifactBuilder, UnitRecord
 from pipeline.errors import HardbatchError, LeavingError
 from pipeline.files import as_user_error, sha256_file
-from pipeline.peak import forget_peak, peak_rss_mib
+from pipeline.memory import forget_peak, peak_rss_mib
 from pipeline.step import Executor, Progress, Step, Unit, Work, Worker
 
 LOG_FORMAT = 1

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.kmeans import Clustering, Lloyd, apportion, compact, kmeans
+from pipeline.memory import release_freed
 from pipeline.nearest import Nearest
 from pipeline.points import Points, Subset, partitions
 from pipeline.snapshots import Snapshots
@@ -58,6 +59,7 @@ def two_level_kmeans(
         rows, share = members[number], int(shares[number])
         fine.add(kmeans(Subset(points, rows), share, seed=seed + 1 + number, **settings) if share > 0 else None)
         snapshots.save("fine", fine.state)
+    release_freed()
     owned = np.split(np.arange(sum(fine.found)), np.cumsum(fine.found)[:-1])
     lloyd = Lloyd(np.concatenate(fine.centroids), balance, device)
     lloyd.prices = np.concatenate(fine.prices)

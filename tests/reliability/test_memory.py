@@ -36,8 +36,8 @@ def _batches(n: int) -> float:
     """Cosines of the tour; then vectors of a stretch of it, and what its batches look at and exchange."""
     k, stretch = -(-n // B), -(-n // -(-n // 65_536))
     b = stretch / B
-    blocks = 4 * 33 * 2 * D * min(b, 2**22 / (33 * 2 * D)) + 80 * 2 * D * b + 8 * b**2
-    return 40 * n + 12 * k * D + max(4 * k**2, 4 * 2 * D * stretch + blocks)
+    blocks = 4 * min(2**22, 33 * 2 * D * b) + 20 * 8 * 2 * D * min(128, b / 2) + 8 * b**2
+    return 60 * n + 20 * k * D + max(4 * k**2, 8 * D * stretch + max(2 * D * stretch, blocks))
 
 
 def stated(levels: int) -> dict[str, Callable[[int, float], float]]:
