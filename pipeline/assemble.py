@@ -1,6 +1,6 @@
 """The second half of ingest: staged units → pairs, numbered texts, quarantine, holdout.
 
-Works on hashes and numbers, about 700 bytes a pair; texts stream through once more, 65,536 held at a time.
+Works on hashes and numbers, 700 to 780 bytes a pair; texts stream through once more, 65,536 held at a time.
 """
 
 from __future__ import annotations

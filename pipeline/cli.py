@@ -33,13 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a sign of a text still gets the rest
+    leave = _Leave()
     previous = {
-        number: signal.signal(number, _leave)
+        number: signal.signal(number, leave)
         for number in (signal.SIGTERM, signal.SIGINT)
         if signal.getsignal(number) is not signal.SIG_IGN  # as nohup sets it
     }
     try:
-        code = int(options.command(options))
+        code = leave.watch(options)
         sys.stdout.flush()  # here, so that a full disk behind it is told
         return code
     except HardbatchError as error:
@@ -212,14 +213,29 @@ def _typical_batch(shards: Path) -> int:
     return int(index["batch_id"][len(index) // 2])
 
 
-def _leave(signum: int, frame: FrameType | None) -> None:
-    """Ends the command; while it is leaving, a second signal changes nothing."""
-    error = sys.exception()
-    while error is not None:
-        if isinstance(error, LeavingError):
-            return
-        error = error.__context__
-    raise LeavingError(signum)
+class _Leave:
+    """The handler of signals. It ends the command; while that is leaving, a second signal changes nothing."""
+
+    def __init__(self) -> None:
+        self._signum: int | None = None
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        error = sys.exception()
+        while error is not None:
+            if isinstance(error, LeavingError):
+                return
+            error = error.__context__
+        self._signum = signum
+        raise LeavingError(signum)
+
+    def watch(self, options: argparse.Namespace) -> int:
+        """Runs the command. Compiled code of a library may put an error of its own in the place of ours."""
+        try:
+            return int(options.command(options))
+        except Exception:
+            if self._signum is None:
+                raise
+            raise LeavingError(self._signum) from None
 
 
 if __name__ == "__main__":

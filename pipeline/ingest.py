@@ -4,7 +4,7 @@ Two phases. Staging reads the source files once, cleans each row and writes it w
 group of files. Assembly joins the units: exact duplicates and contaminated pairs go to quarantine, a holdout is cut by
 connected components of shared texts, and the distinct texts of each side are numbered in order of first appearance.
 
-Nothing is lost: rows in = pairs + quarantined + held out. Memory: staging some thousand rows; assembly about 700 bytes
+Nothing is lost: rows in = pairs + quarantined + held out. Memory: staging some thousand rows; assembly 700 to 780 bytes
 for each pair (its hashes and numbers) and the texts of one file, never all texts.
 """
 

@@ -54,7 +54,7 @@ def pack(points: FoldedPoints, labels: Array, centroids: Array, settings: PackSe
     """Packs n points with `labels` (int, n) and `centroids` (k × D) into ⌊n/B⌋ batches.
 
     The tour starts at a random cluster drawn by the seed. Every place 0..n-1 comes out exactly once. Holds what the
-    tour does, 24 bytes a pair, and the vectors of a stretch of the tour, at most twice 256 MiB whatever n is.
+    tour does, some 60 bytes a pair, and the vectors of a stretch of the tour, at most 256 MiB whatever n is.
     """
     if len(labels) == 0:
         return pack_randomly(0, batch_size=settings.batch_size, seed=settings.seed)

@@ -263,6 +263,21 @@ def test_a_signal_has_its_exit_code_and_the_run_can_go_on(
     assert (shards / MANIFEST).read_bytes() == expected
 
 
+def test_a_signal_whose_error_compiled_code_replaces_still_ends_the_command(
+    small_manifest: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replacing(*arguments: object, **options: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except BaseException:
+            raise TypeError("expected str, bytes or os.PathLike object, not BufferedReader") from None
+
+    monkeypatch.setattr("pipeline.run.plan_corpus", replacing)
+    code, _, err = cli("plan", small_manifest)
+    assert code == 143 and "terminated" in err
+
+
 def test_a_reader_that_leaves_is_no_error(finished_run: Finished) -> None:
     read, write = os.pipe()
     os.close(read)
