@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import peak, runlog
+from pipeline import memory, runlog
 from pipeline.artifact import iter_artifact_paths, open_builder, read_artifact, verify_artifact, write_unit
 from pipeline.cli import main
 from pipeline.errors import HardbatchError, InputError, IntegrityError
@@ -88,7 +88,7 @@ def test_every_committed_unit_has_a_record_beside_the_artifacts(small_manifest: 
         rows[unit["stage"]] += unit["rows"] or 0
         assert unit["time"].endswith("Z") and unit["seconds"] >= 0
     assert rows == {"pairs": 48, "vectors": 96, "clusters": 48, "hardness": 0, "batches": 48, "shards": 48}
-    if peak.HIGH_WATER.exists():
+    if memory.HIGH_WATER.exists():
         assert all(10 < unit["peak_rss_mib"] < 100_000 for unit in units)
     shards = Path(out.splitlines()[-1])
     parts = [unit for unit in units if unit["unit"].startswith("part-")]
