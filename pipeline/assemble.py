@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import schemas
-from pipeline.artifact import UnitWriter, write_unit
+from pipeline.commit import UnitWriter, write_unit
 from pipeline.vectors import Array
 
 STAGED_ROWS = 8_192

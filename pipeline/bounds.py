@@ -6,7 +6,8 @@ from dataclasses import asdict
 
 import numpy as np
 
-from pipeline.artifact import ArtifactBuilder, read_artifact, write_unit
+from pipeline.artifact import read_artifact
+from pipeline.commit import ArtifactBuilder, write_unit
 from pipeline.hardness import measure_bounds
 from pipeline.step import Built, Executor, Progress, Step
 from pipeline.vectors import FoldedPoints, load_pairs, open_vectors

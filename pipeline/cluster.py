@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import schemas
-from pipeline.artifact import ArtifactBuilder, read_artifact, write_unit
+from pipeline.artifact import read_artifact
+from pipeline.commit import ArtifactBuilder, write_unit
 from pipeline.kmeans import Clustering, kmeans
 from pipeline.points import means_of_labels, within_cluster_squares
 from pipeline.snapshots import Snapshots

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import schemas
-from pipeline.artifact import ArtifactBuilder, read_artifact, write_unit
+from pipeline.artifact import read_artifact
+from pipeline.commit import ArtifactBuilder, write_unit
 from pipeline.encoders import Encoder, is_lexical, open_encoder
 from pipeline.models import ModelSpec
 from pipeline.step import Built, Executor, Progress, Step, Unit, run_pending

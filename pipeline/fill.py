@@ -67,19 +67,21 @@ def _settle(points_mD: Array, batch_of: Array, num_batches: int, batch_size: int
     centroids, offsets = torch.from_numpy(means.astype(np.float32)), torch.from_numpy(-0.5 * (means**2).sum(1)).float()
     with_room = np.flatnonzero(sizes < batch_size)
     crowded = np.flatnonzero((batch_of >= 0) & (sizes > batch_size)[batch_of])
+
+    def scores(places: Array) -> torch.Tensor:
+        with fast_products():
+            return torch.addmm(offsets[with_room], torch.from_numpy(points_mD[places]), centroids[with_room].T)
+
     now = batch_of[crowded]
     better = np.empty(len(crowded), dtype=np.float32)  # its own batch suits a point than the best one with room
     for part in partitions(len(crowded)):
         points = torch.from_numpy(points_mD[crowded[part]])
         own = torch.einsum("md,md->m", points, centroids[now[part]]) + offsets[now[part]]
-        with fast_products():
-            score = torch.addmm(offsets[with_room], points, centroids[with_room].T)
-        better[part] = own - score.amax(1) if len(with_room) > 0 else own
+        better[part] = own - scores(crowded[part]).amax(1) if len(with_room) > 0 else own
     stays = _best_of_each(now, better, np.minimum(sizes, batch_size))
     moving = np.concatenate([crowded[~stays], np.flatnonzero(batch_of < 0)])
     batch_of[moving] = -1
-    with fast_products():
-        score = torch.addmm(offsets[with_room], torch.from_numpy(points_mD[moving]), centroids[with_room].T)
+    score = scores(moving)
     room = batch_size - sizes[with_room]
     while len(moving) > 0 and (room > 0).any():
         open_ = np.flatnonzero(room)

@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import schemas
-from pipeline.artifact import ArtifactBuilder, write_unit
 from pipeline.assemble import STAGED_ROWS, assemble
+from pipeline.commit import ArtifactBuilder, write_unit
 from pipeline.config import Columns
 from pipeline.errors import InputError, QuarantineError
 from pipeline.readers import evaluation_texts, read_rows

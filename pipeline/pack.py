@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline import schemas
-from pipeline.artifact import ArtifactBuilder, read_artifact, write_unit
+from pipeline.artifact import read_artifact
+from pipeline.commit import ArtifactBuilder, write_unit
 from pipeline.fill import fill_batches
 from pipeline.memory import release_freed
 from pipeline.refine import refine

@@ -16,7 +16,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import blame_damage, find_artifact, open_builder, sweep_after_kill
+from pipeline.artifact import blame_damage, find_artifact
+from pipeline.commit import open_builder, sweep_after_kill
 from pipeline.config import CorpusManifest, Dataset, load_manifest
 from pipeline.errors import ConfigError
 from pipeline.files import DIGESTS, DigestCache, as_user_error, content_key, sweep_caches

@@ -27,7 +27,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import Artifact, ArtifactBuilder, UnitRecord
+from pipeline.artifact import Artifact
+from pipeline.commit import ArtifactBuilder, UnitRecord
 from pipeline.errors import HardbatchError, LeavingError
 from pipeline.files import as_user_error, sha256_file
 from pipeline.memory import forget_peak, peak_rss_mib

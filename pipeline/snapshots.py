@@ -49,8 +49,9 @@ class Snapshots:
         started = time.monotonic()
         if self._folder is None or started < self._next:
             return
+        state = arrays()
         with contextlib.suppress(OSError):
-            self._replace(self._folder / f"{name}.npz", arrays())
+            self._replace(self._folder / f"{name}.npz", state)
         ended = time.monotonic()
         self._next = ended + max(_LEAST_SECONDS_BETWEEN, _TIMES_ITS_COST * (ended - started))
         fault_point("snapshot.saved")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.artifact import ArtifactBuilder
+from pipeline.commit import ArtifactBuilder
 
 
 @dataclass(frozen=True, kw_only=True)

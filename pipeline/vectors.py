@@ -22,7 +22,7 @@ from pipeline.artifact import Artifact, read_artifact
 
 Array = np.ndarray[Any, Any]
 _OPEN_FILES = 64  # memory maps held by a side: each keeps a file descriptor, of which a process may have 1,024
-_LARGE_ROWS = 2**14
+_LARGE_ROWS = 2**14  # read at once: more than a block that comes and goes
 
 
 class Texts:

@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import schemas
-from pipeline.artifact import ArtifactBuilder, read_artifact, write_unit
+from pipeline.artifact import read_artifact
 from pipeline.card import data_card
+from pipeline.commit import ArtifactBuilder, write_unit
 from pipeline.equivalence import equal_texts, keeps_negative, surrogate_mask
 from pipeline.files import sha256_outside
 from pipeline.footer import record_ranges, row_group_ranges

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.artifact import open_builder, read_artifact, write_unit
+from pipeline.artifact import read_artifact
+from pipeline.commit import open_builder, write_unit
 from pipeline.run import Plan
 from pipeline.step import Step
 

@@ -23,11 +23,10 @@ from pipeline.artifact import (
     Artifact,
     find_artifact,
     iter_artifact_paths,
-    open_builder,
     read_artifact,
     verify_artifact,
-    write_unit,
 )
+from pipeline.commit import open_builder, write_unit
 from pipeline.errors import InputError, IntegrityError, LockedError
 from pipeline.files import DigestCache, canonical_json, content_key, sha256_outside, write_file_atomic
 
@@ -35,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HOLDER = """
 import sys, time
 from pathlib import Path
-from pipeline.artifact import open_builder, write_unit
+from pipeline.commit import open_builder, write_unit
 with open_builder(Path(sys.argv[1])) as builder, write_unit(builder.path, "late") as writer:
     writer.add_file("data/late.bin").write_bytes(b"half of it")
     print("held", flush=True)

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifact import MANIFEST, open_builder
+from pipeline.artifact import MANIFEST
 from pipeline.cli import main
+from pipeline.commit import open_builder
 from pipeline.run import plan_corpus
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 
 from pipeline import memory, runlog
-from pipeline.artifact import iter_artifact_paths, open_builder, read_artifact, verify_artifact, write_unit
+from pipeline.artifact import iter_artifact_paths, read_artifact, verify_artifact
 from pipeline.cli import main
+from pipeline.commit import open_builder, write_unit
 from pipeline.errors import HardbatchError, InputError, IntegrityError
 from pipeline.files import sha256_file
 from pipeline.logtable import find_log, log_text, read_log

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from packings import join_packings
 from samples import LEXICAL, make_rows
 
-from pipeline.artifact import open_builder, read_artifact
+from pipeline.artifact import read_artifact
+from pipeline.commit import open_builder
 from pipeline.run import Plan, plan_corpus, run_step
 from pipeline.step import Step
 from pipeline.summary import count_packings, shared_batch_mates

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import schemas
-from pipeline.artifact import open_builder, read_artifact, write_unit
+from pipeline.artifact import read_artifact
+from pipeline.commit import open_builder, write_unit
 from pipeline.vectors import FoldedPoints, Pairs, Texts, VectorRows, load_pairs, open_vectors
 
 

@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.artifact import MANIFEST, open_builder, verify_artifact, write_unit
+from pipeline.artifact import MANIFEST, verify_artifact
+from pipeline.commit import open_builder, write_unit
 from pipeline.errors import ConfigError, IntegrityError, NoSpaceError
 from pipeline.faults import fault_point
 from pipeline.files import as_user_error

@@ -157,12 +157,12 @@ def _run(arguments: list[str], fault: str, log: str) -> None:
         import importlib
         from collections import Counter
 
-        from pipeline import artifact, cli, faults, files, lock
+        from pipeline import cli, commit, faults, files, lock
 
         importlib.reload(faults)  # it read the variable when it was loaded, and its functions look here
         counts = Counter[str]()
         if fault == COUNT:
-            for module in (artifact, files, lock):
+            for module in (commit, files, lock):
                 module.fault_point = lambda name: counts.update([name])  # type: ignore[attr-defined]
         code = cli.main(arguments)
         if fault == COUNT:

@@ -17,7 +17,8 @@ from reliability.forked import Forks
 from reliability.processes import KILLED, ROOT
 from reliability.workspaces import assert_same, content, faults_in, hidden, write_corpus
 
-from pipeline.artifact import MANIFEST, find_artifact, open_builder, write_unit
+from pipeline.artifact import MANIFEST, find_artifact
+from pipeline.commit import open_builder, write_unit
 from pipeline.errors import DiskError, IntegrityError, NoSpaceError
 from pipeline.faults import LONG_POINTS, POINTS
 
@@ -135,7 +136,7 @@ def test_no_record_stands_beside_files_of_another_commit(tmp_path: Path, monkeyp
             if name == "unit.renamed":
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr("pipeline.artifact.fault_point", die)
+        monkeypatch.setattr("pipeline.commit.fault_point", die)
         with pytest.raises(KeyboardInterrupt):
             make(path, {"one": b"54321"})  # as another version of a library gives
         assert (path / "data/one.bin").read_bytes() == b"54321"
@@ -157,7 +158,7 @@ def test_a_filesystem_without_hard_links(tmp_path: Path, monkeypatch: pytest.Mon
     def link(*_: object) -> None:
         raise OSError(number, "no hard links here")
 
-    monkeypatch.setattr("pipeline.artifact.os.link", link)
+    monkeypatch.setattr("pipeline.commit.os.link", link)
     path = tmp_path / "a"
     with open_builder(path) as builder:
         make(path, {"one": b"12345"})
