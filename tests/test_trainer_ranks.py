@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch.multiprocessing as mp
 from test_trainer_gradcache import free_port
 
 from pipeline.errors import ConfigError, InputError, IntegrityError
-from trainer.ranks import join_ranks
+from trainer.ranks import join_ranks, refuse_shared_gpus
 
 
 def rank_main(rank, world_size, port, folder):
@@ -77,3 +79,63 @@ def test_one_process_alone():
 def test_cuda_in_vain():
     with pytest.raises(ConfigError, match="no CUDA device can be used here"), join_ranks("cuda"):
         pass
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """Pretends that this process sees two GPUs; the list holds the devices that were made the current one."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield chosen
+    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_attention_of_cudnn_is_off_on_cuda_alone(two_gpus):
+    with join_ranks("cpu"):
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+    with join_ranks("cuda"):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
+@pytest.mark.parametrize(("local_rank", "index"), [(0, 0), (1, 1), (2, 0), (7, 1)])
+def test_the_local_rank_counts_modulo_the_gpus_that_are_seen(two_gpus, monkeypatch, local_rank, index):
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    with join_ranks("auto") as ranks:
+        assert ranks.device == torch.device("cuda", index) and two_gpus == [ranks.device]
+
+
+def test_two_ranks_with_one_gpu_are_refused():
+    refuse_shared_gpus([("a", "GPU-1"), ("a", "GPU-2"), ("b", "GPU-3"), ("c", "GPU-4")])
+    with pytest.raises(ConfigError, match=r"^ranks 1, 3 have the same GPU of b; .*--nproc-per-node"):
+        refuse_shared_gpus([("a", "GPU-1"), ("b", "GPU-2"), ("b", "GPU-3"), ("b", "GPU-2")])
+
+
+def late_rank(rank, world_size, port, folder):
+    """Rank 1 comes to an exchange much later than the others wait."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with join_ranks("cpu", timeout_s=2) as ranks:
+        ranks.max(1)
+        started = time.monotonic()
+        if rank == 1:
+            time.sleep(8)
+            os._exit(0)
+        try:
+            ranks.max(2)
+            told = "no error"
+        except RuntimeError as error:
+            told = str(error)
+        Path(folder, "told").write_text(f"{time.monotonic() - started:.3f} {told}")
+        os._exit(0)
+
+
+def test_a_rank_that_waits_in_vain_gives_up_after_the_timeout(tmp_path):
+    mp.spawn(late_rank, args=(2, free_port(), str(tmp_path)), nprocs=2)
+    seconds, told = (tmp_path / "told").read_text().split(" ", 1)
+    assert 1.5 < float(seconds) < 7 and re.search("[Tt]imed out", told), told

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -105,6 +107,10 @@ class Ranks:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._control)
         return int(largest)
 
+    def min(self, value: int) -> int:
+        """The smallest of the ranks' values."""
+        return -self.max(-value)
+
     def raise_together(self, error: HardbatchError | None) -> None:
         """Raises on every rank where any has an error: the same one everywhere, with each message once."""
         if self.world_size == 1:
@@ -137,29 +143,80 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def join_ranks(device: str) -> Iterator[Ranks]:
-    """Joins the process group that torchrun describes, for the body. Raises ConfigError where CUDA is missing."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: no CUDA device can be used here; give auto or cpu")
-    cuda = device != "cpu" and torch.cuda.is_available()
-    own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-    if cuda:
-        num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if num_local > torch.cuda.device_count():
-            raise ConfigError(
-                f"{num_local} ranks on a machine with {torch.cuda.device_count()} GPUs; give torchrun a smaller "
-                "--nproc-per-node, or --device cpu"
-            )
-        torch.cuda.set_device(own)
+def join_ranks(device: str, *, timeout_s: int = 1_800) -> Iterator[Ranks]:
+    """Joins the process group that torchrun describes, for the body.
+
+    Args:
+        device: auto, cpu or cuda.
+        timeout_s: seconds that a rank waits for the others in one exchange before it fails.
+
+    Raises:
+        ConfigError: if CUDA is asked for and missing, or if two ranks would share a GPU.
+    """
+    own = choose_device(device)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
         yield Ranks(rank=0, world_size=1, device=own)
         return
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=own if cuda else None)
-    control = dist.new_group(backend="gloo")
+
+    # Without `device_id` NCCL connects at its first use, which leaves time to refuse ranks that
+    # share a GPU: NCCL itself would end them with an error that names neither.
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timeout)
+    control = dist.new_group(backend="gloo", timeout=timeout)
     try:
+        if own.type == "cuda":
+            found: list[tuple[str, str]] = [("", "")] * world_size
+            gpu = (socket.gethostname(), str(torch.cuda.get_device_properties(own).uuid))
+            dist.all_gather_object(found, gpu, group=control)
+            refuse_shared_gpus(found)
         yield Ranks(rank=dist.get_rank(), world_size=world_size, device=own, _control=control)
     except HardbatchError:
         dist.destroy_process_group()  # all ranks leave together; after any other error the group may hang: let it be
         raise
     dist.destroy_process_group()
+
+
+def choose_device(device: str) -> torch.device:
+    """The device of this rank, after CUDA was set up for it: auto is CUDA if there is any.
+
+    A launcher shows each process either all GPUs of a machine (torchrun) or its own alone (Slurm,
+    Ray, Kubernetes), so the local rank counts modulo the GPUs that can be seen: local rank 3 takes
+    GPU 3 of 8, and GPU 0 of 1.
+
+    Raises:
+        ConfigError: if `device` is cuda and there is none.
+    """
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("--device cuda: no CUDA device can be used here; give auto or cpu")
+
+    own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(own)
+
+    # From torch 2.11 on, cuDNN computes attention by default on recent GPUs. It builds a plan for
+    # each new shape, which takes longer than the pass itself when lengths vary as they do here, and
+    # its backward pass with a mask can give NaN (pytorch#196678). The flash and memory-efficient
+    # kernels of torch have neither fault.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return own
+
+
+def refuse_shared_gpus(gpus: Sequence[tuple[str, str]]) -> None:
+    """Raises ConfigError if two ranks have the same GPU.
+
+    Args:
+        gpus: the host name and the UUID of the GPU of each rank, in the order of the ranks.
+    """
+    ranks_of: dict[str, list[int]] = {}
+    for rank, (_, uuid) in enumerate(gpus):
+        ranks_of.setdefault(uuid, []).append(rank)
+
+    shared = [ranks for ranks in ranks_of.values() if len(ranks) > 1]
+    if shared:
+        host = gpus[shared[0][0]][0]
+        raise ConfigError(
+            f"ranks {', '.join(map(str, shared[0]))} have the same GPU of {host}; start one rank for each GPU "
+            "(torchrun's --nproc-per-node), or give --device cpu"
+        )
