@@ -25,6 +25,8 @@ from trainer.batch import (
     Tokenizer,
     Tokens,
     chunk_by_length,
+    chunk_by_tokens,
+    computed_tokens,
     concat,
     load_tokenizer,
     pad,
@@ -203,6 +205,43 @@ def test_chunks_hold_every_row_once_longest_first(lengths: list[int], chunk_size
     assert rows == sorted(range(len(lengths)), key=lambda row: -lengths[row])
     assert [len(chunk) for chunk in chunks[:-1]] == [chunk_size] * (len(chunks) - 1)
     assert all(1 <= len(chunk) <= chunk_size for chunk in chunks)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), max_size=60),
+    chunk_tokens=st.integers(1, 600),
+    context_size=st.integers(0, 9),
+)
+def test_chunks_by_tokens_are_full_and_never_too_full(lengths: list[int], chunk_tokens: int, context_size: int) -> None:
+    lengths_N = torch.tensor(lengths, dtype=torch.int64)
+    chunks = chunk_by_tokens(lengths_N, chunk_tokens, context_size=context_size)
+    rows = [row for chunk in chunks for row in chunk.tolist()]
+    assert rows == sorted(range(len(lengths)), key=lambda row: -lengths[row])
+
+    for number, rows_C in enumerate(chunks):
+        pieces = rows_C.split(split_tightly(lengths_N[rows_C]))
+        computed = sum(len(piece) * (int(lengths_N[piece].max()) + context_size) for piece in pieces)
+        assert computed == computed_tokens(lengths_N, [rows_C], context_size=context_size)
+        assert computed <= chunk_tokens or len(rows_C) == 1
+        if number + 1 < len(chunks):  # the next text had no room
+            more_C = torch.cat([rows_C, chunks[number + 1][:1]])
+            assert computed_tokens(lengths_N, [more_C], context_size=context_size) > chunk_tokens
+
+
+def test_chunks_by_tokens_by_hand() -> None:
+    lengths_N = torch.tensor([5, 9, 9])
+    assert [rows.tolist() for rows in chunk_by_tokens(lengths_N, 24, context_size=3)] == [[1, 2], [0]]
+    assert [rows.tolist() for rows in chunk_by_tokens(lengths_N, 36, context_size=3)] == [[1, 2, 0]]
+    assert [rows.tolist() for rows in chunk_by_tokens(lengths_N, 27)] == [[1, 2, 0]]
+    assert chunk_by_tokens(lengths_N[:0], 5) == []
+
+
+def test_where_texts_begin_is_computed_once() -> None:
+    tokens = make_tokens([3, 1, 4], [0, 0, 0])
+    assert tokens.starts_N.tolist() == [0, 3, 4] and tokens.starts_N is tokens.starts_N
+    tokens.starts_N[2] = 0  # padding reads what was computed before
+    assert pad(tokens, torch.tensor([2]), pad_id=0).ids_CT[0].tolist() == tokens.ids[:4].tolist()
+    assert tokens.to("cpu").starts_N.tolist() == [0, 3, 4]
 
 
 def test_padding_ratio() -> None:

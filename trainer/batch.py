@@ -14,7 +14,18 @@ from torch import Tensor
 
 from pipeline.errors import ConfigError
 from trainer.shards import TextBatch
-from trainer.tokens import Padded, TextTokenizer, Tokens, chunk_by_length, concat, pad, padding_ratio, split_tightly
+from trainer.tokens import (
+    Padded,
+    TextTokenizer,
+    Tokens,
+    chunk_by_length,
+    chunk_by_tokens,
+    computed_tokens,
+    concat,
+    pad,
+    padding_ratio,
+    split_tightly,
+)
 
 __all__ = [
     "Batch",
@@ -23,6 +34,8 @@ __all__ = [
     "Tokenizer",
     "Tokens",
     "chunk_by_length",
+    "chunk_by_tokens",
+    "computed_tokens",
     "concat",
     "load_tokenizer",
     "pad",

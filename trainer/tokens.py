@@ -10,12 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+
+_SHORTEST_OF_PIECE = 0.8  # of the longest text of a piece
+_LEAST_TEXTS_OF_PIECE = 16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,6 +36,14 @@ class Tokens:
 
     def __len__(self) -> int:
         return len(self.lengths_N)
+
+    @cached_property
+    def starts_N(self) -> Tensor:  # noqa: N802 the shape of what it returns
+        """The place in `ids` (int64, on the CPU) where each text begins.
+
+        Computed once, since `pad` is called for each chunk of what may be millions of texts.
+        """
+        return self.lengths_N.cumsum(0) - self.lengths_N
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Tokens:
         """The same with `ids` on `device`."""
@@ -60,7 +72,7 @@ def pad(tokens: Tokens, rows_C: Tensor, pad_id: int) -> Padded:
     """The texts `rows_C` (on the CPU, at least one), on the device of the ids."""
     device = tokens.ids.device
     lengths_C = tokens.lengths_N[rows_C]
-    starts_C = (tokens.lengths_N.cumsum(0) - tokens.lengths_N)[rows_C]
+    starts_C = tokens.starts_N[rows_C]
     places_T = torch.arange(int(lengths_C.max()), device=device)
     of_rows = torch.stack([starts_C, lengths_C, tokens.prompt_lengths_N[rows_C]]).to(device, non_blocking=True)
     mask_CT = places_T < of_rows[1, :, None]
@@ -87,18 +99,68 @@ def chunk_by_length(lengths_N: Tensor, chunk_size: int) -> list[Tensor]:
     return list(torch.split(torch.argsort(lengths_N, descending=True, stable=True), chunk_size))
 
 
-def split_tightly(lengths_C: Tensor, *, shrink: float = 0.8, least: int = 16) -> list[int]:
-    """Sizes of pieces of a chunk, whose lengths fall, that hold little padding when each is padded by itself.
+def chunk_by_tokens(lengths_N: Tensor, chunk_tokens: int, *, context_size: int = 0) -> list[Tensor]:
+    """Rows in chunks of at most `chunk_tokens` computed tokens, every row once, by falling length.
 
-    A piece ends before a text shorter than `shrink` of its longest, but has `least` texts: smaller ones are slow.
+    What is computed of a chunk is its pieces (`split_tightly`): each text counts as long as the
+    longest of its piece, and `context_size` tokens more. A text that alone has more than
+    `chunk_tokens` is a chunk by itself. The longest texts come first, ties in order of row, so that
+    a chunk too large for the memory shows at once.
+
+    For example, lengths 9, 9, 5 behind 3 tokens of context are 12 tokens each in one piece: two
+    chunks of at most 24.
+    """
+    if len(lengths_N) == 0:
+        return []
+    order_N = torch.argsort(lengths_N, descending=True, stable=True)
+    sizes, size, tokens = [], 0, 0
+    longest, piece_size = 0, 0
+
+    for length in lengths_N[order_N].tolist():
+        if piece_size == 0 or _ends_piece(length, longest, piece_size):
+            longest, piece_size = length, 0
+
+        if size and tokens + longest + context_size > chunk_tokens:
+            sizes.append(size)
+            size, tokens = 0, 0
+            longest, piece_size = length, 0
+
+        size += 1
+        piece_size += 1
+        tokens += longest + context_size
+    return list(torch.split(order_N, [*sizes, size]))
+
+
+def split_tightly(lengths_C: Tensor) -> list[int]:
+    """Sizes of pieces of a chunk that hold little padding when each is padded by itself.
+
+    The lengths of the chunk fall, as those of `chunk_by_tokens` do.
     """
     lengths = lengths_C.tolist()
     sizes, start = [], 0
     for place, length in enumerate(lengths):
-        if place - start >= least and length < shrink * lengths[start]:
+        if _ends_piece(length, lengths[start], place - start):
             sizes.append(place - start)
             start = place
     return [*sizes, len(lengths) - start]
+
+
+def _ends_piece(length: int, longest: int, size: int) -> bool:
+    """Whether a piece of `size` texts ends before a text of `length` tokens.
+
+    A much shorter text would mostly be padding, but pieces of very few texts are slow.
+    """
+    return size >= _LEAST_TEXTS_OF_PIECE and length < _SHORTEST_OF_PIECE * longest
+
+
+def computed_tokens(lengths_N: Tensor, chunks: Sequence[Tensor], *, context_size: int = 0) -> int:
+    """Tokens that are computed of all chunks: padding and `context_size` tokens a text are included."""
+    total = 0
+    for rows_C in chunks:
+        lengths_C = lengths_N[rows_C]
+        for lengths in torch.split(lengths_C, split_tightly(lengths_C)):
+            total += len(lengths) * (int(lengths.max()) + context_size)
+    return total
 
 
 def padding_ratio(lengths_N: Tensor, chunks: Sequence[Tensor]) -> float:
