@@ -10,7 +10,7 @@ import torch
 from trainer_models import tiny_encoder
 
 from trainer.batch import Batch, Tokens
-from trainer.log import LOG, RunLog, StepFigures, model_flops
+from trainer.log import LOG, RunLog, StepFigures, model_flops, peak_flops
 
 
 def make_figures(loss=1.0, **changed):
@@ -27,8 +27,8 @@ def make_figures(loss=1.0, **changed):
     return StepFigures(loss=loss, **{**figures, **changed})
 
 
-def open_log(folder, first_step=0):
-    return RunLog(folder, first_step=first_step, end_position=100, world_size=1, stream=io.StringIO())
+def open_log(folder, first_step=0, peak_flops=0.0):
+    return RunLog(folder, first_step=first_step, end_position=100, peak_flops=peak_flops, stream=io.StringIO())
 
 
 def records(folder):
@@ -100,3 +100,38 @@ def test_flops_by_hand(context_size):
     second = sum(6 * 3 * layer * (n + context_size) + 12 * 3 * 32 * (n + context_size) ** 2 for n in (3, 4, 5, 6))
     first = sum(6 * (3 * layer + 32 * 32) * n + 12 * 3 * 32 * n**2 for n in (5, 6)) if context_size else 0
     assert model_flops(encoder, batch, torch.tensor([0, 1])) == pytest.approx(second + first)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA B200", 2_250e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A10G", 0.0),  # another card than the A10
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L40", 0.0),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 0.0),
+        ("NVIDIA H100 PCIe MIG 1g.10gb", 0.0),
+    ],
+)
+def test_the_speed_of_a_gpu_goes_by_its_whole_name(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda", 1)) == peak
+    assert peak_flops(torch.device("cpu")) == 0.0
+
+
+def test_utilisation_is_told_where_the_speed_is_known(tmp_path):
+    for peak, told in ((1e12, True), (0.0, False)):
+        log = open_log(tmp_path, peak_flops=peak)
+        log.step(make_figures())
+        log.flush(step=1, position=1, batches_per_step=1)
+        assert ("MFU" in log._stream.getvalue()) == told
+        assert ("model_flop_utilisation" in records(tmp_path)[-1]) == told

@@ -25,8 +25,28 @@ from trainer.model import Encoder
 
 LOG = "log.jsonl"
 _EVALUATION = "eval/"
-# dense bf16 FLOP/s of the vendors' data sheets
-_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
+
+# Dense bf16 FLOP/s of the vendors' data sheets, by the whole name that CUDA gives to a device:
+# cards of one family that differ in power or form differ in speed. A name that is not here gives no
+# utilisation rather than a wrong one.
+_PEAK_FLOPS = {
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA GH200 480GB": 989e12,
+    "NVIDIA GH200 144G HBM3e": 989e12,
+    "NVIDIA B200": 2_250e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A10": 125e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+}
 
 # figures of an evaluation that are printed; the log has all
 _TOLD = {
@@ -57,8 +77,17 @@ class RunLog:
     """The log of a training in `output`; means over the steps between two lines. Only the main rank has one."""
 
     def __init__(
-        self, output: Path, *, first_step: int, end_position: int, world_size: int, stream: TextIO | None = None
+        self, output: Path, *, first_step: int, end_position: int, peak_flops: float = 0.0, stream: TextIO | None = None
     ) -> None:
+        """Opens the log.
+
+        Args:
+            output: the folder of the training.
+            first_step: the step that the training goes on from; later records are dropped.
+            end_position: the place in the order of batches at which the training ends.
+            peak_flops: FLOP/s of the devices of all ranks together, 0 if they are not known.
+            stream: receives the lines for a person; standard error by default.
+        """
         self.evaluations: dict[str, dict[int, dict[str, float]]] = {}
         """Figures by collection and step, also of the runs that this one goes on from."""
         self._path = output / LOG
@@ -66,7 +95,7 @@ class RunLog:
         self._board = _Board(output / "tensorboard", first_step)
         self._stream = stream or sys.stderr
         self._end = end_position
-        self._peak = _peak_flops() * world_size
+        self._peak = peak_flops
         self._window: list[StepFigures] = []
         self._started = time.monotonic()
         self._paused = 0.0
@@ -208,6 +237,11 @@ def model_flops(encoder: Encoder, batch: Batch, context_rows_M: torch.Tensor) ->
     return total
 
 
+def peak_flops(device: torch.device) -> float:
+    """Dense bf16 FLOP/s of a device; 0 for the CPU and for a GPU that is not known."""
+    return _PEAK_FLOPS.get(torch.cuda.get_device_name(device), 0.0) if device.type == "cuda" else 0.0
+
+
 def _stage_flops(stage: torch.nn.Module, config: Any, lengths: torch.Tensor) -> float:
     weights = sum(
         parameter.numel()
@@ -216,13 +250,6 @@ def _stage_flops(stage: torch.nn.Module, config: Any, lengths: torch.Tensor) -> 
     )
     attention = 12 * config.num_hidden_layers * config.hidden_size
     return float(6 * weights * lengths.sum() + attention * lengths.pow(2).sum())
-
-
-def _peak_flops() -> float:
-    if not torch.cuda.is_available():
-        return 0.0
-    parts = torch.cuda.get_device_name().replace("-", " ").split()
-    return next((peak for part, peak in _PEAK_FLOPS.items() if part in parts), 0.0)
 
 
 def _duration(seconds: float) -> str:

@@ -19,7 +19,7 @@ from trainer.collection import Collection
 from trainer.draws import draw_context
 from trainer.evaluate import evaluate_retrieval, held_out_loss
 from trainer.export import export_model
-from trainer.log import RunLog, StepFigures, model_flops, summary_text
+from trainer.log import RunLog, StepFigures, model_flops, peak_flops, summary_text
 from trainer.loss import mask_rate
 from trainer.schedule import learning_rate_factor
 from trainer.signals import Stop, StoppedError, noted_signals
@@ -293,7 +293,7 @@ def _open_log(training: Training) -> RunLog:
         training.config.output,
         first_step=state.step,
         end_position=state.end_position,
-        world_size=training.ranks.world_size,
+        peak_flops=peak_flops(training.ranks.device) * training.ranks.world_size,
     )
     for line in [*opening_lines(training), *training.notices]:
         log.say(line)
