@@ -74,6 +74,43 @@ def test_everything_comes_back(saver):
         assert torch.equal(before, after)  # the next update is the same to the bit
 
 
+def test_a_fused_optimizer_goes_on_to_the_bit(saver):
+    """As on CUDA; torch has the fused kernel for the CPU too."""
+    saver.optimizer = torch.optim.AdamW(saver.encoder.parameters(), lr=0.01, fused=True)
+    for step in (1, 2):
+        torch.manual_seed(step)
+        for parameter in saver.encoder.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        saver.optimizer.step()
+    path = save_checkpoint(saver.output, saver.encoder, saver.optimizer, make_state(2), tokenizer_files={}, keep_last=1)
+
+    loaded = load_encoder(path)
+    optimizer = torch.optim.AdamW(loaded.parameters(), lr=0.01, fused=True)
+    load_optimizer(path, loaded, optimizer)
+    for encoder, stepper in ((saver.encoder, saver.optimizer), (loaded, optimizer)):
+        torch.manual_seed(0)
+        for parameter in encoder.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        stepper.step()
+    for before, after in zip(saver.encoder.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(before, after)
+    assert {float(state["step"]) for state in optimizer.state.values()} == {3.0}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_are_counted_where_the_optimizer_wants_them(saver, fused):
+    """A fused one on the device of the parameter, any other one on the CPU; the pretended device is `meta`."""
+    path = saver(10)
+    moved = load_encoder(path).to("meta")
+    optimizer = torch.optim.AdamW(moved.parameters(), lr=0.01)
+    for group in optimizer.param_groups:
+        group["fused"] = fused
+    load_optimizer(path, moved, optimizer)
+    for state in optimizer.state.values():
+        assert state["exp_avg"].device.type == "meta"
+        assert state["step"].device.type == ("meta" if fused else "cpu")
+
+
 def test_the_newest_are_kept(saver):
     for step in (10, 20, 30):
         saver(step, keep_last=2)

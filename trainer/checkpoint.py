@@ -178,12 +178,16 @@ def load_optimizer(path: Path, encoder: Encoder, optimizer: torch.optim.Optimize
     """Gives `optimizer` the moments of the checkpoint at `path`. Raises IntegrityError where they do not fit."""
     try:
         tensors = load_file(path / "optimizer.safetensors")
+
+        # A fused optimizer counts its steps on the parameter's device, any other one on the CPU.
+        fused = {parameter for group in optimizer.param_groups if group["fused"] for parameter in group["params"]}
+
         for name, parameter in encoder.named_parameters():
             moments = {key: tensors.pop(f"{name}.{key}") for key in ("exp_avg", "exp_avg_sq", "step")}
             if moments["exp_avg"].shape != parameter.shape:
                 raise KeyError(name)
             optimizer.state[parameter] = {
-                "step": moments["step"],
+                "step": moments["step"].to(parameter.device) if parameter in fused else moments["step"],
                 "exp_avg": moments["exp_avg"].to(parameter.device),
                 "exp_avg_sq": moments["exp_avg_sq"].to(parameter.device),
             }

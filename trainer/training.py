@@ -143,7 +143,7 @@ def start_training(config: TrainConfig, ranks: Ranks, checkpoint: Path | None, n
             f"--hard-negatives {config.hard_negatives}: {config.shards} has no hard negatives; leave it out"
         )
     encoder = encoder.to(ranks.device).train()
-    optimizer = _build_optimizer(encoder, config)
+    optimizer = build_optimizer(encoder, config, fused=ranks.device.type == "cuda")
     if checkpoint is not None:
         load_optimizer(checkpoint, encoder, optimizer)
     return Training(
@@ -242,14 +242,18 @@ def choose_prompts(shards: Shards) -> dict[str, str]:
     return dict(sorted({**named, "query": query, "document": document}.items()))  # as a checkpoint gives them back
 
 
-def _build_optimizer(encoder: Encoder, config: TrainConfig) -> torch.optim.AdamW:
+def build_optimizer(encoder: Encoder, config: TrainConfig, *, fused: bool) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices alone.
+
+    `fused` takes one kernel for all weights, which is faster on CUDA.
+    """
     matrices = [parameter for parameter in encoder.parameters() if parameter.dim() > 1]
     others = [parameter for parameter in encoder.parameters() if parameter.dim() <= 1]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
 
 
 def opening_lines(training: Training) -> list[str]:
