@@ -314,6 +314,18 @@ def test_a_loss_that_is_no_number_stops_all_ranks_and_names_the_batch(flags):
     assert len(told) == 1 and "batch " in told[0] and "numbers" in told[0]
 
 
+def test_advice_about_a_loss_that_is_no_number():
+    """On CUDA attention is suspected before the learning rate."""
+    from trainer.loop import divergence_advice
+
+    advice = divergence_advice("sdpa", on_cuda=True)
+    assert "was that of --attention sdpa" in advice
+    places = [advice.index(word) for word in ("--attention eager", "--precision fp32", "--learning-rate")]
+    assert places == sorted(places)
+    assert "try --resume auto" not in divergence_advice("eager", on_cuda=True)
+    assert "--attention" not in divergence_advice("sdpa", on_cuda=False)
+
+
 def test_a_damaged_batch_ends_all_ranks_together(flags, copied_run):
     """Found as it is read, by the rank that reads it; the other one leaves too, and nobody hangs."""
     shards = copied_run[2]

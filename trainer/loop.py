@@ -273,10 +273,7 @@ class _Loop:
         if math.isfinite(mean_loss):
             names = ", ".join(str(batch.batch_id) for batch in batches)
             bad = [f"batches {names}: gradient norm {gradient_norm}"]
-        advice = (
-            "the model was not updated by it; start anew with --init-from the last checkpoint, another --output, and "
-            "a lower --learning-rate or --precision fp32"
-        )
+        advice = divergence_advice(self._training.config.attention, on_cuda=self._training.ranks.device.type == "cuda")
         self._training.ranks.raise_together(DivergedError(f"{'; '.join(bad)}; {advice}") if bad else None)
 
     @contextlib.contextmanager
@@ -285,6 +282,24 @@ class _Loop:
         yield
         if self._log is not None:
             self._log.pause(time.monotonic() - started)
+
+
+def divergence_advice(attention: str, *, on_cuda: bool) -> str:
+    """What to do about a loss or a gradient that is no number, the likeliest cause first.
+
+    On CUDA a fused attention kernel, or bfloat16, is suspected before the learning rate.
+    """
+    restart = "start anew with --init-from the last checkpoint, another --output, and"
+    if not on_cuda:
+        return f"the model was not updated by it; {restart} a lower --learning-rate or --precision fp32"
+
+    told = f"the model was not updated by it, and attention was that of --attention {attention}"
+    if attention == "eager":
+        return f"{told}; {restart} --precision fp32, then a lower --learning-rate"
+    return (
+        f"{told}; try --resume auto with --attention eager first; if that gives the same, {restart} --precision fp32, "
+        "then a lower --learning-rate"
+    )
 
 
 def _open_log(training: Training) -> RunLog:
