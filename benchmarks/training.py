@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 
 from trainer.backbone import build_encoder, find_backbone
-from trainer.batch import Batch, chunk_by_length, concat, load_tokenizer, padding_ratio, split_tightly
+from trainer.batch import Batch, chunk_by_tokens, concat, load_tokenizer, padding_ratio, split_tightly
 from trainer.config import parse_flags
 from trainer.gradcache import GradCache, StepConfig
 from trainer.model import Encoder
 from trainer.stream import BatchStream
 
-CHUNKS = (16, 32, 64, 128)
-WHOLE = 1_000_000
+CHUNKS = (2_048, 4_096, 8_192, 16_384)  # tokens, padding and context included
+WHOLE = 1_000_000_000
 
 
 def main() -> None:
@@ -44,11 +44,11 @@ def main() -> None:
     tokenizer = load_tokenizer(folder, max_length_tokens=options.max_length)
     with BatchStream(options.shards, tokenize=tokenizer, stop=max(options.rounds, 64)) as stream:
         batches = list(stream)
-    print_padding(batches)
+    print_padding(batches, options.context_size)
     print_gradcache(encoder, batches[: options.rounds])
 
 
-def print_padding(batches: list[Batch]) -> None:
+def print_padding(batches: list[Batch], context_size: int) -> None:
     """Over whole batches: how much longer the padded texts are than the texts."""
     print(f"padding, {len(batches)} batches: tokens computed with / tokens of the texts")
     print(f"{'chunk':>8}{'pieces':>9}{'sorted':>9}{'in order':>10}")
@@ -57,9 +57,9 @@ def print_padding(batches: list[Batch]) -> None:
         real = 0.0
         for batch in batches:
             lengths_N = concat(batch.sides).lengths_N
-            chunks = chunk_by_length(lengths_N, size)
+            chunks = chunk_by_tokens(lengths_N, size, context_size=context_size)
             pieces = [piece for rows in chunks for piece in rows.split(split_tightly(lengths_N[rows]))]
-            in_order = list(torch.arange(len(lengths_N)).split(size))
+            in_order = list(torch.arange(len(lengths_N)).split([len(rows) for rows in chunks]))
             for name, parts in zip(padded, (pieces, chunks, in_order), strict=True):
                 padded[name] += padding_ratio(lengths_N, parts) * float(lengths_N.sum())
             real += float(lengths_N.sum())
@@ -83,11 +83,10 @@ def print_gradcache(encoder: Encoder, batches: list[Batch]) -> None:
             print(f"{size:>8}{statistics.median(ratios):>9.2f}  ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
 
 
-def time_step(encoder: Encoder, batch: Batch, chunk: int) -> float:
+def time_step(encoder: Encoder, batch: Batch, chunk_tokens: int) -> float:
     """CPU seconds of loss and gradients of a batch."""
     config = StepConfig(
-        first_stage_chunk=chunk,
-        second_stage_chunk=chunk,
+        chunk_tokens=chunk_tokens,
         temperature=0.02,
         sequence_dropout=0.005,
         no_context_rate=0.0,

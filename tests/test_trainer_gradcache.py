@@ -22,14 +22,13 @@ from trainer.ranks import Ranks
 SIZE, CONTEXT_SIZE = 8, 6
 BOUND = 1e-5  # of each tensor's norm
 STEP = StepConfig(
-    first_stage_chunk=3,
-    second_stage_chunk=5,
+    chunk_tokens=60,
     temperature=0.05,
     sequence_dropout=0.3,
     no_context_rate=0.0,
     seed=7,
 )
-WHOLE = replace(STEP, first_stage_chunk=100, second_stage_chunk=100)
+WHOLE = replace(STEP, chunk_tokens=10_000)
 
 
 def make_encoder(model_type="bert", context_size=CONTEXT_SIZE, dropout=0.1, pool_prompt=True):
@@ -90,7 +89,7 @@ def one_graph(encoder, config, batch):
     """Loss and gradients of one graph over the chunks and draws of `config`."""
     whole = GradCache(encoder, config)
     plan = whole._plan(batch)
-    assert len(plan.text_chunks) > 1
+    assert len(plan.text_chunks) > 2 and (len(plan.context_chunks) > 1 or encoder.config.context_size == 0)
     loss = whole._loss(plan, whole._embed(plan, whole._embed_context(plan)))
     loss.value.backward()
     return loss.value.detach(), gradients_of(encoder)
@@ -116,14 +115,13 @@ def test_cached_biencoder():
     assert worst_error(gradients_of(encoder), expected) < BOUND
 
 
-@pytest.mark.parametrize("chunks", [(1, 1), (3, 5), (2, 100), (100, 7), (8, 16)])
+@pytest.mark.parametrize("chunk_tokens", [1, 60, 100, 250, 600])
 @pytest.mark.parametrize("pool_prompt", [True, False])
-def test_without_dropout_chunks_change_nothing(chunks, pool_prompt):
+def test_without_dropout_chunks_change_nothing(chunk_tokens, pool_prompt):
     batch = make_batch(4, num_negatives=3)
     whole, cached = (make_encoder(dropout=0.0, pool_prompt=pool_prompt) for _ in range(2))
     expected = GradCache(whole, WHOLE).backward(batch)
-    config = replace(STEP, first_stage_chunk=chunks[0], second_stage_chunk=chunks[1])
-    found = GradCache(cached, config).backward(batch)
+    found = GradCache(cached, replace(STEP, chunk_tokens=chunk_tokens)).backward(batch)
     assert found.value.item() == pytest.approx(expected.value.item(), rel=1e-5)
     assert worst_error(gradients_of(cached), gradients_of(whole)) < 10 * BOUND  # other padding, other rounding
 
@@ -261,12 +259,38 @@ CONFIGS = {
 }
 
 
-UNEVEN = replace(STEP, first_stage_chunk=6, second_stage_chunk=16)  # one chunk, or two where there are negatives
+UNEVEN = replace(STEP, chunk_tokens=520)  # one pass, or chunks where there are negatives
+
+
+def test_a_batch_of_no_more_tokens_than_a_chunk_takes_one_pass():
+    """Both stages are in memory at once then, so they count together."""
+    encoder, batch = make_encoder(), make_batch(0)
+    plan = GradCache(encoder, WHOLE)._plan(batch)
+    chosen_M = batch.documents.lengths_N[plan.context_rows_M]
+    texts_N = torch.cat([batch.queries.lengths_N, batch.documents.lengths_N])
+    most = len(texts_N) * (int(texts_N.max()) + CONTEXT_SIZE) + len(chosen_M) * int(chosen_M.max())
+    assert plan.num_tokens == most  # sixteen texts are one piece
+
+    passes = []
+    for chunk_tokens in (most, most - 1):
+        calls = []
+        handle = encoder.second_stage_model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        GradCache(encoder, replace(STEP, chunk_tokens=chunk_tokens)).backward(batch)
+        handle.remove()
+        passes.append(len(calls))
+    assert passes == [1, 2]
+
+
+def test_uneven_batches_are_uneven():
+    step = GradCache(make_encoder(), UNEVEN)
+    for position in range(15):
+        plan = step._plan(make_batch(position, uneven(position)))
+        assert (plan.num_tokens > UNEVEN.chunk_tokens) == bool(uneven(position))
 
 
 def uneven(position):
     """Hard negatives of the batch at `position`: none on some ranks, some on others."""
-    return 5 * (position % 2)
+    return 12 * (position % 2)
 
 
 def rank_main(rank, world_size, port, folder):

@@ -45,8 +45,7 @@ def flags(finished_run, backbone, tmp_path):
         "--warmup-steps": 3,
         "--learning-rate": 1e-3,
         "--sequence-dropout": 0.1,
-        "--first-stage-chunk": 4,
-        "--second-stage-chunk": 6,
+        "--chunk-tokens": 120,
         "--precision": "fp32",
         "--log-every": 1,
         "--save-every": 4,
@@ -324,6 +323,52 @@ def test_advice_about_a_loss_that_is_no_number():
     assert places == sorted(places)
     assert "try --resume auto" not in divergence_advice("eager", on_cuda=True)
     assert "--attention" not in divergence_advice("sdpa", on_cuda=False)
+
+
+def test_a_step_that_does_not_fit_the_memory_ends_in_one_line(flags, capsys, monkeypatch):
+    from trainer.gradcache import GradCache
+
+    calls = []
+
+    def backward(self, batch, *, scale=1.0):
+        calls.append(batch)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return backward_of(self, batch, scale=scale)
+
+    backward_of = GradCache.backward
+    monkeypatch.setattr(GradCache, "backward", backward)
+    code, error = in_process(flags, capsys)
+    told = [line for line in error.splitlines() if line.startswith("trainer:")]
+    assert code == 1 and len(told) == 1 and "Traceback" not in error
+    assert "a step ran out of memory (cpu); give --chunk-tokens 60 in place of 120" in told[0]
+    assert max(losses_of(flags), default=0) <= 2
+
+
+def test_the_first_lines_tell_the_chunk_and_its_memory(flags, capsys):
+    code, error = in_process({**flags, "--max-steps": 1}, capsys)
+    assert code == 0
+    assert re.search(r"^chunks of at most 120 tokens, about 0\.\d\d GiB, beside 0\.\d\d GiB of weights", error, re.M)
+
+
+def test_chunks_may_change_when_a_training_is_resumed(flags, tmp_path, capsys):
+    """Without dropout the size of a chunk changes rounding alone."""
+    flags |= {"--dropout": 0, "--epochs": 2}
+    whole = {**flags, "--output": tmp_path / "whole", "--chunk-tokens": "auto"}
+    assert in_process(whole, capsys)[0] == 0
+
+    assert in_process(flags, capsys)[0] == 0
+    checkpoints = Path(flags["--output"]) / "checkpoints"
+    fresh = tmp_path / "fresh" / "checkpoints"
+    fresh.mkdir(parents=True)
+    shutil.copytree(checkpoints / "step-00000008", fresh / "step-00000008")
+    resumed = {**flags, "--output": fresh.parent, "--resume": "auto", "--chunk-tokens": 300}
+    code, error = in_process(resumed, capsys)
+    assert code == 0 and "chunks of at most 300 tokens" in error
+
+    expected = losses_of(whole)
+    assert losses_of(flags) == pytest.approx(expected, rel=1e-4)
+    assert losses_of(resumed) == pytest.approx({step: expected[step] for step in range(9, 13)}, rel=1e-4)
 
 
 def test_a_damaged_batch_ends_all_ranks_together(flags, copied_run):

@@ -28,7 +28,7 @@ from pipeline.commit import open_builder, write_unit
 from pipeline.errors import ConfigError, IntegrityError, NoSpaceError
 from pipeline.faults import fault_point
 from pipeline.files import as_user_error
-from trainer.config import TrainConfig
+from trainer.config import setting_defaults
 from trainer.model import Encoder
 
 STATE_VERSION = 1
@@ -161,7 +161,7 @@ def check_resumable(path: Path, state: TrainState, *, shards_key: str, settings:
             f"{path}: belongs to the shards {state.shards_key}, --shards gives {shards_key}; give those, or start anew "
             "in another --output with --init-from"
         )
-    saved = {name: field.default for name, field in TrainConfig.model_fields.items()} | state.settings
+    saved = setting_defaults() | state.settings
     changed = [
         f"{'--' + name.replace('_', '-')} {saved.get(name)} there, {value} here"
         for name, value in settings.items()

@@ -1,72 +1,163 @@
-"""The settings of a training, each a flag of `trainer/main.py`; checked here, once, before heavy imports."""
+"""The settings of a training, each a flag of `trainer/main.py`.
+
+They are checked once, here, before anything heavy is imported.
+"""
+# ruff: noqa: RUF009 what `_setting` returns is a field
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
-import typing
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import ConfigError
 
 
-class TrainConfig(BaseModel):
-    """Settings of a training. Defaults are the paper's small setting where it gives one (Section 5)."""
+@dataclass(frozen=True)
+class _Whole:
+    """Reads a whole number within limits, or one of `words`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    least: int
+    below: int | None = None
+    words: tuple[str, ...] = ()
 
-    shards: Path = Field(description="folder of shards: the last line that `hardbatch run` prints")
-    output: Path = Field(description="folder for checkpoints, logs and the export")
+    def __call__(self, text: str) -> int | str:
+        if text in self.words:
+            return text
 
-    architecture: Literal["contextual", "biencoder"] = Field("contextual", description="with or without first stage")
-    backbone: str = Field("minilm", description="minilm, a folder, or NAME or NAME@COMMIT on the hub")
-    num_layers: int | None = Field(None, ge=1, description="keep only the first layers of the backbone")
-    random_weights: bool = Field(False, description="take the backbone's configuration, not its weights")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention implementation")
-    dropout: float | None = Field(None, ge=0, lt=1, description="the backbone's own dropout; default: as it is set")
-    context_size: int = Field(64, ge=1, description="context documents J that the second stage reads")
-    max_length: int = Field(64, ge=4, description="tokens of a text, prompt and special tokens included")
-    pool_prompt: bool = Field(True, description="whether the prompt's tokens take part in mean pooling")
+        try:
+            value = int(text)
+        except ValueError:
+            words = "".join(f"{word!r} or " for word in self.words)
+            raise ValueError(f"input should be {words}a whole number") from None
 
-    epochs: int = Field(3, ge=1, description="passes over one packing of the shards")
-    max_steps: int | None = Field(None, ge=1, description="stop after so many steps, if before the last epoch ends")
-    learning_rate: float = Field(2e-5, gt=0, description="peak of AdamW's learning rate")
-    warmup_steps: int = Field(1_000, ge=0, description="steps of linear warm-up; then linear decay to 0")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's, on matrices only; 0 is the paper's Adam")
-    max_gradient_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
-    temperature: float = Field(0.02, gt=0, description="of InfoNCE")
-    sequence_dropout: float = Field(0.005, ge=0, lt=1, description="rate at which context vectors become null")
-    no_context_rate: float = Field(0.0, ge=0, le=1, description="rate of batches whose whole context becomes null")
-    hard_negatives: int = Field(0, ge=0, description="hard negatives of each query to use, where the shards have them")
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 autocast where hardware has it")
-    first_stage_chunk: int = Field(256, ge=1, description="context documents of a forward pass of the first stage")
-    second_stage_chunk: int = Field(256, ge=1, description="texts of a forward pass of the second stage")
-    accumulate: int = Field(1, ge=1, description="batches of a rank in one step")
-    seed: int = Field(0, ge=0, lt=2**63, description="draws order, context and dropout")
+        if value < self.least:
+            raise ValueError(f"input should be greater than or equal to {self.least}")
+        if self.below is not None and value >= self.below:
+            raise ValueError(f"input should be less than {self.below}")
+        return value
 
-    eval: tuple[Path, ...] = Field(
-        (), description="folders of corpus/queries/qrels, by commas; `holdout`: the shards' own"
+
+@dataclass(frozen=True)
+class _Number:
+    """Reads a finite number within limits."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+
+    def __call__(self, text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise ValueError("input should be a number") from None
+
+        if not math.isfinite(value):
+            raise ValueError("input should be a finite number")
+        if self.least is not None and value < self.least:
+            raise ValueError(f"input should be greater than or equal to {self.least:g}")
+        if self.above is not None and value <= self.above:
+            raise ValueError(f"input should be greater than {self.above:g}")
+        if self.most is not None and value > self.most:
+            raise ValueError(f"input should be less than or equal to {self.most:g}")
+        if self.below is not None and value >= self.below:
+            raise ValueError(f"input should be less than {self.below:g}")
+        return value
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Reads one of a few names."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, text: str) -> str:
+        if text not in self.names:
+            *others, last = (repr(name) for name in self.names)
+            raise ValueError(f"input should be {', '.join(others)} or {last}")
+        return text
+
+
+def _paths(text: str) -> tuple[Path, ...]:
+    return tuple(Path(part.strip()) for part in text.split(",") if part.strip())
+
+
+def _switch(text: str) -> bool:
+    raise AssertionError("argparse turns --name and --no-name into a bool")
+
+
+def _setting(description: str, read: Callable[[str], Any], *default: Any) -> Any:
+    """A field of `TrainConfig`: its help, how its text is read, and its default if it has one."""
+    metadata = {"description": description, "read": read}
+    return dataclasses.field(default=default[0] if default else dataclasses.MISSING, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The settings of a training. `parse_flags` makes and checks it.
+
+    Defaults are the paper's small setting where it gives one (Section 5).
+    """
+
+    shards: Path = _setting("folder of shards: the last line that `hardbatch run` prints", Path)
+    output: Path = _setting("folder for checkpoints, logs and the export", Path)
+
+    architecture: Literal["contextual", "biencoder"] = _setting(
+        "with or without first stage", _Choice(("contextual", "biencoder")), "contextual"
     )
-    eval_every: int | None = Field(None, ge=1, description="steps between evaluations; default: first and last only")
-    save_every: int = Field(500, ge=1, description="steps between checkpoints")
-    keep_last: int = Field(2, ge=1, description="checkpoints that are kept")
-    log_every: int = Field(10, ge=1, description="steps between lines of the log")
-    resume: str = Field("never", description="auto: from the newest checkpoint of --output; or a checkpoint's folder")
-    init_from: Path | None = Field(None, description="start from the weights of an export or a checkpoint")
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda)$", description="auto, cpu or cuda")
-    workers: int = Field(1, ge=1, description="background threads that read and tokenise")
-    prefetch: int = Field(4, ge=1, description="batches read ahead")
+    backbone: str = _setting("minilm, a folder, or NAME or NAME@COMMIT on the hub", str, "minilm")
+    num_layers: int | None = _setting("keep only the first layers of the backbone", _Whole(1), None)
+    random_weights: bool = _setting("take the backbone's configuration, not its weights", _switch, False)
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = _setting(
+        "attention implementation", _Choice(("sdpa", "eager", "flash_attention_2")), "sdpa"
+    )
+    dropout: float | None = _setting(
+        "the backbone's own dropout; default: as it is set", _Number(least=0, below=1), None
+    )
+    context_size: int = _setting("context documents J that the second stage reads", _Whole(1), 64)
+    max_length: int = _setting("tokens of a text, prompt and special tokens included", _Whole(4), 64)
+    pool_prompt: bool = _setting("whether the prompt's tokens take part in mean pooling", _switch, True)
 
-    @model_validator(mode="after")
-    def _check(self) -> TrainConfig:
-        chosen = self.random_weights or self.num_layers is not None or self.dropout is not None
-        if self.init_from is not None and chosen:
-            raise ValueError("--init-from brings its own model: leave --random-weights, --num-layers and --dropout out")
-        return self
+    epochs: int = _setting("passes over one packing of the shards", _Whole(1), 3)
+    max_steps: int | None = _setting("stop after so many steps, if before the last epoch ends", _Whole(1), None)
+    learning_rate: float = _setting("peak of AdamW's learning rate", _Number(above=0), 2e-5)
+    warmup_steps: int = _setting("steps of linear warm-up; then linear decay to 0", _Whole(0), 1_000)
+    weight_decay: float = _setting("AdamW's, on matrices only; 0 is the paper's Adam", _Number(least=0), 0.0)
+    max_gradient_norm: float = _setting("gradients are clipped to this norm", _Number(above=0), 1.0)
+    temperature: float = _setting("of InfoNCE", _Number(above=0), 0.02)
+    sequence_dropout: float = _setting("rate at which context vectors become null", _Number(least=0, below=1), 0.005)
+    no_context_rate: float = _setting("rate of batches whose whole context becomes null", _Number(least=0, most=1), 0.0)
+    hard_negatives: int = _setting("hard negatives of each query to use, where the shards have them", _Whole(0), 0)
+    precision: Literal["auto", "bf16", "fp32"] = _setting(
+        "auto: bf16 autocast where hardware has it", _Choice(("auto", "bf16", "fp32")), "auto"
+    )
+    chunk_tokens: int | Literal["auto"] = _setting(
+        "tokens computed at once, padding and context included; auto: what the memory holds",
+        _Whole(1, words=("auto",)),
+        "auto",
+    )
+    accumulate: int = _setting("batches of a rank in one step", _Whole(1), 1)
+    seed: int = _setting("draws order, context and dropout", _Whole(0, below=2**63), 0)
+
+    eval: tuple[Path, ...] = _setting(
+        "folders of corpus/queries/qrels, by commas; `holdout`: the shards' own", _paths, ()
+    )
+    eval_every: int | None = _setting("steps between evaluations; default: first and last only", _Whole(1), None)
+    save_every: int = _setting("steps between checkpoints", _Whole(1), 500)
+    keep_last: int = _setting("checkpoints that are kept", _Whole(1), 2)
+    log_every: int = _setting("steps between lines of the log", _Whole(1), 10)
+    resume: str = _setting("auto: from the newest checkpoint of --output; or a checkpoint's folder", str, "never")
+    init_from: Path | None = _setting("start from the weights of an export or a checkpoint", Path, None)
+    device: Literal["auto", "cpu", "cuda"] = _setting("auto, cpu or cuda", _Choice(("auto", "cpu", "cuda")), "auto")
+    timeout_s: int = _setting("seconds that a rank waits for the others before it gives up", _Whole(1), 1_800)
+    workers: int = _setting("background threads that read and tokenise", _Whole(1), 1)
+    prefetch: int = _setting("batches read ahead", _Whole(1), 4)
 
     @property
     def model_context_size(self) -> int:
@@ -74,32 +165,58 @@ class TrainConfig(BaseModel):
         return self.context_size if self.architecture == "contextual" else 0
 
     def trajectory(self) -> dict[str, Any]:
-        """The settings that a resumed run must share with its checkpoint: with others it would be another training."""
-        return {name: value for name, value in self.model_dump(mode="json").items() if name not in _FREE_TO_CHANGE}
+        """The settings, ready for JSON, that a resumed run must share with its checkpoint.
+
+        With another value of one of them it would be another training.
+        """
+        settings = {name: getattr(self, name) for name in setting_defaults() if name not in _FREE_TO_CHANGE}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
 
 
 _FREE_TO_CHANGE = {
     *("shards", "output", "eval", "eval_every", "save_every", "keep_last", "log_every", "resume", "device"),
-    *("workers", "prefetch", "first_stage_chunk", "second_stage_chunk", "accumulate", "attention"),
+    *("timeout_s", "workers", "prefetch", "chunk_tokens", "accumulate", "attention"),
 }
 
 
-def parse_flags(arguments: Sequence[str]) -> TrainConfig:
-    """The settings that the command line gives. Raises ConfigError naming the flag, what was given and what is allowed.
+def setting_defaults() -> dict[str, Any]:
+    """The default of each setting, in the order of the flags; `dataclasses.MISSING` if required."""
+    return {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 
-    `--help` prints and exits.
+
+def parse_flags(arguments: Sequence[str]) -> TrainConfig:
+    """Returns the settings that the command line gives; `--help` prints and exits.
+
+    Raises:
+        ConfigError: a line for each mistake: the flag, what was given and what is allowed.
     """
     given = vars(_parser().parse_args(list(arguments)))
-    if isinstance(given.get("eval"), str):
-        given["eval"] = [part.strip() for part in given["eval"].split(",") if part.strip()]
-    try:
-        return TrainConfig.model_validate(given)
-    except ValidationError as error:
-        raise ConfigError(*(_explain(item) for item in error.errors(include_url=False))) from None
+    settings: dict[str, Any] = {}
+    mistakes: list[str] = []
+
+    for field in dataclasses.fields(TrainConfig):
+        value = given.get(field.name, field.default)
+        if value is dataclasses.MISSING:
+            mistakes.append(f"{_flag(field.name)} is required; see --help")
+        elif field.name in given and isinstance(value, str):
+            try:
+                settings[field.name] = field.metadata["read"](value)
+            except ValueError as error:
+                mistakes.append(f"{_flag(field.name)}: {error}, given {ascii(value)[:80]}")
+        else:
+            settings[field.name] = value
+    if mistakes:
+        raise ConfigError(*mistakes)
+
+    config = TrainConfig(**settings)
+    chosen = config.random_weights or config.num_layers is not None or config.dropout is not None
+    if config.init_from is not None and chosen:
+        raise ConfigError("--init-from brings its own model: leave --random-weights, --num-layers and --dropout out")
+    return config
 
 
 class _Parser(argparse.ArgumentParser):
-    """Tells a mistake as ConfigError, and suggests a flag for an unknown one."""
+    """Reports a mistake as ConfigError, and suggests a flag for an unknown one."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         options, unknown = self.parse_known_args(args, namespace)
@@ -120,15 +237,16 @@ def _parser() -> _Parser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for name, field in TrainConfig.model_fields.items():
-        default = "required" if field.is_required() else f"default: {_shown(field.default)}"
-        text = f"{field.description} ({default})".replace("%", "%%")
-        if field.annotation is bool:
-            parser.add_argument(_flag(name), action=argparse.BooleanOptionalAction, help=text)
+    for field in dataclasses.fields(TrainConfig):
+        required = field.default is dataclasses.MISSING
+        default = "required" if required else f"default: {_shown(field.default)}"
+        text = f"{field.metadata['description']} ({default})".replace("%", "%%")
+        read = field.metadata["read"]
+        if read is _switch:
+            parser.add_argument(_flag(field.name), action=argparse.BooleanOptionalAction, help=text)
         else:
-            choices = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is Literal else None
-            metavar = "{" + ",".join(choices) + "}" if choices else name.upper()
-            parser.add_argument(_flag(name), help=text, metavar=metavar)
+            metavar = "{" + ",".join(read.names) + "}" if isinstance(read, _Choice) else field.name.upper()
+            parser.add_argument(_flag(field.name), help=text, metavar=metavar)
     return parser
 
 
@@ -138,12 +256,3 @@ def _flag(name: str) -> str:
 
 def _shown(default: Any) -> str:
     return "none" if default is None or default == () else str(default)
-
-
-def _explain(item: Any) -> str:
-    if item["type"] == "value_error":
-        return str(item["ctx"]["error"])
-    flag = _flag(str(item["loc"][0]))
-    if item["type"] == "missing":
-        return f"{flag} is required; see --help"
-    return f"{flag}: {item['msg'][0].lower()}{item['msg'][1:]}, given {ascii(item['input'])[:80]}"

@@ -5,10 +5,12 @@
     pass 2, per chunk  texts ─ M2 ─► its part of that gradient ─► parameters of M2, gradient of context_MH
                        context documents ─ M1 ─► their part of that gradient ─► parameters of M1
 
-The gradients are those of one graph over the same chunks and draws, since dropout is replayed. Nothing here knows of
-ranks: they average their gradients when a step's batches are done (`Ranks.average_gradients`).
-Chunks hold texts of like length, and go through a stage in pieces of nearly the same, so that little is padded;
-embeddings return to the order of the slots.
+The gradients are those of one graph over the same chunks and draws, since dropout is replayed.
+Nothing here knows of ranks: they average their gradients when a step's batches are done
+(`Ranks.average_gradients`). Chunks hold texts of like length, as many as make `chunk_tokens`
+computed tokens, and go through a stage in pieces of nearly the same length, so that little is
+padded; embeddings return to the order of the slots. A batch whose two stages together have no more
+tokens than a chunk takes a single pass.
 
 Shapes: N texts of a batch (queries, documents, hard negatives), M context documents, C rows of a chunk, T tokens,
 J context size, H width of a context vector, D width of an embedding.
@@ -24,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.batch import Batch, Tokens, chunk_by_length, concat, pad, split_tightly
+from trainer.batch import Batch, Tokens, chunk_by_tokens, computed_tokens, concat, pad, split_tightly
 from trainer.draws import draw_context, draw_kept_context, replayed
 from trainer.loss import Loss, info_nce
 from trainer.model import Encoder
@@ -34,8 +36,7 @@ from trainer.model import Encoder
 class StepConfig:
     """What a step over one batch depends on; names as the flags of `trainer.config`."""
 
-    first_stage_chunk: int
-    second_stage_chunk: int
+    chunk_tokens: int
     temperature: float
     sequence_dropout: float
     no_context_rate: float
@@ -57,7 +58,7 @@ class GradCache:
     def backward(self, batch: Batch, *, scale: float = 1.0) -> Loss:
         """Adds the gradients of `scale` times the loss of the batch to the parameters; returns the unscaled loss."""
         plan = self._plan(batch.to(self._device, non_blocking=True))
-        if len(plan.text_chunks) == 1 and len(plan.context_chunks) <= 1:
+        if plan.num_tokens <= self._config.chunk_tokens:
             loss = self._loss(plan, self._embed(plan, self._embed_context(plan)))
             torch.autograd.backward(loss.value * scale)
             return Loss(value=loss.value.detach(), accuracy=loss.accuracy)
@@ -91,14 +92,19 @@ class GradCache:
             no_context_rate=config.no_context_rate,
             **draw,
         )
-        context_chunks = chunk_by_length(batch.documents.lengths_N[context_rows_M], config.first_stage_chunk)
+        context_lengths_M = batch.documents.lengths_N[context_rows_M]
+        context_chunks = chunk_by_tokens(context_lengths_M, config.chunk_tokens) if context_size else []
+        text_chunks = chunk_by_tokens(texts.lengths_N, config.chunk_tokens, context_size=context_size)
+        num_tokens = computed_tokens(context_lengths_M, context_chunks)
+        num_tokens += computed_tokens(texts.lengths_N, text_chunks, context_size=context_size)
         return _Plan(
             batch=batch,
             texts=texts,
-            text_chunks=chunk_by_length(texts.lengths_N, config.second_stage_chunk),
+            text_chunks=text_chunks,
             context_rows_M=context_rows_M,
-            context_chunks=context_chunks if context_size else [],
+            context_chunks=context_chunks,
             keep_NJ=keep_NJ,
+            num_tokens=num_tokens,
         )
 
     def _embed_context(self, plan: _Plan) -> Tensor | None:
@@ -171,6 +177,8 @@ class _Plan:
     context_rows_M: Tensor
     context_chunks: list[Tensor]
     keep_NJ: Tensor
+    num_tokens: int
+    """Tokens computed in both stages, padding and context included."""
 
 
 def _in_order(chunks: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:

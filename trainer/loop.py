@@ -21,6 +21,7 @@ from trainer.evaluate import evaluate_retrieval, held_out_loss
 from trainer.export import export_model
 from trainer.log import RunLog, StepFigures, model_flops, peak_flops, summary_text
 from trainer.loss import mask_rate
+from trainer.memory import naming_the_flag
 from trainer.schedule import learning_rate_factor
 from trainer.signals import Stop, StoppedError, noted_signals
 from trainer.stream import BatchStream
@@ -97,12 +98,18 @@ class _Loop:
 
     def step(self) -> None:
         """One step: W · A batches, their gradients, one update."""
+        training = self._training
+        with naming_the_flag(training.ranks.device, training.chunk_tokens, training.memory):
+            self._step()
+
+    def _step(self) -> None:
         training, ranks = self._training, self._training.ranks
         config, step_size = training.config, training.step_size
         position = self.next_position
-        with ranks.together():  # a damaged batch of one rank ends all of them
+        # A damaged batch of one rank, or one that does not fit its memory, ends all of them.
+        with ranks.together(), naming_the_flag(ranks.device, training.chunk_tokens, training.memory):
             batches = [next(self._batches) for _ in range(config.accumulate)]
-        losses = [self._gradients.backward(batch, scale=1 / config.accumulate) for batch in batches]
+            losses = [self._gradients.backward(batch, scale=1 / config.accumulate) for batch in batches]
         ranks.average_gradients(training.encoder)
         gradient_norm = float(torch.nn.utils.clip_grad_norm_(training.encoder.parameters(), config.max_gradient_norm))
         figures = self._figures(position, batches, [(float(one.value), float(one.accuracy)) for one in losses])
@@ -186,7 +193,7 @@ class _Loop:
             "seed": config.seed,
             "query_prompt": training.state.prompts["query"],
             "document_prompt": training.state.prompts["document"],
-            "texts_per_chunk": config.second_stage_chunk,
+            "texts_per_chunk": max(1, training.chunk_tokens // training.memory.longest_text_tokens),
             "precision": training.autocast,
             "between_blocks": self._leave_if_stopped,
         }

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
         spin_briefly(os.environ)
         from trainer.ranks import join_ranks
 
-        with join_ranks(config.device) as ranks, ExitStack() as held:
+        with join_ranks(config.device, timeout_s=config.timeout_s) as ranks, ExitStack() as held:
             from trainer.checkpoint import find_checkpoint
             from trainer.loop import train
             from trainer.training import hold_output, start_training
@@ -44,6 +44,7 @@ def main(arguments: Sequence[str]) -> int:
                 training = start_training(config, ranks, checkpoint, notices)
             ranks.require_equal(training.facts(), "--output and --shards must be folders that all of them share")
             ranks.share_weights(training.encoder)
+            training.chunk_tokens = ranks.min(training.chunk_tokens)  # GPUs may differ in what is free
             return train(training)
     except HardbatchError as error:
         if os.environ.get("RANK", "0") == "0":  # as torchrun tells it

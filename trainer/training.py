@@ -24,6 +24,7 @@ from trainer.collection import Collection, load_collection
 from trainer.config import TrainConfig
 from trainer.export import refuse_foreign
 from trainer.gradcache import GradCache, StepConfig
+from trainer.memory import MemoryNeeds, bytes_per_token, choose_chunk_tokens, free_memory, memory_line
 from trainer.model import Encoder
 from trainer.order import BatchOrder
 from trainer.ranks import Ranks
@@ -45,6 +46,9 @@ class Training:
     collections: list[Collection]
     state: TrainState
     notices: list[str]
+    memory: MemoryNeeds
+    chunk_tokens: int
+    """Tokens that are computed at once: those of --chunk-tokens, or what `auto` found."""
 
     @property
     def step_size(self) -> int:
@@ -66,8 +70,7 @@ class Training:
         """What computes losses and gradients."""
         config = self.config
         step = StepConfig(
-            first_stage_chunk=config.first_stage_chunk,
-            second_stage_chunk=config.second_stage_chunk,
+            chunk_tokens=self.chunk_tokens,
             temperature=config.temperature,
             sequence_dropout=config.sequence_dropout,
             no_context_rate=config.no_context_rate,
@@ -142,6 +145,8 @@ def start_training(config: TrainConfig, ranks: Ranks, checkpoint: Path | None, n
         raise ConfigError(
             f"--hard-negatives {config.hard_negatives}: {config.shards} has no hard negatives; leave it out"
         )
+    memory = _memory_needs(config, encoder, autocast_dtype(config.precision, ranks.device))
+    chunk_tokens = choose_chunk_tokens(config.chunk_tokens, memory, free_memory(ranks.device))
     encoder = encoder.to(ranks.device).train()
     optimizer = build_optimizer(encoder, config, fused=ranks.device.type == "cuda")
     if checkpoint is not None:
@@ -158,6 +163,19 @@ def start_training(config: TrainConfig, ranks: Ranks, checkpoint: Path | None, n
         collections=collections,
         state=state,
         notices=notices,
+        memory=memory,
+        chunk_tokens=chunk_tokens,
+    )
+
+
+def _memory_needs(config: TrainConfig, encoder: Encoder, autocast: torch.dtype | None) -> MemoryNeeds:
+    longest = config.max_length + config.model_context_size
+    return MemoryNeeds(
+        num_weights=sum(parameter.numel() for parameter in encoder.parameters()),
+        bytes_per_token=bytes_per_token(
+            encoder.backbone_config, longest_text_tokens=longest, autocast=autocast, attention=config.attention
+        ),
+        longest_text_tokens=longest,
     )
 
 
@@ -268,4 +286,5 @@ def opening_lines(training: Training) -> list[str]:
         f"{encoder.config.architecture} model, {sizes} parameters, J = {encoder.config.context_size}, "
         f"{encoder.config.max_length_tokens} tokens; {training.ranks.world_size} ranks on "
         f"{training.ranks.device.type}, {precision}; batches {state.position:,} to {state.end_position:,}",
+        memory_line(training.chunk_tokens, training.memory),
     ]
