@@ -28,7 +28,7 @@ def rank_main(rank, world_size, port, folder):
     torch.set_num_threads(1)
     told = []
     with join_ranks("cpu") as ranks:
-        told.append([ranks.rank, ranks.is_main, ranks.sum(rank + 0.5, 1.0), ranks.max(10 * rank)])
+        told.append([ranks.rank, ranks.is_main, ranks.sum(rank + 0.5, 1.0), ranks.max(10 * rank), ranks.min(5 - rank)])
         for bad in ({1: "on one"}, {0: "same", 1: "same"}, {0: "first", 1: "second"}, {}):
             try:
                 with ranks.together():
@@ -56,7 +56,7 @@ def rank_main(rank, world_size, port, folder):
 def test_errors_of_any_rank_are_raised_by_all(tmp_path):
     mp.spawn(rank_main, args=(2, free_port(), str(tmp_path)), nprocs=2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert first[0] == [0, True, [2.0, 2.0], 10] and second[0] == [1, False, [2.0, 2.0], 10]
+    assert first[0] == [0, True, [2.0, 2.0], 10, 4] and second[0] == [1, False, [2.0, 2.0], 10, 4]
     assert first[1:] == second[1:]
     assert first[1] == ["InputError", "on one"]
     assert first[2] == ["IntegrityError", "same"]
@@ -117,17 +117,18 @@ def test_two_ranks_with_one_gpu_are_refused():
         refuse_shared_gpus([("a", "GPU-1"), ("b", "GPU-2"), ("b", "GPU-3"), ("b", "GPU-2")])
 
 
-def late_rank(rank, world_size, port, folder):
+def late_rank(rank, world_size, port, folder, exchange):
     """Rank 1 comes to an exchange much later than the others wait."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     with join_ranks("cpu", timeout_s=2) as ranks:
-        ranks.max(1)
+        exchanges = {"control": lambda: ranks.max(2), "gradients": lambda: ranks.share_weights(torch.nn.Linear(2, 2))}
+        exchanges[exchange]()
         started = time.monotonic()
         if rank == 1:
             time.sleep(8)
             os._exit(0)
         try:
-            ranks.max(2)
+            exchanges[exchange]()
             told = "no error"
         except RuntimeError as error:
             told = str(error)
@@ -135,7 +136,8 @@ def late_rank(rank, world_size, port, folder):
         os._exit(0)
 
 
-def test_a_rank_that_waits_in_vain_gives_up_after_the_timeout(tmp_path):
-    mp.spawn(late_rank, args=(2, free_port(), str(tmp_path)), nprocs=2)
+@pytest.mark.parametrize("exchange", ["control", "gradients"])
+def test_a_rank_that_waits_in_vain_gives_up_after_the_timeout(exchange, tmp_path):
+    mp.spawn(late_rank, args=(2, free_port(), str(tmp_path), exchange), nprocs=2)
     seconds, told = (tmp_path / "told").read_text().split(" ", 1)
     assert 1.5 < float(seconds) < 7 and re.search("[Tt]imed out", told), told
