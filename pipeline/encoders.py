@@ -53,13 +53,13 @@ class SentenceEncoder:
 
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         transformers.utils.logging.disable_progress_bar()
-        _avoid_cudnn_attention(spec.device)
+        _avoid_cudnn_attention(spec.runs_on)
         self._torch = torch
         self._spec = spec
         try:
             self._model = SentenceTransformer(
                 spec.location,
-                device=spec.device,
+                device=spec.runs_on,
                 trust_remote_code=spec.trust_remote_code,
                 model_kwargs={"use_safetensors": True, "dtype": getattr(torch, spec.dtype)},
             )

@@ -196,7 +196,7 @@ def test_cudnn_attention_is_off_on_cuda_only(folders, resolve):
 
         # Without a GPU the model cannot be loaded, but the backend is chosen before that.
         with contextlib.suppress(ConfigError):
-            open_encoder(dataclasses.replace(spec, device="cuda"))
+            open_encoder(dataclasses.replace(spec, runs_on="cuda"))
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
