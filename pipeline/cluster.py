@@ -34,7 +34,8 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         vectors = open_vectors(step.inputs["vectors"])
         pair_ids = np.flatnonzero(~vectors.invalid_pairs(pairs))
         points = FoldedPoints(vectors=vectors, pairs=pairs, pair_ids=pair_ids)
-        clustering = cluster(points, step.config, snapshots)
+        settings = {**step.config, **step.local}  # the number of the GPU is not in the key, so not in the config
+        clustering = cluster(points, settings, snapshots)
         _write(builder, pair_ids, clustering)
         progress.advance(1)
         progress.finish()

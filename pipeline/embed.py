@@ -33,7 +33,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
     work = _Embedding(
         path=builder.path,
         pairs_path=step.inputs["pairs"],
-        spec=ModelSpec(**config, location=step.local["model"]),
+        spec=ModelSpec(**config, location=step.local["model"], runs_on=step.local["device"]),
     )
     counts = read_artifact(step.inputs["pairs"]).manifest.counts
     units = [

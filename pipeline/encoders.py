@@ -53,19 +53,20 @@ class SentenceEncoder:
 
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         transformers.utils.logging.disable_progress_bar()
+        _avoid_cudnn_attention(spec.runs_on)
         self._torch = torch
         self._spec = spec
         try:
             self._model = SentenceTransformer(
                 spec.location,
-                device=spec.device,
+                device=spec.runs_on,
                 trust_remote_code=spec.trust_remote_code,
                 model_kwargs={"use_safetensors": True, "dtype": getattr(torch, spec.dtype)},
             )
         except Exception as error:  # damaged weights, a wrong shape, a missing package: all mean that it cannot be used
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
             raise ConfigError(f"model '{spec.name}' at {spec.location} cannot be loaded: {reason}") from error
-        self._model.to(getattr(torch, spec.dtype))
+        _cast(self._model, getattr(torch, spec.dtype))
         self._model.eval()
         self._tokenizer = self._model.tokenizer
         if not isinstance(self._tokenizer, transformers.PreTrainedTokenizerBase):
@@ -132,6 +133,39 @@ class SentenceEncoder:
             "attention_mask": torch.from_numpy(mask_BT).to(self._model.device),
         }
         return self._model(features)["sentence_embedding"]
+
+
+def _avoid_cudnn_attention(device: str) -> None:
+    """Turns cuDNN's attention off in this process if the model runs on CUDA.
+
+    torch prefers it on recent GPUs, but it builds a plan for each new shape, and nearly every forward
+    pass here has a shape of its own. Its backward pass can also return NaN if there is a mask
+    (pytorch/pytorch#196678). The other backends need no plans and give the same attention.
+    """
+    if device.startswith("cuda"):
+        import torch
+
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def _cast(model: Any, dtype: Any) -> None:
+    """Casts to `dtype` what loading has not cast yet, and leaves the weights of transformers alone.
+
+    Loading gives those weights `dtype` already, apart from the few that transformers keeps in float32
+    because they overflow in float16, such as `wo` of T5. A plain `model.to(dtype)` would undo that.
+    """
+    from transformers import PreTrainedModel
+
+    loaded = {
+        id(weight)
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel)
+        for weight in module.parameters()
+    }
+
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) not in loaded and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
 
 
 class LexicalEncoder:

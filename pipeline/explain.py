@@ -101,7 +101,20 @@ def plan_text(steps: Sequence[Step], shards: Path) -> str:
     num_run = sum(not item.reused for item in planned)
     text = table(header, rows, left=(0, 1, 2, 7, 8))
     counted = f"steps to run: {num_run}, reused: {len(planned) - num_run}; shards: {shards}"
-    return "\n".join([text, counted, *_totals(planned)])
+    return "\n".join([text, counted, *_backends(steps), *_totals(planned)])
+
+
+def _backends(steps: Sequence[Step]) -> list[str]:
+    """A line that says which library clusters, and on which device.
+
+    FAISS comes in two builds, and which of them is installed does not show otherwise.
+    """
+    found = []
+    for step in steps:
+        if step.stage == "clusters":
+            backend = step.config.get("backend")
+            found.append(f"FAISS ({backend})" if backend else f"torch on {step.local['device']}")
+    return [f"clustering: {', '.join(dict.fromkeys(found))}"] if found else []
 
 
 def _totals(planned: Sequence[PlannedStep]) -> list[str]:

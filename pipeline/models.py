@@ -23,7 +23,11 @@ _OWN_MODULES = "sentence_transformers."
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A model with every "auto" resolved: all that its vectors depend on, and `location`, where it lies here."""
+    """A model with every "auto" resolved: all that its vectors depend on, and what is of this machine.
+
+    Of this machine are `location`, the folder of the model, and `runs_on`, its device with the number,
+    for example `cuda:1`. `device` is the type of that alone: all GPUs give the same vectors.
+    """
 
     name: str
     revision: str | None
@@ -36,6 +40,7 @@ class ModelSpec:
     token_budget: int
     trust_remote_code: bool
     location: str
+    runs_on: str
 
 
 def resolve_model(config: EmbedConfig, role: str, root: Path, digests: DigestCache) -> ModelSpec:
@@ -64,6 +69,7 @@ def resolve_model(config: EmbedConfig, role: str, root: Path, digests: DigestCac
             token_budget=0,
             trust_remote_code=False,
             location="",
+            runs_on="cpu",
             **shared,
         )
     pinned = bool(revision and _is_full_commit(revision))
@@ -79,7 +85,8 @@ def resolve_model(config: EmbedConfig, role: str, root: Path, digests: DigestCac
         _refuse_code_elsewhere(name, location)
     else:
         _refuse_own_code(name, location)
-    device = _resolve_device(config.device)
+    runs_on = _resolve_device(config.device)
+    device = runs_on.split(":")[0]
     return ModelSpec(
         name=name,
         revision=revision,
@@ -87,9 +94,10 @@ def resolve_model(config: EmbedConfig, role: str, root: Path, digests: DigestCac
         max_length_tokens=config.max_length_tokens,
         device=device,
         dtype=_resolve_dtype(config.dtype, device),
-        token_budget=config.token_budget or _TOKEN_BUDGET[device.split(":")[0]],
+        token_budget=config.token_budget or _TOKEN_BUDGET[device],
         trust_remote_code=config.trust_remote_code,
         location=str(location),
+        runs_on=runs_on,
         **shared,
     )
 
@@ -155,7 +163,7 @@ def _resolve_dtype(dtype: str, device: str) -> str:
 
     if dtype != "auto":
         return dtype
-    if device.startswith("cuda"):
+    if device == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     if device == "cpu" and torch.cpu._is_avx512_bf16_supported():
         return "bfloat16"

@@ -162,8 +162,9 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         cluster_of = np.full(len(pairs), -1, dtype=np.int32)
         cluster_of[pair_ids] = labels
         rows, left = [], []
+        settings = {**step.config, **step.local}  # the number of the GPU is not in the key, so not in the config
         for number in range(step.config["num_packings"]):
-            packing = _pack_by(step.config, points, labels, centroids, number)
+            packing = _pack_by(settings, points, labels, centroids, number)
             rows.append(_rows(step.domain, number, pair_ids[packing.batches], cluster_of))
             for ids, reason in ((pair_ids[packing.remainder], moved), (np.flatnonzero(invalid), "invalid_vector")):
                 left.append(_leftover(step.domain, number, ids, cluster_of, reason))

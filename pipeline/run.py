@@ -183,11 +183,17 @@ class _Planner:
         pairs = self._pairs(dataset)
         vectors = {}
         for role, model in models.items():
-            config = {field: value for field, value in model.items() if field != "location"}
+            config = {field: value for field, value in model.items() if field not in ("location", "runs_on")}
             config["unit_rows"] = settings.embed.unit_rows
-            local = {"model": model["location"]}
+            local = {"model": model["location"], "device": model["runs_on"]}
             vectors[role] = self._add("vectors", name, config, {"pairs": pairs}, local=local)
-        device = models["cluster"]["device"] if models["cluster"]["device"].startswith("cuda") else "cpu"
+
+        # K-Means and refinement follow the clustering model to its GPU. Keys hold the type of the device
+        # alone, so that an artifact made on one GPU is found by a run on another.
+        on_gpu = models["cluster"]["device"] == "cuda"
+        device = "cuda" if on_gpu else "cpu"
+        runs_on = {"device": models["cluster"]["runs_on"] if on_gpu else "cpu"}
+
         cluster = settings.cluster.model_dump()
         cluster["cluster_size"] = cluster["cluster_size"] or settings.pack.batch_size
         cluster["iterations"] = cluster["iterations"] or _ITERATIONS[cluster["method"]]
@@ -199,11 +205,11 @@ class _Planner:
         for field in others:
             del cluster[field]  # the other method's: a change of it changes nothing
         both = {"pairs": pairs, "vectors": vectors["cluster"]}
-        clusters = self._add("clusters", name, cluster, both)
+        clusters = self._add("clusters", name, cluster, both, local=runs_on)
         measure = {**settings.hardness.model_dump(), "batch_size": settings.pack.batch_size}
         hardness = self._add("hardness", name, measure, both)
         packed = {**both, "surrogate": vectors["surrogate"], "clusters": clusters}
-        batches = self._add("batches", name, {**settings.pack.model_dump(), "device": device}, packed)
+        batches = self._add("batches", name, {**settings.pack.model_dump(), "device": device}, packed, local=runs_on)
         return {
             f"pairs/{name}": pairs,
             f"vectors/{name}": vectors["cluster"],

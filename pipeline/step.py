@@ -17,7 +17,7 @@ from pipeline.commit import ArtifactBuilder
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One stage on one domain. `config` and `sources` enter the key; `local` (paths here, limits) does not."""
+    """One stage on one domain. `config` and `sources` enter the key; `local` (paths here, the GPU, limits) does not."""
 
     stage: str
     stage_version: int

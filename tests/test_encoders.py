@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import shutil
 
@@ -153,6 +155,51 @@ def test_dtypes(folders, resolve, dtype):
     cosines = (vectors * plain(folders["gtr"], texts)).sum(1)
     assert (cosines > 0.99).all()
     assert (cosines > 0.99999).all() == (dtype == "float32")
+
+
+def test_float16_keeps_in_float32_what_would_overflow(folders, resolve):
+    encoder = open_encoder(resolve(folders["gtr"], dtype="float16"))
+    dtypes = {name: str(weight.dtype) for name, weight in encoder._model.named_parameters()}
+    kept = {name for name, dtype in dtypes.items() if dtype == "torch.float32"}
+
+    assert kept == {name for name in dtypes if name.endswith(".wo.weight")}
+    assert len(kept) == 2  # one in each layer
+    assert {dtypes[name] for name in dtypes.keys() - kept} == {"torch.float16"}
+
+
+def test_activations_beyond_float16_change_no_vector(resolve, tmp_path):
+    """The feed-forward output of real T5 encoders exceeds the 65,504 that float16 can hold."""
+    from safetensors.torch import load_file, save_file
+
+    folder = models.save_gtr(tmp_path / "large-gtr")
+    weights = load_file(folder / "model.safetensors")
+    for name in weights:
+        if name.endswith((".wi.weight", ".wo.weight")):
+            weights[name] *= 2_000
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    half, full = (
+        encode(open_encoder(resolve(folder, dtype=dtype)), make_texts(12)) for dtype in ("float16", "float32")
+    )
+    assert ((half * full).sum(1) > 0.999).all()
+
+
+def test_cudnn_attention_is_off_on_cuda_only(folders, resolve):
+    import torch
+
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    spec = resolve(folders["gtr"])
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        open_encoder(spec)
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+
+        # Without a GPU the model cannot be loaded, but the backend is chosen before that.
+        with contextlib.suppress(ConfigError):
+            open_encoder(dataclasses.replace(spec, runs_on="cuda"))
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def test_auto_settings_are_resolved(folders, resolve):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from models import require_minilm
 from packings import join_packings
 
 from pipeline.artifact import MANIFEST
@@ -164,6 +168,37 @@ def test_a_plan_of_a_finished_run_reuses_all(finished_run: Finished) -> None:
     assert to_run(plan) == {}
     text = plan_text(plan.steps, plan.shards)
     assert "steps to run: 0, reused: 6" in text and str(plan.shards) in text
+
+
+@pytest.mark.parametrize("num_gpus", [0, 1])
+def test_a_plan_says_what_clusters(
+    tmp_path: Path, small_manifest: Path, monkeypatch: pytest.MonkeyPatch, num_gpus: int
+) -> None:
+    faiss = ModuleType("faiss")
+    faiss.__spec__ = ModuleSpec("faiss", None)
+    faiss.get_num_gpus = lambda: num_gpus
+    monkeypatch.setitem(sys.modules, "faiss", faiss)
+
+    def backend_line(overrides: list[str]) -> str:
+        plan = plan_corpus(small_manifest, tmp_path / "workspace", overrides=overrides)
+        (line,) = [x for x in plan_text(plan.steps, plan.shards).splitlines() if x.startswith("clustering: ")]
+        return line
+
+    assert backend_line([]) == "clustering: torch on cpu"
+    expected = "faiss-gpu" if num_gpus else "faiss-cpu"
+    assert backend_line(["cluster.method=doubled"]) == f"clustering: FAISS ({expected})"
+
+
+def test_a_plan_names_the_gpu_that_clusters(
+    tmp_path: Path, small_manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    require_minilm()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    overrides = ["embed.model=minilm", "embed.device=cuda:1", "embed.dtype=float16"]
+    plan = plan_corpus(small_manifest, tmp_path / "workspace", overrides=overrides)
+    assert "clustering: torch on cuda:1" in plan_text(plan.steps, plan.shards).splitlines()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import models
@@ -217,6 +218,81 @@ def test_a_new_domain_leaves_the_others_as_they_are(corpus, tmp_path, write_json
     corpus.write_text(corpus.read_text().replace("[pack]", datasets("gamma") + "[pack]", 1))
     _, done = run(corpus, tmp_path / "ws")
     assert {name.split("/")[1] for name in done} == {"gamma", "two"}
+
+
+# The key of the shards changes with the key of any step before them.
+CPU_SHARDS_KEYS = {"lexical": "845ac3fe00614e36", "minilm": "032c9c25c166f87d"}
+
+
+@pytest.mark.parametrize("model", sorted(CPU_SHARDS_KEYS))
+def test_keys_of_a_run_on_the_cpu_are_those_of_earlier_versions(corpus, tmp_path, monkeypatch, model):
+    """A workspace of an earlier version is reused whole, unless somebody raises a stage's version."""
+    if model == "minilm":
+        models.require_minilm()
+    monkeypatch.setattr("pipeline.models.importlib.metadata.version", lambda package: "1.0")
+    monkeypatch.setattr("pipeline.models._digest_of_model", lambda location, digests: "0" * 16)
+
+    names = [f"embed.model={model}", f"embed.surrogate_model={model}"]
+    settings = ["embed.device=cpu", "embed.dtype=float32", "pack.remainder=mix"]
+    plan = plan_corpus(corpus, tmp_path / "ws", overrides=[*names, *settings])
+    assert plan.shards.name == CPU_SHARDS_KEYS[model]
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A machine on which torch reports CUDA devices; nothing can run on them."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+
+
+def test_the_number_of_a_gpu_is_in_no_key(corpus, tmp_path, cuda):
+    models.require_minilm()
+    plans = {}
+    for device in ("auto", "cuda", "cuda:0", "cuda:1"):
+        overrides = ["embed.model=minilm", "embed.surrogate_model=minilm", f"embed.device={device}"]
+        plans[device] = plan_corpus(corpus, tmp_path / "ws", overrides=overrides).steps
+
+    keys = {device: [step.key for step in steps] for device, steps in plans.items()}
+    assert keys["auto"] == keys["cuda"] == keys["cuda:0"] == keys["cuda:1"]
+    for device, runs_on in (("auto", "cuda"), ("cuda", "cuda"), ("cuda:1", "cuda:1")):
+        of_stages = {step.stage: step for step in plans[device]}
+        for stage in ("vectors", "clusters", "batches"):
+            assert of_stages[stage].config["device"] == "cuda"
+            assert of_stages[stage].local["device"] == runs_on
+
+    on_cpu = ["embed.model=minilm", "embed.surrogate_model=minilm", "embed.device=cpu"]
+    cpu_keys = [step.key for step in plan_corpus(corpus, tmp_path / "ws", overrides=on_cpu).steps]
+    assert not set(cpu_keys[1:]) & {step.key for step in plans["cuda"] if step.stage != "pairs"}
+
+
+def test_stages_run_on_the_gpu_that_was_asked_for(corpus, tmp_path, cuda, monkeypatch):
+    """The number reaches the encoder, K-Means and refinement, whose real work is done on the CPU here."""
+    models.require_minilm()
+    from pipeline import cluster, pack
+
+    devices = []
+    original_open, original_kmeans, original_refine = embed.open_encoder, cluster.kmeans, pack.refine
+
+    def open_encoder(spec, corpus=()):
+        if spec.name == "minilm":
+            devices.append(("vectors", spec.runs_on))
+        return original_open(replace(spec, runs_on="cpu"), corpus)
+
+    def kmeans(*arguments, device, **options):
+        devices.append(("clusters", device))
+        return original_kmeans(*arguments, device="cpu", **options)
+
+    def refine(*arguments, device, **options):
+        devices.append(("batches", device))
+        return original_refine(*arguments, device="cpu", **options)
+
+    monkeypatch.setattr(embed, "open_encoder", open_encoder)
+    monkeypatch.setattr(cluster, "kmeans", kmeans)
+    monkeypatch.setattr(pack, "refine", refine)
+    run(corpus, tmp_path / "ws", ["embed.model=minilm", "embed.dtype=float32", "embed.device=cuda:1"])
+    assert set(devices) == {(stage, "cuda:1") for stage in ("vectors", "clusters", "batches")}
 
 
 def test_planning_writes_no_artifact(corpus, tmp_path):

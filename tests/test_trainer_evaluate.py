@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +25,14 @@ from models import minilm_folder
 from trainer_models import save_model_folder, tiny_encoder
 
 from pipeline.errors import InputError
-from trainer import evaluate
+from trainer import embed, evaluate, shelves
+from trainer import search as search_module
 from trainer.batch import Tokenizer, load_tokenizer
 from trainer.collection import Collection, load_collection
 from trainer.embed import Embedder
-from trainer.evaluate import evaluate_retrieval, held_out_loss, search
+from trainer.evaluate import evaluate_retrieval, held_out_loss
 from trainer.loss import info_nce
+from trainer.search import search
 
 ROOT = Path(__file__).parent.parent
 CONTEXT_SIZE = 4
@@ -168,6 +173,157 @@ class TestEmbedder:
         assert Embedder(encoder=tiny_encoder(), tokenizer=tokenizer).queries([]).shape == (0, 32)
 
 
+@pytest.fixture
+def tokenised(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> list[str]:
+    """The texts that `tokenizer` was given, prompts included."""
+    seen: list[str] = []
+    original = tokenizer.tokenize
+
+    def tokenize(texts: Sequence[str], prompts: str = "") -> Any:
+        seen.extend(prompts + text for text in texts)
+        return original(texts, prompts)
+
+    monkeypatch.setattr(tokenizer, "tokenize", tokenize)
+    return seen
+
+
+class AsRank:
+    """`with as_rank(rank, num_ranks)`: what this process computes as one rank of several, without the others."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+
+    @contextlib.contextmanager
+    def __call__(self, rank: int, num_ranks: int) -> Iterator[None]:
+        with self._monkeypatch.context() as patch:
+            for module in (embed, search_module):
+                patch.setattr(module, "ranks", lambda: (rank, num_ranks))
+            patch.setattr(dist, "all_reduce", lambda tensor: None)
+            yield
+
+
+@pytest.fixture
+def as_rank(monkeypatch: pytest.MonkeyPatch) -> AsRank:
+    return AsRank(monkeypatch)
+
+
+class TestSharing:
+    def test_a_rank_tokenises_its_own_shelves(
+        self, tokenizer: Tokenizer, tokenised: list[str], as_rank: AsRank
+    ) -> None:
+        texts = make_collection(16 * 2 * 3 * 2).documents  # six shelves, two for each of three ranks
+        embedder = Embedder(encoder=tiny_encoder(), tokenizer=tokenizer, texts_per_chunk=2)
+        alone = embedder.documents(texts)
+        assert sorted(tokenised) == sorted(texts)
+
+        shares, parts, waits = [], [], []
+        for rank in range(3):
+            tokenised.clear()
+            calls: list[int] = []
+            count = partial(calls.append, 0)
+            with as_rank(rank, 3):
+                part = replace(embedder, kept=shelves.KeptShelves(), between_blocks=count).documents(texts)
+            parts.append(part)
+            shares.append(list(tokenised))
+            waits.append(len(calls))
+
+        assert [len(share) for share in shares] == [64, 64, 64]
+        assert sorted(text for share in shares for text in share) == sorted(texts)
+        assert torch.equal(sum(parts), alone)
+        assert len(set(waits)) == 1  # the ranks wait for each other there
+
+    @pytest.mark.parametrize(("num_texts", "num_ranks"), [(1, 2), (5, 3), (33, 2), (75, 2), (100, 3)])
+    def test_shelves_that_are_too_few_are_shared_by_chunk(
+        self, tokenizer: Tokenizer, as_rank: AsRank, num_texts: int, num_ranks: int
+    ) -> None:
+        texts = make_collection(num_texts).documents
+        embedder = Embedder(encoder=tiny_encoder(), tokenizer=tokenizer, texts_per_chunk=2)
+        alone = embedder.documents(texts)
+
+        parts, waits = [], []
+        for rank in range(num_ranks):
+            calls: list[int] = []
+            with as_rank(rank, num_ranks):
+                parts.append(replace(embedder, between_blocks=partial(calls.append, 0)).documents(texts))
+            waits.append(len(calls))
+
+        rows_of = [part.any(1) for part in parts]
+        assert torch.equal(sum(rows.int() for rows in rows_of), torch.ones(num_texts, dtype=torch.int32))
+        assert torch.equal(sum(parts), alone)
+        assert len(set(waits)) == 1
+
+    def test_ranks_share_the_queries_of_a_search(self, as_rank: AsRank) -> None:
+        generator = torch.Generator().manual_seed(0)
+        queries = torch.randn(70, 8, generator=generator)
+        documents = torch.randn(90, 8, generator=generator)
+        alone = search(queries, documents, 10)
+        parts = []
+        for rank in range(2):
+            with as_rank(rank, 2):
+                parts.append(search(queries, documents, 10))
+
+        assert torch.equal(parts[0] + parts[1], alone)
+        searched = [int(part.any(1).sum()) for part in parts]
+        assert sum(searched) == 70 and min(searched) >= 16
+
+    def test_blocks_on_a_gpu_follow_its_free_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gibibyte = 2**30
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 6 * gibibyte)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 4 * gibibyte)
+        queries = []
+        for free in (0, 2 * gibibyte, 62 * gibibyte):
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 80 * gibibyte))
+            queries.append(search_module._queries_per_block(10_000, 2**22, torch.device("cuda")))
+        assert queries == [4, 8, 128]
+
+
+class TestKeptTokens:
+    def test_a_collection_is_tokenised_once(self, tokenizer: Tokenizer, tokenised: list[str]) -> None:
+        collection = make_collection()
+        options = OPTIONS | {"seed": 0}
+        without = evaluate_retrieval(tiny_encoder(), tokenizer, collection, with_context=False, **options)
+        assert len(tokenised) == len(collection.documents) + len(collection.queries)
+
+        evaluate_retrieval(tiny_encoder(), tokenizer, collection, with_context=True, **options)
+        assert len(tokenised) == len(collection.documents) + len(collection.queries) + CONTEXT_SIZE
+        tokenised.clear()
+
+        again = evaluate_retrieval(tiny_encoder(), tokenizer, collection, with_context=False, **options)
+        evaluate_retrieval(tiny_encoder(seed=1), tokenizer, collection, with_context=True, **options)
+        assert tokenised == []
+        assert again == without
+
+    def test_other_texts_prompts_or_tokenizers_are_tokenised_anew(self, tokenizer: Tokenizer) -> None:
+        kept = shelves.KeptShelves()
+        texts = ["a river bank", "a stone"]
+        first = kept.shelves("documents", texts, "", tokenizer, 8)
+        assert kept.shelves("documents", list(texts), "", tokenizer, 8) is first
+        assert kept.shelves("queries", texts, "", tokenizer, 8) is not first
+
+        shorter = load_tokenizer(minilm_folder(), max_length_tokens=3)
+        for changed in ((["a"], "", tokenizer, 8), (texts, "p: ", tokenizer, 8), (texts, "", shorter, 8)):
+            found = kept.shelves("documents", *changed)
+            assert found is not first
+            expected = changed[2].tokenize([changed[0][row] for row in found.rows(0).tolist()], changed[1])
+            assert found.tokens(0).ids.tolist() == expected.ids.tolist()
+            first = kept.shelves("documents", texts, "", tokenizer, 8)
+
+    def test_what_finds_no_room_is_tokenised_again(
+        self, tokenizer: Tokenizer, tokenised: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(shelves, "_KEPT_BYTES", 4 * 6)
+        found = shelves.Shelves(["one two", "three"], "", tokenizer, 1)  # 4 and 3 tokens of 4 bytes
+        for number in (0, 1, 0, 1):
+            assert len(found.tokens(number)) == 1
+        assert tokenised == ["one two", "three", "three"]
+
+
+def test_a_training_without_evaluation_needs_no_ir_measures() -> None:
+    code = "import sys; sys.modules['ir_measures'] = None; import trainer.loop"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+
+
 class TestSearch:
     def test_the_first_of_equals_wins(self, monkeypatch: pytest.MonkeyPatch) -> None:
         generator = np.random.default_rng(0)
@@ -176,7 +332,7 @@ class TestSearch:
         documents[::7] *= -0.0
         expected = np.argsort(-(queries @ documents.T + 0.0), axis=1, kind="stable")[:, :100]
         for places in (1, 2_000, 2**25):
-            monkeypatch.setattr(evaluate, "_SCORES_PER_BLOCK", places)
+            monkeypatch.setattr(search_module, "_SCORES_PER_BLOCK", places)
             hits = search(torch.from_numpy(queries), torch.from_numpy(documents), 100)
             assert np.array_equal(hits.numpy(), expected)
 
@@ -310,7 +466,7 @@ class TestHeldOutLoss:
 
 
 def all_figures(tokenizer: Tokenizer) -> tuple[Any, ...]:
-    encoder, collection = tiny_encoder("nomic_bert"), make_collection(17, 9)
+    encoder, collection = tiny_encoder("nomic_bert"), make_collection(140, 20)
     retrieval = [
         evaluate_retrieval(encoder, tokenizer, collection, seed=5, with_context=one, **OPTIONS) for one in (False, True)
     ]

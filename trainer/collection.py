@@ -9,7 +9,7 @@ A document's text is title + " " + text where it has a title. Ids are strings or
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
+from trainer.shelves import KeptShelves
 
 _HELP = "give a folder with corpus.parquet, queries.parquet and qrels.parquet"
 
@@ -37,6 +38,8 @@ class Collection:
     query_rows: NDArray[np.int64]
     document_rows: NDArray[np.int64]
     scores: NDArray[np.int64]
+    kept: KeptShelves = field(default_factory=KeptShelves, init=False, repr=False, compare=False)
+    """Tokens of its texts, which one evaluation leaves for the next."""
 
 
 def load_collection(folder: Path) -> Collection:

@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-import ir_measures
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -32,13 +31,12 @@ from trainer.embed import TEXTS_PER_CHUNK, Embedder, go_on, ranks
 from trainer.export import exit_code_of, open_model, read_prompts
 from trainer.loss import info_nce
 from trainer.model import Encoder
+from trainer.search import search
 from trainer.tokens import TextTokenizer
 
 NUM_HITS = 100
 MAX_HELD_OUT_PAIRS = 4_096
-_SCORES_PER_BLOCK = 2**25  # places of the score matrix at once; their sort keys take 256 MB
 _QUERIES_MEASURED_AT_ONCE = 8_192
-_MEASURES = (ir_measures.nDCG @ 10, ir_measures.R @ NUM_HITS, ir_measures.RR @ 10)
 _MEASURE_NAMES = ("nDCG@10", "recall@100", "MRR@10")
 
 
@@ -87,6 +85,7 @@ def evaluate_retrieval(
         texts_per_chunk=texts_per_chunk,
         precision=precision,
         between_blocks=between_blocks,
+        kept=collection.kept,
     )
     context_MH = _draw_context(embedder, collection.documents, seed, 0) if with_context else None
     query_rows_Q = np.unique(collection.query_rows[collection.scores > 0])
@@ -94,26 +93,6 @@ def evaluate_retrieval(
     documents_NH = embedder.documents(collection.documents, context_MH)
     hits_QK = search(queries_QH, documents_NH, NUM_HITS, between_blocks)
     return _measure(collection, query_rows_Q, hits_QK, between_blocks)
-
-
-def search(
-    queries_QH: Tensor, documents_NH: Tensor, num_hits: int, between_blocks: Callable[[], None] = go_on
-) -> Tensor:
-    """Rows (Q × min(num_hits, N), int64) of the documents with the highest dot products, the best first.
-
-    Of documents that score the same, the one that comes first in the corpus is the better hit.
-    """
-    num_documents = len(documents_NH)
-    first_is_best_N = torch.arange(num_documents - 1, -1, -1, device=documents_NH.device)
-    blocks = []
-    for block_QH in torch.split(queries_QH, max(1, _SCORES_PER_BLOCK // num_documents)):
-        scores_QN = block_QH @ documents_NH.T + 0.0  # the zero makes a 0 of -0
-        bits_QN = scores_QN.view(torch.int32).long()
-        ordered_QN = torch.where(bits_QN < 0, bits_QN ^ 0x7FFFFFFF, bits_QN)  # as integers, in the order of the floats
-        keys_QN = (ordered_QN << 32) | first_is_best_N
-        between_blocks()
-        blocks.append(num_documents - 1 - (keys_QN.topk(min(num_hits, num_documents)).values & 0xFFFFFFFF))
-    return torch.cat(blocks)
 
 
 def held_out_loss(
@@ -189,7 +168,7 @@ def main(arguments: Sequence[str]) -> int:
         if not collections:
             raise ConfigError("--eval: give at least one folder")
         encoder, tokenizer = open_model(options.model, "--model")
-        encoder.to(_device(options.device))
+        encoder.to(_choose_device(options.device))
         given = {"query": options.query_prompt, "document": options.document_prompt}
         prompts = read_prompts(options.model) | {name: text for name, text in given.items() if text is not None}
         contexts = (False, True) if encoder.config.context_size else (False,)
@@ -226,6 +205,10 @@ def _draw_context(embedder: Embedder, documents: Sequence[str], seed: int, posit
 def _measure(
     collection: Collection, query_rows_Q: NDArray[np.int64], hits_QK: Tensor, between_blocks: Callable[[], None]
 ) -> RetrievalFigures:
+    import ir_measures  # here, because a training without evaluation does without it
+
+    measures = (ir_measures.nDCG @ 10, ir_measures.R @ NUM_HITS, ir_measures.RR @ 10)
+
     # ranks as scores: what is first for `search` stays first, whatever a library does about ties
     hits = zip(query_rows_Q.tolist(), hits_QK.tolist(), strict=True)
     run = {str(query): {str(row): float(-rank) for rank, row in enumerate(rows)} for query, rows in hits}
@@ -235,14 +218,14 @@ def _measure(
         if str(query) in qrels:
             qrels[str(query)][str(document)] = score
     names = list(run)
-    sums = dict.fromkeys(_MEASURES, 0.0)
+    sums = dict.fromkeys(measures, 0.0)
     for start in range(0, len(names), _QUERIES_MEASURED_AT_ONCE):
         between_blocks()
         block = names[start : start + _QUERIES_MEASURED_AT_ONCE]
         of_block = ({name: judged[name] for name in block} for judged in (qrels, run))
-        for measure, mean in ir_measures.calc_aggregate(_MEASURES, *of_block).items():
+        for measure, mean in ir_measures.calc_aggregate(measures, *of_block).items():
             sums[measure] += mean * len(block)
-    ndcg, recall, mrr = (sums[measure] / len(names) for measure in _MEASURES)
+    ndcg, recall, mrr = (sums[measure] / len(names) for measure in measures)
     return RetrievalFigures(ndcg_at_10=ndcg, recall_at_100=recall, mrr_at_10=mrr)
 
 
@@ -283,10 +266,15 @@ def _text_ids(texts: Sequence[str]) -> NDArray[np.int64]:
     return np.array([first.setdefault(text, row) for row, text in enumerate(texts)], np.int64)
 
 
-def _device(name: str) -> torch.device:
+def _choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: no CUDA device can be used here; give auto or cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+
+    # cuDNN builds a plan for each new shape of a chunk, and nearly every chunk has a shape of its own.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return torch.device("cuda")
 
 
 def _print_header(width: int, contexts: Sequence[bool], context_size: int) -> None:
