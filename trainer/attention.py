@@ -1,0 +1,368 @@
+"""Attention over packed rows: texts one after the other, without padding and without a mask.
+
+    row        [null? | c_1 … c_M | text_1 | text_2 | …]
+    context    each of the first C tokens (the null token and the context) reads those C tokens
+    text       each token of a text reads those C tokens and its own text
+
+One row serves a whole chunk of texts: the context is computed once for all of them, not once per text. The null token
+stands for all J − M null vectors of a context of J places: they are alike in every layer, so one key whose score is
+raised by log(J − M) weighs as much as J − M copies of it.
+
+transformers calls `packed_attention` under the name `PACKED`; the keyword arguments `bounds`, `longest`, `num_context`
+and `null_weight` of a backbone's `forward` reach it through every layer of bert, nomic_bert and modernbert. A name that
+transformers does not know gets no mask either, so that it never waits for a GPU to look at one.
+
+On CUDA in bf16 or fp16 both parts of the softmax run on torch's flash kernels. Elsewhere texts are padded inside this
+function alone, and torch's `scaled_dot_product_attention` computes both parts at once.
+
+Shapes: T tokens of the row, C of them context, N texts, L tokens of the longest text, H heads, D dimension of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+PACKED = "hardbatch_packed"
+_CONTEXT_SPLITS = 8  # parts of the queries in the backward pass over the context
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    bounds: Tensor,
+    longest: int,
+    num_context: int = 0,
+    null_weight: int = 0,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one packed row, in the form that transformers expects of an attention function.
+
+    Args:
+        module: The attention layer; not used.
+        query, key, value: (1, H, T, D).
+        attention_mask: Must be None: `bounds` says all that a mask would.
+        bounds: int32 (N + 1), on the device of the row: text i is tokens `bounds[i]` to `bounds[i + 1]` of the text
+            tokens, which begin after the context.
+        longest: Tokens of the longest text, L.
+        num_context: C, the tokens at the beginning of the row that every token reads.
+        null_weight: How many null vectors the first token of the row stands for; 0 if it is not a null token.
+        scaling: Factor of the scores; None for 1 / sqrt(D).
+        dropout: Rate of attention dropout; the flash kernels have none.
+        sliding_window: As ModernBERT passes it, one more than the distance at which a token still reads another of
+            its text. The context is always visible.
+
+    Returns:
+        The output (1, T, H, D), and None in the place of attention weights.
+
+    Raises:
+        ValueError: For a mask, or for dropout on CUDA in half precision.
+    """
+    if attention_mask is not None:
+        raise ValueError("packed rows take no attention mask")
+    q_THD, k_THD, v_THD = (_heads_last(tensor) for tensor in (query, key, value))
+    scale = q_THD.shape[-1] ** -0.5 if scaling is None else scaling
+    window = -1 if sliding_window is None else sliding_window - 1
+
+    if not _uses_flash(q_THD):
+        out_THD = _padded(q_THD, k_THD, v_THD, bounds, longest, num_context, null_weight, scale, window, dropout)
+        return out_THD[None], None
+
+    if dropout:
+        raise ValueError(f"attention dropout of {dropout} is not available with packed rows on CUDA; set it to 0")
+    out_THD, _lse = torch.ops.hardbatch.attention(
+        q_THD, k_THD, v_THD, bounds, longest, num_context, null_weight, scale, window
+    )
+    return out_THD[None], None
+
+
+AttentionInterface.register(PACKED, packed_attention)
+
+
+def _uses_flash(states: Tensor) -> bool:
+    return states.is_cuda and states.dtype in (torch.bfloat16, torch.float16)
+
+
+def _heads_last(states: Tensor) -> Tensor:
+    """(1, H, T, D) → (T, H, D) in autocast's type: rotary embeddings may have left it."""
+    states_THD = states[0].transpose(0, 1).contiguous()
+    if states.is_cuda and torch.is_autocast_enabled("cuda"):
+        return states_THD.to(torch.get_autocast_dtype("cuda"))
+    return states_THD
+
+
+# ------------------------------------------------------------------------------------------------- flash kernels, CUDA
+
+
+@torch.library.custom_op("hardbatch::attention", mutates_args=())
+def _attention(
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THD: Tensor,
+    bounds: Tensor,
+    longest: int,
+    num_context: int,
+    null_weight: int,
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor]:
+    """Output (T, H, D) and the logarithm of the softmax's sum (H, T, float32): parts computed apart, then merged.
+
+    A custom operator, so that torch.compile need not look inside, and so that the backward pass is ours: that of
+    torch's own varlen attention drops the gradient of the sum, which a merge under autograd would need.
+    """
+    text_out, text_lse = _flash(
+        q_THD[num_context:], k_THD[num_context:], v_THD[num_context:], bounds, bounds, longest, longest, scale, window
+    )
+    if num_context == 0:
+        return text_out, text_lse
+
+    first = 1 if null_weight else 0
+    parts: list[tuple[Tensor, Tensor]] = []
+    if num_context > first:
+        size, context = num_context - first, slice(first, num_context)
+        bounds_q, bounds_k = _ends(len(q_THD), q_THD), _ends(size, q_THD)
+        parts.append(_flash(q_THD, k_THD[context], v_THD[context], bounds_q, bounds_k, len(q_THD), size, scale, -1))
+    if null_weight:
+        null_lse = _null_scores(q_THD, k_THD, scale, null_weight)
+        parts.append((v_THD[:1].expand_as(v_THD), null_lse))
+    out, lse = parts[0] if len(parts) == 1 else _merge(*parts[0], *parts[1])
+    merged_out, merged_lse = _merge(out[num_context:], lse[:, num_context:], text_out, text_lse)
+    return torch.cat([out[:num_context], merged_out]), torch.cat([lse[:, :num_context], merged_lse], 1)
+
+
+@_attention.register_fake
+def _(q_THD: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q_THD), q_THD.new_empty(q_THD.shape[1], q_THD.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("hardbatch::attention_backward", mutates_args=())
+def _attention_backward(
+    gradient_THD: Tensor,
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THD: Tensor,
+    out_THD: Tensor,
+    lse_HT: Tensor,
+    bounds: Tensor,
+    longest: int,
+    num_context: int,
+    null_weight: int,
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v: each part's backward pass, given output and sum of the *whole* softmax.
+
+    With those, a part's probabilities come out as its share of the whole, as in ring attention; so gradients of q add
+    up over the parts, and those of k and v belong to the part that holds the key.
+    """
+    own = slice(num_context, None)
+    dq_text, dk_text, dv_text = _flash_backward(
+        *(gradient_THD[own], q_THD[own], k_THD[own], v_THD[own], out_THD[own], lse_HT[:, own].contiguous()),
+        *(bounds, bounds, longest, longest, scale, window),
+    )
+    if num_context == 0:
+        return dq_text, dk_text, dv_text
+
+    first = 1 if null_weight else 0
+    context = slice(first, num_context)
+    dq = torch.zeros_like(q_THD)
+    dk_parts, dv_parts = [], []
+    if null_weight:
+        dq_null, dk_null, dv_null = _null_backward(
+            gradient_THD, q_THD, k_THD, v_THD, out_THD, lse_HT, scale, null_weight
+        )
+        dq += dq_null
+        dk_parts.append(dk_null)
+        dv_parts.append(dv_null)
+    if num_context > first:
+        dq_context, dk_context, dv_context = _context_backward(
+            gradient_THD, q_THD, k_THD[context], v_THD[context], out_THD, lse_HT, scale
+        )
+        dq += dq_context
+        dk_parts.append(dk_context)
+        dv_parts.append(dv_context)
+    dq[own] += dq_text
+    return dq, torch.cat([*dk_parts, dk_text]), torch.cat([*dv_parts, dv_text])
+
+
+@_attention_backward.register_fake
+def _(gradient_THD: Tensor, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q_THD), torch.empty_like(k_THD), torch.empty_like(v_THD)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q_THD, k_THD, v_THD, bounds, *ctx.numbers = inputs
+    ctx.save_for_backward(q_THD, k_THD, v_THD, *output, bounds)
+
+
+def _backward(ctx: Any, gradient_THD: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.hardbatch.attention_backward(gradient_THD.contiguous(), *ctx.saved_tensors, *ctx.numbers)
+    return (*gradients, *[None] * 6)
+
+
+_attention.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+def _flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds_q: Tensor,
+    bounds_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor]:
+    """Output (T, H, D) and log-sum (H, T) of one part."""
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        *(q, k, v, bounds_q, bounds_k, longest_q, longest_k, 0.0, False, False),
+        scale=scale,
+        window_size_left=window,
+        window_size_right=window,
+    )
+    return out, lse
+
+
+def _flash_backward(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bounds_q: Tensor,
+    bounds_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v of one part, given `out` and `lse` of the whole softmax."""
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
+    dq, dk, dv = torch.ops.aten._flash_attention_backward(
+        *(gradient, q, k, v, out, lse, bounds_q, bounds_k, longest_q, longest_k, 0.0, False, *no_dropout),
+        scale=scale,
+        window_size_left=window,
+        window_size_right=window,
+    )
+    return dq, dk, dv
+
+
+def _context_backward(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The part whose keys are the context: gradients of all q, and of the context's k and v.
+
+    The kernel runs in parallel over keys and sequences, and a context has few keys: the queries are cut into several
+    sequences, each with a copy of the keys, whose gradients are added up.
+    """
+    splits = min(_CONTEXT_SPLITS, len(q))
+    rows = -(-len(q) // splits)
+    bounds_q = torch.arange(splits + 1, device=q.device, dtype=torch.int32).mul_(rows).clamp_(max=len(q))
+    bounds_k = torch.arange(splits + 1, device=q.device, dtype=torch.int32).mul_(len(k))
+    dq, dk, dv = _flash_backward(
+        *(gradient, q, k.repeat(splits, 1, 1), v.repeat(splits, 1, 1), out, lse),
+        *(bounds_q, bounds_k, rows, len(k), scale, -1),
+    )
+    return dq, *(copies.view(splits, *k.shape).float().sum(0).to(copies.dtype) for copies in (dk, dv))
+
+
+def _null_scores(q: Tensor, k: Tensor, scale: float, weight: int) -> Tensor:
+    """Scores (H, T, float32) of the null key, raised by the logarithm of its weight."""
+    return (q.float() * k[:1].float()).sum(-1).T * scale + math.log(weight)
+
+
+def _null_backward(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, weight: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The part whose only key is the null token: gradients of all q, and of its own k and v (1, H, D)."""
+    gradient = gradient.float()
+    p_TH1 = (_null_scores(q, k, scale, weight) - lse).exp().T[..., None]
+    delta_TH1 = ((v[:1].float() - out.float()) * gradient).sum(-1, keepdim=True)
+    score_TH1 = p_TH1 * delta_TH1 * scale
+    dq = (score_TH1 * k[:1].float()).to(q.dtype)
+    dk = (score_TH1 * q.float()).sum(0, keepdim=True).to(k.dtype)
+    dv = (p_TH1 * gradient).sum(0, keepdim=True).to(v.dtype)
+    return dq, dk, dv
+
+
+def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and log-sum of one softmax over the keys of both parts."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    share_a, share_b = ((part - lse).exp().T[..., None] for part in (lse_a, lse_b))
+    return (out_a * share_a + out_b * share_b).to(out_b.dtype), lse
+
+
+def _ends(length: int, like: Tensor) -> Tensor:
+    """Bounds (int32) of one sequence."""
+    return torch.arange(2, dtype=torch.int32, device=like.device).mul_(length)
+
+
+# ------------------------------------------------------------------------------------- padded texts, CPU and float32
+
+
+def _padded(
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THD: Tensor,
+    bounds: Tensor,
+    longest: int,
+    num_context: int,
+    null_weight: int,
+    scale: float,
+    window: int,
+    dropout: float,
+) -> Tensor:
+    """Output (T, H, D): texts padded to the longest, their keys the context and their own tokens."""
+    num_texts, num_tokens = len(bounds) - 1, len(q_THD) - num_context
+    lengths_N = bounds.diff()
+    text_of = torch.arange(num_texts, device=q_THD.device).repeat_interleave(lengths_N, output_size=num_tokens)
+    position = torch.arange(num_tokens, device=q_THD.device) - bounds[text_of]
+    offset = math.log(max(1, null_weight))
+
+    def texts_NHLD(states_THD: Tensor) -> Tensor:  # noqa: N802 the shape of what it returns
+        padded = states_THD.new_zeros(num_texts, longest, *states_THD.shape[1:])
+        return padded.index_put((text_of, position), states_THD[num_context:]).transpose(1, 2)
+
+    def with_context(states_THD: Tensor) -> Tensor:
+        context_HCD = states_THD[:num_context].transpose(0, 1)
+        return torch.cat([context_HCD.expand(num_texts, -1, -1, -1), texts_NHLD(states_THD)], 2)
+
+    places_L = torch.arange(longest, device=q_THD.device)
+    reads_N1LL = (places_L < lengths_N[:, None])[:, None, None, :].expand(-1, 1, longest, -1)
+    if window >= 0:
+        reads_N1LL = reads_N1LL & ((places_L[:, None] - places_L).abs() <= window)
+    # a padded row reads nothing: let it read itself, since a softmax over nothing is NaN
+    reads_N1LL = reads_N1LL | torch.eye(longest, dtype=torch.bool, device=q_THD.device)
+    bias = F.pad(reads_N1LL, (num_context, 0), value=True).to(q_THD.dtype).log()
+    if null_weight:
+        bias[..., 0] += offset
+    texts = F.scaled_dot_product_attention(
+        texts_NHLD(q_THD), with_context(k_THD), with_context(v_THD), attn_mask=bias, dropout_p=dropout, scale=scale
+    )
+    text_out = texts.transpose(1, 2)[text_of, position]
+    if num_context == 0:
+        return text_out
+
+    q_CHD, k_CHD, v_CHD = (states[:num_context].transpose(0, 1)[None] for states in (q_THD, k_THD, v_THD))
+    context_bias = q_THD.new_zeros(1, num_context)
+    if null_weight:
+        context_bias[0, 0] = offset
+    context = F.scaled_dot_product_attention(
+        q_CHD, k_CHD, v_CHD, attn_mask=context_bias, dropout_p=dropout, scale=scale
+    )
+    return torch.cat([context[0].transpose(0, 1), text_out])
