@@ -71,7 +71,7 @@ def seconds(setting: dict[str, str], num_pairs: int) -> float:
     """Of a refinement in a process of its own."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     command = [sys.executable, "-c", CHILD, str(num_pairs)]
-    ended = subprocess.run(  # noqa: S603 -- this script's own program, no shell
+    ended = subprocess.run(
         command, env={**inherited, **setting}, cwd=ROOT, check=True, capture_output=True, text=True
     )
     return float(ended.stdout)

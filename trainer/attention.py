@@ -278,7 +278,8 @@ def _context_backward(
         *(gradient, q, k.repeat(splits, 1, 1), v.repeat(splits, 1, 1), out, lse),
         *(bounds_q, bounds_k, rows, len(k), scale, -1),
     )
-    return dq, *(copies.view(splits, *k.shape).float().sum(0).to(copies.dtype) for copies in (dk, dv))
+    dk, dv = (copies.view(splits, *k.shape).float().sum(0).to(copies.dtype) for copies in (dk, dv))
+    return dq, dk, dv
 
 
 def _null_scores(q: Tensor, k: Tensor, scale: float, weight: int) -> Tensor:
