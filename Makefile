@@ -33,10 +33,10 @@ lint: .venv/.installed-dev
 check: lint test
 
 up: .venv/.installed-demo
-	@$(BIN)/python -m flows.service up
+	@$(BIN)/python -m hardbatch.flows.service up
 
 down: .venv/.installed-demo
-	@$(BIN)/python -m flows.service down
+	@$(BIN)/python -m hardbatch.flows.service down
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

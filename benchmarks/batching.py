@@ -29,16 +29,17 @@ import numpy as np
 import torch
 from batching_figures import Corpus, measure, plot, print_table
 
-from pipeline.artifact import read_artifact
-from pipeline.hardness import measure_bounds
-from pipeline.kmeans import Clustering, kmeans
-from pipeline.pack import PackSettings, pack, pack_randomly
-from pipeline.points import means_of_labels
-from pipeline.refine import refine
-from pipeline.run import plan_corpus, run_step
-from pipeline.tour import greedy_tour
-from pipeline.two_level import two_level_kmeans
-from pipeline.vectors import Array, FoldedPoints, Vectors, load_pairs, open_vectors
+from hardbatch.pipeline.arrays import Array
+from hardbatch.pipeline.artifacts.artifact import read_artifact
+from hardbatch.pipeline.artifacts.vectors import FoldedPoints, Vectors, load_pairs, open_vectors
+from hardbatch.pipeline.batching.hardness import measure_bounds
+from hardbatch.pipeline.batching.kmeans import Clustering, kmeans
+from hardbatch.pipeline.batching.pack import PackSettings, pack, pack_randomly
+from hardbatch.pipeline.batching.points import means_of_labels
+from hardbatch.pipeline.batching.refine import refine
+from hardbatch.pipeline.batching.tour import greedy_tour
+from hardbatch.pipeline.batching.two_level import two_level_kmeans
+from hardbatch.pipeline.run import plan_corpus, run_step
 
 DOMAINS = "medical,reddit:33000,code_python,intents_clinc"
 Method = Callable[[FoldedPoints, int, int], tuple[Array, Array]]  # (points, B, seed) → batches, labels

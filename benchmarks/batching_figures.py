@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.hardness import TEMPERATURE, Bounds
-from pipeline.vectors import Array, FoldedPoints
+from hardbatch.pipeline.arrays import Array
+from hardbatch.pipeline.artifacts.vectors import FoldedPoints
+from hardbatch.pipeline.batching.hardness import TEMPERATURE, Bounds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,10 +24,10 @@ import polars as pl
 import torch
 from sentence_transformers import SentenceTransformer
 
-from pipeline.artifact import read_artifact
-from pipeline.model_folder import locate_model
-from pipeline.run import plan_corpus, run_step
-from pipeline.vectors import load_pairs, open_vectors
+from hardbatch.pipeline.artifacts.artifact import read_artifact
+from hardbatch.pipeline.artifacts.vectors import load_pairs, open_vectors
+from hardbatch.pipeline.models.locate import locate_model
+from hardbatch.pipeline.run import plan_corpus, run_step
 
 MIXED = ("techdocs", "medical", "reddit", "code_python", "science_acl")
 

@@ -160,7 +160,7 @@ def measure_sdpa(setting: Setting, note: Note) -> None:
 
 
 def measure_attention(setting: Setting, note: Note) -> None:
-    from trainer import attention
+    from hardbatch.trainer import attention
 
     size, num_texts = setting.size(512, 8), setting.size(24, 4)
     torch.manual_seed(0)
@@ -239,10 +239,10 @@ def measure_gradcache(setting: Setting, note: Note) -> None:
 
 
 def measure_clustering(setting: Setting, note: Note) -> None:
-    from pipeline.kmeans import kmeans
-    from pipeline.nearest import Nearest
-    from pipeline.points import InMemory
-    from pipeline.refine import refine
+    from hardbatch.pipeline.batching.kmeans import kmeans
+    from hardbatch.pipeline.batching.nearest import Nearest
+    from hardbatch.pipeline.batching.points import InMemory
+    from hardbatch.pipeline.batching.refine import refine
 
     generator = np.random.default_rng(0)
     n, k, dimension = setting.size(40_000, 2_000), setting.size(640, 32), setting.size(384, 32)
@@ -308,7 +308,7 @@ class PackedTraining:
 
     def pack(self) -> None:
         """Changes both stages from padded texts to packed rows."""
-        from trainer import attention
+        from hardbatch.trainer import attention
 
         for stage in self.stages:
             stage.backbone.set_attn_implementation(attention.PACKED)
@@ -316,7 +316,7 @@ class PackedTraining:
 
     def compile(self) -> None:
         """Compiles the layers, which share their graphs, and the merge of the two parts of attention."""
-        from trainer import attention
+        from hardbatch.trainer import attention
 
         attention._merge = torch.compile(attention._merge, dynamic=True)
         for stage in self.stages:
@@ -325,7 +325,7 @@ class PackedTraining:
 
     def rows(self, batch: Any) -> Tensor:
         """The documents of a batch that are its context."""
-        from trainer.draws import draw_context
+        from hardbatch.trainer.draws import draw_context
 
         return draw_context(len(batch.documents), self.setting.context_size, seed=0, position=batch.position)
 
@@ -447,8 +447,8 @@ def measure_embed(setting: Setting, note: Note) -> None:
     import pyarrow.parquet as pq
     from sentence_transformers import SentenceTransformer
 
-    from pipeline.run import plan_corpus, run_step
-    from pipeline.vectors import open_vectors
+    from hardbatch.pipeline.artifacts.vectors import open_vectors
+    from hardbatch.pipeline.run import plan_corpus, run_step
 
     folder = setting.work / "embed"
     shutil.rmtree(folder, ignore_errors=True)
@@ -503,8 +503,8 @@ def measure_embed(setting: Setting, note: Note) -> None:
 
 
 def measure_kmeans(setting: Setting, note: Note) -> None:
-    from pipeline.nearest import Nearest
-    from pipeline.points import InMemory, cluster_sums, partitions
+    from hardbatch.pipeline.batching.nearest import Nearest
+    from hardbatch.pipeline.batching.points import InMemory, cluster_sums, partitions
 
     n, k, dimension = setting.size(1_000_000, 4_000), setting.size(1_024, 16), setting.size(768, 32)
     torch.manual_seed(0)
@@ -583,8 +583,8 @@ def measure_kmeans(setting: Setting, note: Note) -> None:
 
 
 def measure_masks(setting: Setting, note: Note) -> None:
-    from pipeline.equivalence import surrogate_mask
-    from pipeline.hardness import measure_batch
+    from hardbatch.pipeline.batching.equivalence import surrogate_mask
+    from hardbatch.pipeline.batching.hardness import measure_batch
 
     num_batches, size, dimension = setting.size(64, 4), setting.size(512, 16), setting.size(768, 32)
     torch.manual_seed(0)
@@ -636,8 +636,8 @@ def measure_syncs(setting: Setting, note: Note) -> None:
     if setting.device != "cuda":
         note("skipped", "no CUDA device")
         return
-    from pipeline.encoders import open_encoder
-    from pipeline.models import ModelSpec
+    from hardbatch.pipeline.models.encoders import open_encoder
+    from hardbatch.pipeline.models.resolve import ModelSpec
 
     training = start_training(
         setting, "syncs", *("--context-size", "64", "--max-length", "128", "--chunk-tokens", "32768")
@@ -711,8 +711,8 @@ PARTS: dict[str, tuple[Callable[[Setting, Note], None], int]] = {
 class PackedStep:
     """Loss and gradients of a batch on packed rows: what `GradCache` is on padded texts, for measurements.
 
-    Both stages run as `trainer.attention` describes. `shared`: the context is read by all texts of a chunk and reads
-    only itself; otherwise each text carries its own copy of the context, as in the paper.
+    Both stages run as `hardbatch.trainer.attention` describes. `shared`: all texts of a chunk read one context, which
+    reads only itself; otherwise each text carries its own copy of the context, as in the paper.
     """
 
     def __init__(self, encoder: Any, autocast: torch.dtype | None, *, shared: bool, chunk_tokens: int) -> None:
@@ -720,8 +720,8 @@ class PackedStep:
         self._autocast, self._shared, self._chunk_tokens = autocast, shared, chunk_tokens
 
     def backward(self, batch: Any, context_rows_M: Tensor) -> Tensor:
-        from trainer.loss import info_nce
-        from trainer.tokens import concat
+        from hardbatch.trainer.loss import info_nce
+        from hardbatch.trainer.tokens import concat
 
         texts = concat(batch.sides)
         context_size = len(context_rows_M)
@@ -916,9 +916,9 @@ def backbone_folder(
 
 def start_training(setting: Setting, name: str, *flags: str, backbone: Path | None = None) -> Any:
     """A training about to begin, as `trainer/main.py` would begin it."""
-    from trainer.config import parse_flags
-    from trainer.ranks import join_ranks
-    from trainer.training import start_training as start
+    from hardbatch.trainer.config import parse_flags
+    from hardbatch.trainer.ranks import join_ranks
+    from hardbatch.trainer.training import start_training as start
 
     arguments = ["--shards", str(setting.shards), "--output", str(setting.work / name), "--random-weights"]
     arguments += ["--backbone", str(backbone or backbone_folder(setting, "nomic_bert")), "--dropout", "0"]
@@ -932,7 +932,7 @@ def start_training(setting: Setting, name: str, *flags: str, backbone: Path | No
 
 def first_batches(training: Any, number: int) -> list[Any]:
     """The first batches of the stream, tokenised."""
-    from trainer.stream import BatchStream
+    from hardbatch.trainer.stream import BatchStream
 
     with BatchStream(training.shards, seed=0, tokenize=training.tokenizer, stop=number) as stream:
         return list(stream)
@@ -1094,7 +1094,7 @@ def main() -> int:
     options.work.mkdir(parents=True, exist_ok=True)
     from transformers import AutoTokenizer
 
-    from pipeline.model_folder import locate_model
+    from hardbatch.pipeline.models.locate import locate_model
 
     tokenizer = options.tokenizer or locate_model("minilm", None, Path())[1]
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(options.work / "tokenizer")

@@ -24,10 +24,10 @@ from pathlib import Path
 
 import polars as pl
 
-from pipeline.artifact import find_artifact, read_artifact
-from pipeline.run import plan_corpus, run_step
-from pipeline.step import Step
-from pipeline.threads import spin_briefly
+from hardbatch.pipeline.artifacts.artifact import find_artifact, read_artifact
+from hardbatch.pipeline.run import plan_corpus, run_step
+from hardbatch.pipeline.step import Step
+from hardbatch.pipeline.threads import spin_briefly
 
 SETTINGS = '[embed]\nmodel = "lexical"\nsurrogate_model = "lexical"\n'
 GROWTH = (24_000, 96_000, 384_000)
@@ -98,12 +98,12 @@ def run(step: Step) -> None:
 
 def only_import(_: None) -> None:
     """Loads what the stages load."""
-    import pipeline.bounds
-    import pipeline.cluster
-    import pipeline.embed
-    import pipeline.ingest
-    import pipeline.pack
-    import pipeline.write  # noqa: F401
+    import hardbatch.pipeline.stages.cluster
+    import hardbatch.pipeline.stages.embed
+    import hardbatch.pipeline.stages.ingest
+    import hardbatch.pipeline.stages.measure
+    import hardbatch.pipeline.stages.pack
+    import hardbatch.pipeline.stages.write  # noqa: F401
 
 
 def in_own_process(function: object, argument: object) -> tuple[float, float]:

@@ -30,11 +30,11 @@ import numpy as np
 import polars as pl
 from tokenizers import Tokenizer
 
-from pipeline.models import locate_model
-from pipeline.run import plan_corpus, run_step
-from trainer.batch import load_tokenizer
-from trainer.shards import Shards, TextBatch, open_shards
-from trainer.stream import BatchStream
+from hardbatch.pipeline.models.resolve import locate_model
+from hardbatch.pipeline.run import plan_corpus, run_step
+from hardbatch.trainer.batch import load_tokenizer
+from hardbatch.trainer.shards import Shards, TextBatch, open_shards
+from hardbatch.trainer.stream import BatchStream
 
 COLUMNS = ["query", "document", "query_prompt", "document_prompt", "equivalent_slots"]
 SETTINGS = '[embed]\nmodel = "lexical"\nsurrogate_model = "lexical"\n[cluster]\niterations = 3\n'

@@ -23,10 +23,11 @@ import numpy as np
 import polars as pl
 import torch
 
-from pipeline import encoders, tour
-from pipeline.artifact import read_artifact
-from pipeline.neighbours import nearest_neighbours
-from pipeline.run import plan_corpus, run_step
+from hardbatch.pipeline.artifacts.artifact import read_artifact
+from hardbatch.pipeline.batching import tour
+from hardbatch.pipeline.batching.neighbours import nearest_neighbours
+from hardbatch.pipeline.models import encoders
+from hardbatch.pipeline.run import plan_corpus, run_step
 
 CLUSTER_SIZE = 6
 NUM_NEIGHBOURS = 32

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from trainer.backbone import build_encoder, find_backbone
-from trainer.batch import Batch, chunk_by_tokens, concat, load_tokenizer, padding_ratio, split_tightly
-from trainer.config import parse_flags
-from trainer.gradcache import GradCache, StepConfig
-from trainer.model import Encoder
-from trainer.stream import BatchStream
+from hardbatch.trainer.backbone import build_encoder, find_backbone
+from hardbatch.trainer.batch import Batch, chunk_by_tokens, concat, load_tokenizer, padding_ratio, split_tightly
+from hardbatch.trainer.config import parse_flags
+from hardbatch.trainer.gradcache import GradCache, StepConfig
+from hardbatch.trainer.model import Encoder
+from hardbatch.trainer.stream import BatchStream
 
 CHUNKS = (2_048, 4_096, 8_192, 16_384)  # tokens, padding and context included
 WHOLE = 1_000_000_000
@@ -103,7 +103,7 @@ def even(batch: Batch) -> Batch:
     """The batch with all texts as long as its median text, cut or filled with their first token."""
     from dataclasses import replace
 
-    from trainer.batch import Tokens
+    from hardbatch.trainer.batch import Tokens
 
     length = int(torch.cat([tokens.lengths_N for tokens in batch.sides]).median())
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline.threads import spin_briefly
+from hardbatch.pipeline.threads import spin_briefly
 
 ROOT = Path(__file__).resolve().parents[1]
 WAYS: dict[str, dict[str, str]] = {
@@ -29,7 +29,7 @@ spin_briefly(WAYS["hardbatch"])
 CHILD = """
 import sys, time
 import numpy as np, torch
-from pipeline.refine import refine
+from hardbatch.pipeline.batching.refine import refine
 n, B, D = int(sys.argv[1]), 64, 256
 generator = np.random.default_rng(0)
 topics = generator.standard_normal((n // B, D), dtype=np.float32)
@@ -71,9 +71,7 @@ def seconds(setting: dict[str, str], num_pairs: int) -> float:
     """Of a refinement in a process of its own."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     command = [sys.executable, "-c", CHILD, str(num_pairs)]
-    ended = subprocess.run(
-        command, env={**inherited, **setting}, cwd=ROOT, check=True, capture_output=True, text=True
-    )
+    ended = subprocess.run(command, env={**inherited, **setting}, cwd=ROOT, check=True, capture_output=True, text=True)
     return float(ended.stdout)
 
 

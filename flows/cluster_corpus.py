@@ -3,7 +3,7 @@
 Prefect schedules, retries and shows; what is already done is decided by the artifacts alone, so no result is
 persisted or cached here. Tasks carry paths and digests, never data.
 
-`python -m flows.cluster_corpus MANIFEST` runs the flow without a worker, and needs no service.
+`python -m hardbatch.flows.cluster_corpus MANIFEST` runs the flow without a worker, and needs no service.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
-from flows import service
-from pipeline.errors import HardbatchError
-from pipeline.threads import spin_briefly
+from hardbatch.flows import service
+from hardbatch.pipeline.errors import HardbatchError
+from hardbatch.pipeline.threads import spin_briefly
 
 if TYPE_CHECKING:
-    from pipeline.runlog import RunLog
-    from pipeline.step import Step
+    from hardbatch.pipeline.runlog import RunLog
+    from hardbatch.pipeline.step import Step
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_S = 20.0
@@ -51,9 +51,9 @@ def cluster_corpus(
     `overrides` are strings `stage.field=value`. Relative paths start at the working directory, which for a
     deployment is the project's root.
     """
-    from pipeline.report import summary_markdown
-    from pipeline.run import plan_corpus
-    from pipeline.runlog import open_run_log
+    from hardbatch.pipeline.run import plan_corpus
+    from hardbatch.pipeline.runlog import open_run_log
+    from hardbatch.pipeline.views.report import summary_markdown
 
     plan = plan_corpus(
         Path(manifest),
@@ -89,8 +89,8 @@ def is_worth_retrying(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
 )
 def complete_step(step: Step, log: RunLog | None = None) -> bool:
     """Make the artifact of `step` complete, with its records in `log`; False if it already was."""
-    from pipeline.progress import LineProgress
-    from pipeline.run import run_step
+    from hardbatch.pipeline.progress import LineProgress
+    from hardbatch.pipeline.run import run_step
 
     worked = run_step(step, LineProgress(sys.stdout), log)  # which `log_prints` turns into lines of the run's log
     get_run_logger().info("%s %s", "built" if worked else "already complete:", step.path)
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     child that outlives a killed flow; so the flow gets a process group, and this process ends all of it. Where this
     one is killed, the flow ends its own group.
     """
-    parser = argparse.ArgumentParser(prog="python -m flows.cluster_corpus", description="Run cluster-corpus.")
+    parser = argparse.ArgumentParser(prog="python -m hardbatch.flows.cluster_corpus", description="Run cluster-corpus.")
     parser.add_argument("manifest")
     parser.add_argument("--workspace", default="workspace")
     parser.add_argument("--data-root")
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     environment = {**defaults, **os.environ}
     spin_briefly(environment)
-    command = [sys.executable, "-m", "flows.cluster_corpus", "--inside", *arguments]
+    command = [sys.executable, "-m", "hardbatch.flows.cluster_corpus", "--inside", *arguments]
     leader = subprocess.Popen(  # noqa: S603 -- this very module, its arguments as a list
         command, env=environment, stdin=subprocess.PIPE, start_new_session=True
     )

@@ -1,4 +1,4 @@
-"""The local Prefect service, a server and a process worker: `python -m flows.service up|down|status`.
+"""The local Prefect service, a server and a process worker: `python -m hardbatch.flows.service up|down|status`.
 
 All it keeps is in `.prefect/` of the project: database, logs, the record of its processes. While it is up,
 `prefect.toml` in the project's root tells Prefect's commands where the server is.
@@ -23,9 +23,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flows.processes import Process, end, is_alive, start
-from pipeline.errors import ConfigError, HardbatchError, LockedError
-from pipeline.files import write_file_atomic
+from hardbatch.flows.processes import Process, end, is_alive, start
+from hardbatch.pipeline.artifacts.files import write_file_atomic
+from hardbatch.pipeline.errors import ConfigError, HardbatchError, LockedError
 
 ROOT = Path(__file__).resolve().parents[1]
 HOME = ROOT / ".prefect"
@@ -212,7 +212,7 @@ def _alone() -> Iterator[None]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return the exit code; `status` returns 1 unless all is up."""
-    parser = argparse.ArgumentParser(prog="python -m flows.service", description="The local Prefect service.")
+    parser = argparse.ArgumentParser(prog="python -m hardbatch.flows.service", description="The local Prefect service.")
     parser.add_argument("command", choices=("up", "down", "status"))
     command = parser.parse_args(argv).command
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

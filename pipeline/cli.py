@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from pipeline.errors import ConfigError, HardbatchError, IntegrityError, LeavingError, printable
-from pipeline.threads import spin_briefly
+from hardbatch.pipeline.errors import ConfigError, HardbatchError, IntegrityError, LeavingError, printable
+from hardbatch.pipeline.threads import spin_briefly
 
 _EXIT_CODES = """exit codes: 0 done, 1 the disk fails, 2 usage or settings, 3 bad input, 4 integrity, 5 locked by
 another process, 6 no space, 7 too many broken rows, 130 and 143 interrupted"""
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # the reader of our output has left: nothing to tell it
         return 0
     except OSError as error:
-        from pipeline.files import as_user_error
+        from hardbatch.pipeline.artifacts.files import as_user_error
 
         told = as_user_error(error)
         if told is None:
@@ -132,10 +132,10 @@ def _add_common(sub: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pipeline.progress import choose_progress
-    from pipeline.report import summary_text
-    from pipeline.run import plan_corpus, run_step
-    from pipeline.runlog import open_run_log
+    from hardbatch.pipeline.progress import choose_progress
+    from hardbatch.pipeline.run import plan_corpus, run_step
+    from hardbatch.pipeline.runlog import open_run_log
+    from hardbatch.pipeline.views.report import summary_text
 
     plan = plan_corpus(options.manifest, options.workspace, data_root=options.data_root, overrides=options.set)
     progress = choose_progress()
@@ -148,8 +148,8 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from pipeline.explain import plan_text
-    from pipeline.run import plan_corpus
+    from hardbatch.pipeline.run import plan_corpus
+    from hardbatch.pipeline.views.plan import plan_text
 
     plan = plan_corpus(options.manifest, options.workspace, data_root=options.data_root, overrides=options.set)
     print(plan_text(plan.steps, plan.shards))
@@ -157,8 +157,8 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from pipeline.logtable import log_text
-    from pipeline.report import batch_text, batches_text
+    from hardbatch.pipeline.views.log import log_text
+    from hardbatch.pipeline.views.report import batch_text, batches_text
 
     if (options.shards is None) == (options.log is None):
         raise ConfigError("inspect: give either a shards folder or --log with a run log")
@@ -177,7 +177,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from pipeline.artifact import iter_artifact_paths, verify_artifact
+    from hardbatch.pipeline.artifacts.artifact import iter_artifact_paths, verify_artifact
 
     paths = list(iter_artifact_paths(options.path))
     if not paths:
@@ -192,11 +192,11 @@ def _verify(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from importlib.resources import files
 
-    from pipeline.report import batch_text
-    from pipeline.run import plan_corpus
+    from hardbatch.pipeline.run import plan_corpus
+    from hardbatch.pipeline.views.report import batch_text
 
     options.data_root = None
-    options.manifest = Path(str(files("pipeline"))).parent / "data_manifests" / "demo.toml"
+    options.manifest = Path(str(files("hardbatch"))) / "data_manifests" / "demo.toml"
     code = _run(options)
     plan = plan_corpus(options.manifest, options.workspace, data_root=options.data_root, overrides=options.set)
     example = batch_text(plan.shards, _typical_batch(plan.shards), num_slots=_DEMO_SLOTS)

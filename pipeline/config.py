@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.errors import ConfigError
-from pipeline.schemas import MAX_BATCH_SIZE, MAX_BATCHES_PER_PART, MIXED_DOMAIN
+from hardbatch.pipeline.errors import ConfigError
+from hardbatch.pipeline.schemas import MAX_BATCH_SIZE, MAX_BATCHES_PER_PART, MIXED_DOMAIN
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,99}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

@@ -14,10 +14,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pipeline.artifact import Artifact, read_artifact
-from pipeline.files import RATES, canonical_json, write_cache
-from pipeline.schemas import MIXED_DOMAIN
-from pipeline.step import Step
+from hardbatch.pipeline.artifacts.artifact import Artifact, read_artifact
+from hardbatch.pipeline.artifacts.files import RATES, canonical_json, write_cache
+from hardbatch.pipeline.schemas import MIXED_DOMAIN
+from hardbatch.pipeline.step import Step
 
 _FORMAT = 2  # of 1 the work of clusters was told otherwise
 _MIN_ROWS = 1_000  # a step of fewer says nothing of one of millions, and is not kept

@@ -7,33 +7,34 @@ whose artifact is complete is a look-up. Prefect flows and the command line both
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import blame_damage, find_artifact
-from pipeline.commit import open_builder, sweep_after_kill
-from pipeline.config import CorpusManifest, Dataset, load_manifest
-from pipeline.errors import ConfigError
-from pipeline.files import DIGESTS, DigestCache, as_user_error, content_key, sweep_caches
-from pipeline.rates import record_step
-from pipeline.runlog import RunLog
-from pipeline.schemas import MIXED_DOMAIN
-from pipeline.step import InlineExecutor, Progress, Stage, Step
+from hardbatch.pipeline.artifacts.artifact import blame_damage, find_artifact
+from hardbatch.pipeline.artifacts.commit import open_builder, sweep_after_kill
+from hardbatch.pipeline.artifacts.files import DIGESTS, DigestCache, as_user_error, content_key, sweep_caches
+from hardbatch.pipeline.config import CorpusManifest, Dataset, load_manifest
+from hardbatch.pipeline.errors import ConfigError
+from hardbatch.pipeline.rates import record_step
+from hardbatch.pipeline.runlog import RunLog, open_run_log
+from hardbatch.pipeline.schemas import MIXED_DOMAIN
+from hardbatch.pipeline.step import InlineExecutor, Progress, Stage, Step
 
 _STAGES = {  # stage → the module and function that build it; imported only when the stage runs
-    "pairs": ("pipeline.ingest", "build"),
-    "vectors": ("pipeline.embed", "build"),
-    "clusters": ("pipeline.cluster", "build"),
-    "hardness": ("pipeline.bounds", "build"),
-    "batches": ("pipeline.pack", "build"),
-    "mixed": ("pipeline.pack", "build_mixed"),
-    "shards": ("pipeline.write", "build"),
+    "pairs": ("hardbatch.pipeline.stages.ingest", "build"),
+    "vectors": ("hardbatch.pipeline.stages.embed", "build"),
+    "clusters": ("hardbatch.pipeline.stages.cluster", "build"),
+    "hardness": ("hardbatch.pipeline.stages.measure", "build"),
+    "batches": ("hardbatch.pipeline.stages.pack", "build"),
+    "mixed": ("hardbatch.pipeline.stages.pack", "build_mixed"),
+    "shards": ("hardbatch.pipeline.stages.write", "build"),
 }
 _VERSIONS = {"pairs": 2, "vectors": 1, "clusters": 4, "hardness": 1, "batches": 4, "shards": 2}
 _ITERATIONS = {"folded": 10, "doubled": 100}
@@ -76,6 +77,50 @@ def plan_corpus(
     return Plan(steps=tuple(steps))
 
 
+def run_corpus(
+    manifest: Path | str,
+    *,
+    workspace: Path | str = "workspace",
+    data_root: Path | str | None = None,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Path:
+    """Makes the shards of a manifest and returns their folder. Steps that are already complete are reused.
+
+    Args:
+        manifest: The TOML file that names the datasets; see docs/manifests.md.
+        workspace: The folder that artifacts are written to.
+        data_root: The folder that local paths start from; by default the manifest's own.
+        overrides: Settings that replace those of the manifest, for example `{"pack.batch_size": 256}`, or strings
+            `stage.field=value` as on the command line.
+        progress: Shows how far each step is; by default nothing is shown.
+
+    Raises:
+        ConfigError, InputError: The manifest, a setting or a source is wrong; the message says which.
+        LockedError: Another process is making one of the artifacts.
+        NoSpaceError: The disk is full. What is committed stays, and the next run continues from there.
+    """
+    settings = _as_assignments(overrides)
+    plan = plan_corpus(
+        Path(manifest),
+        Path(workspace),
+        data_root=Path(data_root) if data_root is not None else None,
+        overrides=settings,
+    )
+
+    with open_run_log(plan.corpus, Path(manifest), settings) as log:
+        for step in plan.steps:
+            run_step(step, progress, log)
+    return plan.shards
+
+
+def _as_assignments(overrides: Mapping[str, Any] | Sequence[str]) -> list[str]:
+    """Overrides as strings `stage.field=value`, each value written as TOML."""
+    if not isinstance(overrides, Mapping):
+        return list(overrides)
+    return [f"{name}={json.dumps(value, ensure_ascii=False, default=str)}" for name, value in overrides.items()]
+
+
 def run_step(step: Step, progress: Progress | None = None, log: RunLog | None = None) -> bool:
     """Makes the artifact of a step; returns False where it was complete already and nothing was done.
 
@@ -87,7 +132,7 @@ def run_step(step: Step, progress: Progress | None = None, log: RunLog | None = 
         sweep_after_kill(step.path)
         log.reused(step)
         return False
-    from pipeline.progress import SilentProgress
+    from hardbatch.pipeline.progress import SilentProgress
 
     module, function = _STAGES["mixed" if (step.stage, step.domain) == ("batches", MIXED_DOMAIN) else step.stage]
     stage: Stage = getattr(import_module(module), function)
@@ -149,7 +194,7 @@ class _Planner:
         self._steps: list[Step] = []
 
     def steps(self) -> list[Step]:
-        from pipeline.models import resolve_model
+        from hardbatch.pipeline.models.resolve import resolve_model
 
         embed = self._settings.embed
         models = {role: resolve_model(embed, role, self._data_root, self._digests) for role in ("cluster", "surrogate")}
@@ -220,7 +265,7 @@ class _Planner:
         }
 
     def _pairs(self, dataset: Dataset) -> Path:
-        from pipeline.sources import list_source_files, local_path
+        from hardbatch.pipeline.sources.files import list_source_files, local_path
 
         ingest = self._settings.ingest
         files = list_source_files(dataset, self._data_root, self._digests)

@@ -4,7 +4,7 @@
 
 The file begins with the first step that is made: a run that makes nothing writes nothing. Lines are written whole and
 under a lock, so that several processes may write to one log; a kill loses at most the line that is being written.
-What reads a log is in logtable.py.
+What reads a log is in views/log.py.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import Artifact
-from pipeline.commit import ArtifactBuilder, UnitRecord
-from pipeline.errors import HardbatchError, LeavingError
-from pipeline.files import as_user_error, sha256_file
-from pipeline.memory import forget_peak, peak_rss_mib
-from pipeline.step import Executor, Progress, Step, Unit, Work, Worker
+from hardbatch.pipeline.artifacts.artifact import Artifact
+from hardbatch.pipeline.artifacts.commit import ArtifactBuilder, UnitRecord
+from hardbatch.pipeline.artifacts.files import as_user_error, sha256_file
+from hardbatch.pipeline.errors import HardbatchError, LeavingError
+from hardbatch.pipeline.step import Executor, Progress, Step, Unit, Work, Worker
 
 LOG_FORMAT = 1
 LOGS = "logs"
+HIGH_WATER = Path("/proc/self/clear_refs")  # writing 5 sets the peak back to what is held now
 _LIBRARIES = (
     "hardbatch", "numpy", "pyarrow", "scipy", "scikit-learn", "torch", "sentence-transformers", "transformers",
     "faiss-cpu", "faiss-gpu-cu12", "prefect",
@@ -291,3 +291,20 @@ def _append(path: Path, first: Mapping[str, Any], records: Sequence[Mapping[str,
             raise
     finally:
         os.close(descriptor)
+
+
+def peak_rss_mib() -> float | None:
+    """The most memory (resident, mapped files included) this process held since the last unit, in MiB; Linux only."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return round(int(status.split("VmHWM:")[1].split()[0]) / 1024, 1)
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def forget_peak() -> None:
+    """Sets the peak back to what is held now, where the system can."""
+    try:
+        HIGH_WATER.write_text("5")
+    except OSError:
+        pass  # no Linux, or not allowed: peaks are then those since the process began

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.commit import ArtifactBuilder
+from hardbatch.pipeline.artifacts.commit import ArtifactBuilder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import LEXICAL, make_rows
 
-from pipeline.run import Plan, plan_corpus, run_step
+from hardbatch.pipeline.run import Plan, plan_corpus, run_step
+from tests.samples import LEXICAL, make_rows
 
 Row = Mapping[str, Any]
 

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.artifact import read_artifact
-from pipeline.commit import open_builder, write_unit
-from pipeline.run import Plan
-from pipeline.step import Step
+from hardbatch.pipeline.artifacts.artifact import read_artifact
+from hardbatch.pipeline.artifacts.commit import open_builder, write_unit
+from hardbatch.pipeline.run import Plan
+from hardbatch.pipeline.step import Step
 
 
 def join_packings(plans: Sequence[Plan], name: str = "several") -> Step:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import ingest, schemas
-from pipeline.config import CorpusManifest, Dataset, load_manifest
-from trainer.config import setting_defaults
+from hardbatch.pipeline import schemas
+from hardbatch.pipeline.config import CorpusManifest, Dataset, load_manifest
+from hardbatch.pipeline.stages import ingest
+from hardbatch.trainer.config import setting_defaults
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 TABLES = {
     name: Dataset if name == "dataset" else field.annotation
     for name, field in CorpusManifest.model_fields.items()
@@ -54,11 +55,20 @@ def test_the_papers_corpus() -> None:
         assert dataset.query_prompt.endswith(": ") and dataset.document_prompt.endswith(": ")
 
 
-def test_the_readme_names_every_module() -> None:
+def test_the_readme_names_every_folder() -> None:
     tree = (ROOT / "README.md").read_text().split("## Where things are")[1]
-    for path in sorted([*(ROOT / "pipeline").glob("[a-z]*.py"), *(ROOT / "trainer").glob("[a-z]*.py")]):
-        if path.stem != "progress":
-            assert path.name in tree, f"{path.name} is missing in the README's tree"
+    packages = [path.parent for name in ("pipeline", "trainer", "flows") for path in (ROOT / name).rglob("__init__.py")]
+    for folder in (*packages, ROOT / "hardbatch", ROOT / "data_manifests", ROOT / "tests", ROOT / "benchmarks"):
+        assert f"{folder.name}/" in tree, f"{folder} is missing in the README's tree"
+
+
+def test_the_readme_names_modules_that_are_there() -> None:
+    tree = (ROOT / "README.md").read_text().split("## Where things are")[1]
+    modules = {
+        path.name for name in ("hardbatch", "pipeline", "trainer", "flows") for path in (ROOT / name).rglob("*.py")
+    }
+    for name in re.findall(r"\b\w+\.py\b", tree):
+        assert name in modules, f"{name} is in the README's tree and not in the project"
 
 
 def test_every_flag_of_the_trainer_is_documented_with_its_default() -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from check_shards import check
-from packings import join_packings
 
-from pipeline.run import Plan, plan_corpus, run_step
-from trainer.shards import open_shards
+from hardbatch.pipeline.run import Plan, plan_corpus, run_step
+from hardbatch.trainer.shards import open_shards
+from tests.check_shards import check
+from tests.packings import join_packings
 
 SETTINGS = '[embed]\nmodel = "lexical"\nsurrogate_model = "lexical"\n[pack]\nbatch_size = 16\nremainder = "mix"\n'
 

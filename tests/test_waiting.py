@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("given", [None, "ACTIVE"])
-@pytest.mark.parametrize("module", ["pipeline.cli", "trainer.main"])
+@pytest.mark.parametrize("module", ["hardbatch.pipeline.cli", "hardbatch.trainer.main"])
 def test_waiting_threads_sleep_soon_unless_told_otherwise(module, given, small_manifest, tmp_path):
     words = {
-        "pipeline.cli": ["run", small_manifest, "--workspace", tmp_path / "workspace"],
-        "trainer.main": ["--shards", tmp_path, "--output", tmp_path / "out"],
+        "hardbatch.pipeline.cli": ["run", small_manifest, "--workspace", tmp_path / "workspace"],
+        "hardbatch.trainer.main": ["--shards", tmp_path, "--output", tmp_path / "out"],
     }[module]
     environment = {**os.environ, "OMP_DISPLAY_ENV": "VERBOSE", "PYTHONPATH": str(ROOT)}
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):

@@ -6,15 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from models import MAX_LENGTH_TOKENS, VOCABULARY_SIZE, minilm_folder
-
-from trainer.model import Encoder, EncoderConfig, new_backbone
+from hardbatch.trainer.model import Encoder, EncoderConfig, new_backbone
+from tests.models import MAX_LENGTH_TOKENS, VOCABULARY_SIZE, minilm_folder
 
 HIDDEN_SIZE = 32
 
 
 def tiny_config(model_type: str = "bert", *, hidden_size: int = HIDDEN_SIZE, num_layers: int = 2) -> Any:
-    """The configuration of a backbone of one of `trainer.model.BACKBONE_TYPES`, without dropout."""
+    """The configuration of a backbone of one of `hardbatch.trainer.model.BACKBONE_TYPES`, without dropout."""
     from transformers import AutoConfig
 
     options: dict[str, dict[str, Any]] = {

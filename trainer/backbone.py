@@ -13,11 +13,11 @@ import torch
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from pipeline.artifact import MANIFEST, verify_artifact
-from pipeline.errors import ConfigError, HardbatchError, IntegrityError
-from pipeline.model_folder import locate_model, require_safetensors
-from trainer.config import TrainConfig
-from trainer.model import Encoder, EncoderConfig, backbone_options, load_encoder, new_backbone
+from hardbatch.pipeline.artifacts.artifact import MANIFEST, verify_artifact
+from hardbatch.pipeline.errors import ConfigError, HardbatchError, IntegrityError
+from hardbatch.pipeline.models.locate import locate_model, require_safetensors
+from hardbatch.trainer.config import TrainConfig
+from hardbatch.trainer.model import Encoder, EncoderConfig, backbone_options, load_encoder, new_backbone
 
 _DROPOUTS = (  # what the known backbones call theirs
     "hidden_dropout_prob",

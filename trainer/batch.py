@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.errors import ConfigError
-from trainer.shards import TextBatch
-from trainer.tokens import (
+from hardbatch.pipeline.errors import ConfigError
+from hardbatch.trainer.shards import TextBatch
+from hardbatch.trainer.tokens import (
     Padded,
     TextTokenizer,
     Tokens,

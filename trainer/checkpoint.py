@@ -1,7 +1,7 @@
 """Checkpoints: a training's whole state in a folder that is complete or not there.
 
     <output>/checkpoints/step-00000500/
-        config.json, model.safetensors, tokenizer files    the model, readable by `trainer.model.load_encoder`
+        config.json, model.safetensors, tokenizer files    the model, readable by `hardbatch.trainer.model.load_encoder`
         optimizer.safetensors                              AdamW's moments and steps by parameter name
         state.json                                         stream position, schedule, settings, prompts, shards
         manifest.json                                      digests of the above, written last (docs/artifacts.md)
@@ -23,13 +23,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.artifact import MANIFEST, verify_artifact
-from pipeline.commit import open_builder, write_unit
-from pipeline.errors import ConfigError, IntegrityError, NoSpaceError
-from pipeline.faults import fault_point
-from pipeline.files import as_user_error
-from trainer.config import setting_defaults
-from trainer.model import Encoder
+from hardbatch.pipeline.artifacts.artifact import MANIFEST, verify_artifact
+from hardbatch.pipeline.artifacts.commit import open_builder, write_unit
+from hardbatch.pipeline.artifacts.faults import fault_point
+from hardbatch.pipeline.artifacts.files import as_user_error
+from hardbatch.pipeline.errors import ConfigError, IntegrityError, NoSpaceError
+from hardbatch.trainer.config import setting_defaults
+from hardbatch.trainer.model import Encoder
 
 STATE_VERSION = 1
 _STAGE = "checkpoint"

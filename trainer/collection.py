@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.errors import InputError
-from trainer.shelves import KeptShelves
+from hardbatch.pipeline.errors import InputError
+from hardbatch.trainer.shelves import KeptShelves
 
 _HELP = "give a folder with corpus.parquet, queries.parquet and qrels.parquet"
 

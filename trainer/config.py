@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from pipeline.errors import ConfigError
+from hardbatch.pipeline.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.model import Encoder
-from trainer.shelves import KeptShelves, Shelves
-from trainer.tokens import TextTokenizer, Tokens, chunk_by_length, pad
+from hardbatch.trainer.model import Encoder
+from hardbatch.trainer.shelves import KeptShelves, Shelves
+from hardbatch.trainer.tokens import TextTokenizer, Tokens, chunk_by_length, pad
 
 TEXTS_PER_CHUNK = 128
 _CHUNKS_PER_SHELF = 16  # with fewer, texts of a chunk differ more in tokens: 6 % of padding grow to 15 % at 4

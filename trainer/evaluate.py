@@ -1,6 +1,6 @@
 """Retrieval figures and the held-out loss of an encoder, on folders of corpus, queries and qrels.
 
-    python -m trainer.evaluate --model DIR --eval DIR[,DIR]
+    python -m hardbatch.trainer.evaluate --model DIR --eval DIR[,DIR]
 
 An encoder with context is measured twice: without context, and with J documents of the collection's corpus as the
 context of all documents and queries. Where torch.distributed has several ranks, all of them call these functions with
@@ -24,15 +24,15 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.errors import ConfigError, InputError
-from trainer.collection import Collection, load_collection
-from trainer.draws import derive_seed, draw_context
-from trainer.embed import TEXTS_PER_CHUNK, Embedder, go_on, ranks
-from trainer.export import exit_code_of, open_model, read_prompts
-from trainer.loss import info_nce
-from trainer.model import Encoder
-from trainer.search import search
-from trainer.tokens import TextTokenizer
+from hardbatch.pipeline.errors import ConfigError, InputError
+from hardbatch.trainer.collection import Collection, load_collection
+from hardbatch.trainer.draws import derive_seed, draw_context
+from hardbatch.trainer.embed import TEXTS_PER_CHUNK, Embedder, go_on, ranks
+from hardbatch.trainer.export import exit_code_of, open_model, read_prompts
+from hardbatch.trainer.loss import info_nce
+from hardbatch.trainer.model import Encoder
+from hardbatch.trainer.search import search
+from hardbatch.trainer.tokens import TextTokenizer
 
 NUM_HITS = 100
 MAX_HELD_OUT_PAIRS = 4_096
@@ -151,7 +151,9 @@ def held_out_loss(
 
 def main(arguments: Sequence[str]) -> int:
     """Prints a table of figures of one model on several collections. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.evaluate", description="Retrieval figures of a model.")
+    parser = argparse.ArgumentParser(
+        prog="python -m hardbatch.trainer.evaluate", description="Retrieval figures of a model."
+    )
     parser.add_argument("--model", type=Path, required=True, help="folder of a checkpoint or an export")
     parser.add_argument("--eval", required=True, help="folders of corpus/queries/qrels, separated by commas")
     parser.add_argument("--seed", type=int, default=0, help="draws the context; default: 0")

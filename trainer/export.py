@@ -1,8 +1,8 @@
 """A trained encoder → a folder that sentence-transformers loads, without this project installed.
 
-python -m trainer.export --checkpoint DIR --output DIR
+python -m hardbatch.trainer.export --checkpoint DIR --output DIR
 
-config.json, model.safetensors, tokenizer files    the model, readable by `trainer.model.load_encoder` too
+config.json, model.safetensors, tokenizer files    the model, readable by `hardbatch.trainer.model.load_encoder` too
 modules.json, config_sentence_transformers.json    what sentence-transformers reads: the module, the prompts
 sentence_module.py, model.py, tokens.py            copies of this project's own: what it computes is written once
 README.md                                          how to load and use it
@@ -21,14 +21,14 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from pipeline.artifact import MANIFEST, verify_artifact
-from pipeline.errors import ConfigError, HardbatchError, IntegrityError, NoSpaceError
-from pipeline.faults import fault_point
-from pipeline.files import as_user_error, fsync_path, temporary_name
-from pipeline.lock import lock
-from trainer.batch import Tokenizer, load_tokenizer
-from trainer.model import CONFIG_KEY, Encoder, load_encoder
-from trainer.replace import put_in_place, sweep
+from hardbatch.pipeline.artifacts.artifact import MANIFEST, verify_artifact
+from hardbatch.pipeline.artifacts.faults import fault_point
+from hardbatch.pipeline.artifacts.files import as_user_error, fsync_path, temporary_name
+from hardbatch.pipeline.artifacts.lock import lock
+from hardbatch.pipeline.errors import ConfigError, HardbatchError, IntegrityError, NoSpaceError
+from hardbatch.trainer.batch import Tokenizer, load_tokenizer
+from hardbatch.trainer.model import CONFIG_KEY, Encoder, load_encoder
+from hardbatch.trainer.replace import put_in_place, sweep
 
 CODE_FILES = ("sentence_module.py", "model.py", "tokens.py")
 _MODULES = "modules.json"
@@ -52,7 +52,9 @@ def export_model(
     """
     from transformers import AutoTokenizer
 
-    from trainer.sentence_module import ContextualModule  # late: sentence-transformers takes seconds to import
+    from hardbatch.trainer.sentence_module import (
+        ContextualModule,  # late: sentence-transformers takes seconds to import
+    )
 
     assert {"query", "document"} <= prompts.keys(), "the two prompts that users name"
     staging = temporary_name(output)
@@ -136,7 +138,7 @@ def exit_code_of(command: Callable[[], None]) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """Exports a checkpoint; prints the folder. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.export", description="Exports a checkpoint.")
+    parser = argparse.ArgumentParser(prog="python -m hardbatch.trainer.export", description="Exports a checkpoint.")
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a checkpoint")
     parser.add_argument("--output", type=Path, required=True, help="folder to write, new or an earlier export")
     parser.add_argument("--query-prompt", help="text before a query; default: as in training")

@@ -26,15 +26,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.batch import Batch, Tokens, chunk_by_tokens, computed_tokens, concat, pad, split_tightly
-from trainer.draws import draw_context, draw_kept_context, replayed
-from trainer.loss import Loss, info_nce
-from trainer.model import Encoder
+from hardbatch.trainer.batch import Batch, Tokens, chunk_by_tokens, computed_tokens, concat, pad, split_tightly
+from hardbatch.trainer.draws import draw_context, draw_kept_context, replayed
+from hardbatch.trainer.loss import Loss, info_nce
+from hardbatch.trainer.model import Encoder
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """What a step over one batch depends on; names as the flags of `trainer.config`."""
+    """What a step over one batch depends on; names as the flags of `hardbatch.trainer.config`."""
 
     chunk_tokens: int
     temperature: float

@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.artifact import MANIFEST, Artifact
-from pipeline.errors import IntegrityError
-from pipeline.files import sha256_file, sha256_outside
-from pipeline.footer import read_head, record_ranges
+from hardbatch.pipeline.artifacts.artifact import MANIFEST, Artifact
+from hardbatch.pipeline.artifacts.files import sha256_file, sha256_outside
+from hardbatch.pipeline.artifacts.footer import read_head, record_ranges
+from hardbatch.pipeline.errors import IntegrityError
 
 INDEX = "index.parquet"
 _COLUMNS = ["batch_id", "packing", "domain", "file", "row_group", "byte_offset", "byte_length", "sha256"]

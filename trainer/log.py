@@ -19,9 +19,9 @@ from typing import Any, TextIO
 
 import torch
 
-from pipeline.files import write_file_atomic
-from trainer.batch import Batch
-from trainer.model import Encoder
+from hardbatch.pipeline.artifacts.files import write_file_atomic
+from hardbatch.trainer.batch import Batch
+from hardbatch.trainer.model import Encoder
 
 LOG = "log.jsonl"
 _EVALUATION = "eval/"

@@ -12,20 +12,20 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import HardbatchError
-from trainer.batch import Batch
-from trainer.checkpoint import TrainState, save_checkpoint
-from trainer.collection import Collection
-from trainer.draws import draw_context
-from trainer.evaluate import evaluate_retrieval, held_out_loss
-from trainer.export import export_model
-from trainer.log import RunLog, StepFigures, model_flops, peak_flops, summary_text
-from trainer.loss import mask_rate
-from trainer.memory import naming_the_flag
-from trainer.schedule import learning_rate_factor
-from trainer.signals import Stop, StoppedError, noted_signals
-from trainer.stream import BatchStream
-from trainer.training import Training, export_folder, opening_lines
+from hardbatch.pipeline.errors import HardbatchError
+from hardbatch.trainer.batch import Batch
+from hardbatch.trainer.checkpoint import TrainState, save_checkpoint
+from hardbatch.trainer.collection import Collection
+from hardbatch.trainer.draws import draw_context
+from hardbatch.trainer.evaluate import evaluate_retrieval, held_out_loss
+from hardbatch.trainer.export import export_model
+from hardbatch.trainer.log import RunLog, StepFigures, model_flops, peak_flops, summary_text
+from hardbatch.trainer.loss import mask_rate
+from hardbatch.trainer.memory import naming_the_flag
+from hardbatch.trainer.schedule import learning_rate_factor
+from hardbatch.trainer.signals import Stop, StoppedError, noted_signals
+from hardbatch.trainer.stream import BatchStream
+from hardbatch.trainer.training import Training, export_folder, opening_lines
 
 
 class DivergedError(HardbatchError):

@@ -1,7 +1,7 @@
 """Trains a contextual document embedding model on batch shards.
 
 torchrun --nproc-per-node 2 trainer/main.py --shards DIR --output DIR
-torchrun -m trainer.main ...            (installed)
+torchrun -m hardbatch.trainer.main ...  (installed)
 python trainer/main.py ...              (one process)
 """
 
@@ -14,25 +14,26 @@ from contextlib import ExitStack
 from pathlib import Path
 
 if __name__ == "__main__" and not __package__:
-    # started as a file, sys.path begins with trainer/: the root must come first, or an installed copy would be loaded
+    # Started as a file, sys.path begins with trainer/. The root of this checkout takes its place, so that
+    # `hardbatch` is the package beside this file, not an installed copy.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pipeline.errors import HardbatchError
-from pipeline.threads import spin_briefly
-from trainer.config import parse_flags
+from hardbatch.pipeline.errors import HardbatchError
+from hardbatch.pipeline.threads import spin_briefly
+from hardbatch.trainer.config import parse_flags
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs a training; returns the exit code of `pipeline.errors`, or 128 + the signal that ended it."""
+    """Runs a training; returns the exit code of `hardbatch.pipeline.errors`, or 128 + the signal that ended it."""
     try:
         config = parse_flags(arguments)
         spin_briefly(os.environ)
-        from trainer.ranks import join_ranks
+        from hardbatch.trainer.ranks import join_ranks
 
         with join_ranks(config.device, timeout_s=config.timeout_s) as ranks, ExitStack() as held:
-            from trainer.checkpoint import find_checkpoint
-            from trainer.loop import train
-            from trainer.training import hold_output, start_training
+            from hardbatch.trainer.checkpoint import find_checkpoint
+            from hardbatch.trainer.loop import train
+            from hardbatch.trainer.training import hold_output, start_training
 
             found: tuple[Path | None, list[str]] = (None, [])
             with ranks.together():

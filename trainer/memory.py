@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import HardbatchError
+from hardbatch.pipeline.errors import HardbatchError
 
 CHUNK_TOKENS_ON_CPU = 32_768  # 256 texts of 64 tokens, each behind 64 tokens of context
 BYTES_PER_WEIGHT = 16

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import ConfigError, IntegrityError
+from hardbatch.pipeline.errors import ConfigError, IntegrityError
 
 _CHOICE, _PERMUTATION = 1, 2  # what is drawn: tells the streams of random numbers apart
 _CACHED_EPOCHS = 2  # a prefetching reader works in two epochs at once around their border

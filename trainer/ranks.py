@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.errors import ConfigError, HardbatchError
-from pipeline.files import as_user_error
+from hardbatch.pipeline.artifacts.files import as_user_error
+from hardbatch.pipeline.errors import ConfigError, HardbatchError
 
 _BUCKET_ELEMENTS = 2**24  # reduced at once: 64 MiB
 T = TypeVar("T")

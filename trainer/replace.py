@@ -15,8 +15,8 @@ import os
 import shutil
 from pathlib import Path
 
-from pipeline.faults import fault_point
-from pipeline.files import fsync_path
+from hardbatch.pipeline.artifacts.faults import fault_point
+from hardbatch.pipeline.artifacts.files import fsync_path
 
 _HERE = -100  # AT_FDCWD of Linux
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.embed import go_on, ranks
+from hardbatch.trainer.embed import go_on, ranks
 
 _SCORES_PER_BLOCK = 2**25  # places of the score matrix at once on a CPU; their sort keys take 256 MB
 _BYTES_PER_SCORE = 64  # at most, of a place on a GPU: scores, their bits, sort keys and what lies between

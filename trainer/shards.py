@@ -2,8 +2,8 @@
 
 `open_shards` reads the manifest, the sizes of all files, the index and every footer, and no batch. Each batch is one
 row group: its bytes are read in one piece, compared with the digest in the index, and only then parsed, by the record
-of this row group alone (`pipeline/footer.py`). Nothing stays open or cached, so a batch costs the same from one file or
-from any of thousands, and threads share nothing.
+of this row group alone (`pipeline/artifacts/footer.py`). Nothing stays open or cached, so a batch costs the same from
+one file or from any of thousands, and threads share nothing.
 
 Legend: B slots of a batch.
 """
@@ -22,11 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.artifact import MANIFEST, Artifact, read_artifact
-from pipeline.errors import ConfigError, IntegrityError
-from pipeline.footer import MAGIC, end_of_file
-from trainer.index import Index, make_anew, read_index
-from trainer.order import BatchOrder
+from hardbatch.pipeline.artifacts.artifact import MANIFEST, Artifact, read_artifact
+from hardbatch.pipeline.artifacts.footer import MAGIC, end_of_file
+from hardbatch.pipeline.errors import ConfigError, IntegrityError
+from hardbatch.trainer.index import Index, make_anew, read_index
+from hardbatch.trainer.order import BatchOrder
 
 _COLUMNS = ["batch_id", "slot", "query", "document", "query_prompt", "document_prompt", "equivalent_slots"]
 _MAX_SUGGESTED = 3
@@ -140,6 +140,19 @@ def open_shards(path: Path | str) -> Shards:
         pairs=tuple(f"{name}/{key}" for name, key in artifact.manifest.inputs.items() if name.startswith("pairs/")),
         index=index,
     )
+
+
+def load_shards(folder: str | Path) -> Shards:
+    """Opens the shards in `folder`, the path that `hardbatch run` and `run_corpus` return.
+
+    Checks the manifest, the sizes of all files, the index and every footer. Batches are read, and compared with their
+    digests, one at a time: `shards.read_batch(row, position)` reads one, and `BatchStream(shards)` reads them in order.
+
+    Raises:
+        ConfigError: `folder` does not hold shards.
+        IntegrityError: The shards are incomplete or damaged.
+    """
+    return open_shards(Path(folder))
 
 
 @lru_cache(maxsize=4)

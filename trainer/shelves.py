@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.tokens import TextTokenizer, Tokens
+from hardbatch.trainer.tokens import TextTokenizer, Tokens
 
 _KEPT_BYTES = 2**30  # token ids that a rank keeps of one list of texts: 268 million tokens
 

@@ -18,9 +18,9 @@ from types import TracebackType
 from typing import Any, Generic, Self, TypedDict, TypeVar, Unpack, overload
 from weakref import WeakSet
 
-from pipeline.errors import ConfigError
-from trainer.order import BatchOrder
-from trainer.shards import Shards, TextBatch, open_shards
+from hardbatch.pipeline.errors import ConfigError
+from hardbatch.trainer.order import BatchOrder
+from hardbatch.trainer.shards import Shards, TextBatch, open_shards
 
 __all__ = ["BatchOrder", "BatchStream", "Shards", "TextBatch", "open_shards"]
 

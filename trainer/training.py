@@ -14,21 +14,21 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from pipeline.errors import ConfigError
-from pipeline.files import as_user_error
-from pipeline.lock import lock
-from trainer.backbone import build_encoder, find_backbone, initial_encoder
-from trainer.batch import Tokenizer, load_tokenizer
-from trainer.checkpoint import TrainState, check_resumable, load_optimizer, read_state
-from trainer.collection import Collection, load_collection
-from trainer.config import TrainConfig
-from trainer.export import refuse_foreign
-from trainer.gradcache import GradCache, StepConfig
-from trainer.memory import MemoryNeeds, bytes_per_token, choose_chunk_tokens, free_memory, memory_line
-from trainer.model import Encoder
-from trainer.order import BatchOrder
-from trainer.ranks import Ranks
-from trainer.shards import Shards, open_shards
+from hardbatch.pipeline.artifacts.files import as_user_error
+from hardbatch.pipeline.artifacts.lock import lock
+from hardbatch.pipeline.errors import ConfigError
+from hardbatch.trainer.backbone import build_encoder, find_backbone, initial_encoder
+from hardbatch.trainer.batch import Tokenizer, load_tokenizer
+from hardbatch.trainer.checkpoint import TrainState, check_resumable, load_optimizer, read_state
+from hardbatch.trainer.collection import Collection, load_collection
+from hardbatch.trainer.config import TrainConfig
+from hardbatch.trainer.export import refuse_foreign
+from hardbatch.trainer.gradcache import GradCache, StepConfig
+from hardbatch.trainer.memory import MemoryNeeds, bytes_per_token, choose_chunk_tokens, free_memory, memory_line
+from hardbatch.trainer.model import Encoder
+from hardbatch.trainer.order import BatchOrder
+from hardbatch.trainer.ranks import Ranks
+from hardbatch.trainer.shards import Shards, open_shards
 
 
 @dataclass(kw_only=True)

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reliability.forked import Forks
-from reliability.trainings import kill_forks
-from trainer_models import tiny_backbone
+
+from tests.reliability.forked import Forks
+from tests.reliability.trainings import kill_forks
+from tests.trainer_models import tiny_backbone
 
 _PREFIX = "reliability row "
 

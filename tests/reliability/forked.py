@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reliability.processes import ROOT
+from tests.reliability.processes import ROOT
 
 TIMEOUT_S = 120.0
 COUNT = "count"
@@ -39,9 +39,9 @@ class Forks:
         self._num_started = 0
         self._logs: dict[int, Path] = {}
         self._parent = subprocess.Popen(
-            [sys.executable, "-m", "reliability.forked"],
+            [sys.executable, "-m", "tests.reliability.forked"],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "HARDBATCH_FAULT": ""},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HARDBATCH_FAULT": ""},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -111,7 +111,11 @@ def _serve() -> None:
     import sklearn.feature_extraction.text  # noqa: F401
     import torch  # noqa: F401
 
-    from pipeline import cluster, embed, encoders, ingest, models, pack, report, run, write  # noqa: F401
+    from hardbatch.pipeline import run  # noqa: F401
+    from hardbatch.pipeline.models import encoders
+    from hardbatch.pipeline.models import resolve as models
+    from hardbatch.pipeline.stages import cluster, embed, ingest, pack, write  # noqa: F401
+    from hardbatch.pipeline.views import report  # noqa: F401
 
     encoders.LEXICAL_FEATURES = models.LEXICAL_FEATURES = 1_024  # whose projection is drawn in no time
 
@@ -157,7 +161,8 @@ def _run(arguments: list[str], fault: str, log: str) -> None:
         import importlib
         from collections import Counter
 
-        from pipeline import cli, commit, faults, files, lock
+        from hardbatch.pipeline import cli
+        from hardbatch.pipeline.artifacts import commit, faults, files, lock
 
         importlib.reload(faults)  # it read the variable when it was loaded, and its functions look here
         counts = Counter[str]()

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import sklearn.feature_extraction.text  # noqa: F401
 
-import pipeline.bounds
-import pipeline.cluster
-import pipeline.embed
-import pipeline.ingest
-import pipeline.pack
-import pipeline.write  # noqa: F401
-from pipeline.run import plan_corpus, run_step
-from pipeline.step import Step
+import hardbatch.pipeline.stages.cluster
+import hardbatch.pipeline.stages.embed
+import hardbatch.pipeline.stages.ingest
+import hardbatch.pipeline.stages.measure
+import hardbatch.pipeline.stages.pack
+import hardbatch.pipeline.stages.write  # noqa: F401
+from hardbatch.pipeline.run import plan_corpus, run_step
+from hardbatch.pipeline.step import Step
 
 
 def main(manifest: str, workspace: str) -> None:

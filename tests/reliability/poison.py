@@ -21,8 +21,9 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import processes
 import pyarrow.parquet as pq
+
+from tests.reliability import processes
 
 GOOD = 40  # pairs beside the poison, so that there are batches
 _CELL_CHARACTERS = 400
@@ -107,14 +108,14 @@ def run(kind: Kind, folder: Path) -> Outcome:
 
 def run_here(kind: Kind, folder: Path) -> Outcome:
     """The same in this process, which spares the imports; a hang ends the process."""
-    import pipeline.cli
+    import hardbatch.pipeline.cli
 
     words = prepare(kind, folder)
     output, errors = io.StringIO(), io.StringIO()
     signal.alarm(200)
     with redirect_stdout(output), redirect_stderr(errors):
         try:
-            code = pipeline.cli.main(words[len(processes.HARDBATCH) :])
+            code = hardbatch.pipeline.cli.main(words[len(processes.HARDBATCH) :])
         except BaseException:
             code = 1
             traceback.print_exc()
@@ -212,16 +213,14 @@ def table(outcomes: Sequence[tuple[Outcome, Path]]) -> str:
 
 def all_kinds() -> list[Kind]:
     """Every kind of poison."""
-    import poison_files
-    import poison_rows
-    import poison_settings
+    from tests.reliability import poison_files, poison_rows, poison_settings
 
     return [*poison_rows.ROWS, *poison_files.FORMATS, *poison_files.NAMES, *poison_settings.SETTINGS]
 
 
 def quick_kinds() -> list[Kind]:
     """Those that are small, all rows in one file."""
-    from poison_rows import rows
+    from tests.reliability.poison_rows import rows
 
     kinds = all_kinds()
     odd = [kind for kind in kinds if kind.odd]
@@ -235,7 +234,6 @@ def main(arguments: Sequence[str]) -> int:
 
     Returns 1 where one ended otherwise than it must.
     """
-    sys.path.append(str(Path(__file__).parents[1]))  # for `models`
     kinds = quick_kinds() if arguments else all_kinds()
     outcomes = []
     with tempfile.TemporaryDirectory() as scratch:

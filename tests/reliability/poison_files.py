@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from poison import GOOD, Kind, comma_separated, json_lines, pairs
-from poison_rows import ESCAPES
+
+from tests.reliability.poison import GOOD, Kind, comma_separated, json_lines, pairs
+from tests.reliability.poison_rows import ESCAPES
 
 TABLE = pa.Table.from_pylist(pairs())
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123\n"

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from poison import GOOD, Kind, json_lines
+from tests.reliability.poison import GOOD, Kind, json_lines
 
 ESCAPES = "\x1b[31mred\x1b[0m \x1b]0;title\x07 \u202egnp.exe"  # what a terminal would obey
 

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from poison import GOOD, Kind, json_lines
+from tests.reliability.poison import GOOD, Kind, json_lines
 
 USUAL = 'corpus = "poison"\n[[dataset]]\nname = "numbers"\nsource = "pairs.jsonl"\n'
 LEXICAL = '[embed]\nmodel = "lexical"\nsurrogate_model = "lexical"\n'
@@ -42,7 +42,7 @@ def tiny_model(change: Callable[[Path], object]) -> Callable[[Path], object]:
     """A tiny model at `model`, changed, and good pairs, two of them with the word poison."""
 
     def write(folder: Path) -> None:
-        import models
+        from tests import models
 
         models.save_gtr(folder / "whole")
         change(folder / "whole")
@@ -53,7 +53,7 @@ def tiny_model(change: Callable[[Path], object]) -> Callable[[Path], object]:
 
 
 def without_numbers(whole: Path) -> None:
-    import models
+    from tests import models
 
     models.poison(whole, whole.with_name("model"), "poison")
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-HARDBATCH = (sys.executable, "-m", "pipeline.cli")
+ROOT = Path(__file__).resolve().parents[2]
+HARDBATCH = (sys.executable, "-m", "hardbatch.pipeline.cli")
 KILLED = -signal.SIGKILL
 
 

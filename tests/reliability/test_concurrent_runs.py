@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from reliability.forked import Forks, Run, kill, wait_until_stopped
-from reliability.processes import KILLED
-from reliability.workspaces import assert_same, content, faults_in, write_corpus
 
-from pipeline.errors import ConfigError, LockedError
-from pipeline.lock import lock
+from hardbatch.pipeline.artifacts.lock import lock
+from hardbatch.pipeline.errors import ConfigError, LockedError
+from tests.reliability.forked import Forks, Run, kill, wait_until_stopped
+from tests.reliability.processes import KILLED
+from tests.reliability.workspaces import assert_same, content, faults_in, write_corpus
 
 Record = Callable[[int, str], None]
 HELD = r"hardbatch: \S+: being written by process {} on \S+ since 20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ; wait for it"
@@ -136,6 +136,6 @@ def test_a_filesystem_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.
     def flock(*_: object) -> None:
         raise OSError(number, "no locks here")
 
-    monkeypatch.setattr("pipeline.lock.fcntl.flock", flock)
+    monkeypatch.setattr("hardbatch.pipeline.artifacts.lock.fcntl.flock", flock)
     with pytest.raises(ConfigError, match=rf"{tmp_path}: this filesystem gives no file locks .*no locks here.*another"):
         lock(tmp_path / ".key.lock").__enter__()

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reliability.forked import Forks
-from reliability.processes import KILLED, ROOT
-from reliability.workspaces import assert_same, content, faults_in, hidden, write_corpus
 
-from pipeline.artifact import MANIFEST, find_artifact
-from pipeline.commit import open_builder, write_unit
-from pipeline.errors import DiskError, IntegrityError, NoSpaceError
-from pipeline.faults import LONG_POINTS, POINTS
+from hardbatch.pipeline.artifacts.artifact import MANIFEST, find_artifact
+from hardbatch.pipeline.artifacts.commit import open_builder, write_unit
+from hardbatch.pipeline.artifacts.faults import LONG_POINTS, POINTS
+from hardbatch.pipeline.errors import DiskError, IntegrityError, NoSpaceError
+from tests.reliability.forked import Forks
+from tests.reliability.processes import KILLED, ROOT
+from tests.reliability.workspaces import assert_same, content, faults_in, hidden, write_corpus
 
 Record = Callable[[int, str], None]
 CODES = {"kill": KILLED, "ENOSPC": NoSpaceError.exit_code, "EIO": DiskError.exit_code}
@@ -77,7 +77,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Iterator[C
 
 
 def test_every_point_is_listed_and_passed(corpus: Corpus, tmp_path: Path) -> None:
-    written = re.findall(r'fault_point\("([^"]+)"\)', "".join(p.read_text() for p in (ROOT / "pipeline").glob("*.py")))
+    written = re.findall(r'fault_point\("([^"]+)"\)', "".join(p.read_text() for p in (ROOT / "pipeline").rglob("*.py")))
     assert sorted(written) == sorted((*POINTS, *LONG_POINTS))
     passed = set(corpus.counts)
     for point, (before, *_) in BEFORE.items():
@@ -136,7 +136,7 @@ def test_no_record_stands_beside_files_of_another_commit(tmp_path: Path, monkeyp
             if name == "unit.renamed":
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr("pipeline.commit.fault_point", die)
+        monkeypatch.setattr("hardbatch.pipeline.artifacts.commit.fault_point", die)
         with pytest.raises(KeyboardInterrupt):
             make(path, {"one": b"54321"})  # as another version of a library gives
         assert (path / "data/one.bin").read_bytes() == b"54321"
@@ -158,7 +158,7 @@ def test_a_filesystem_without_hard_links(tmp_path: Path, monkeypatch: pytest.Mon
     def link(*_: object) -> None:
         raise OSError(number, "no hard links here")
 
-    monkeypatch.setattr("pipeline.commit.os.link", link)
+    monkeypatch.setattr("hardbatch.pipeline.artifacts.commit.os.link", link)
     path = tmp_path / "a"
     with open_builder(path) as builder:
         make(path, {"one": b"12345"})
@@ -173,7 +173,7 @@ def test_a_filesystem_without_hard_links(tmp_path: Path, monkeypatch: pytest.Mon
 def test_every_new_folder_is_entered_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loss of power after a commit must not take the folder away that a committed file lies in."""
     synced: list[Path] = []
-    monkeypatch.setattr("pipeline.files.fsync_path", lambda path: synced.append(path))
+    monkeypatch.setattr("hardbatch.pipeline.artifacts.files.fsync_path", lambda path: synced.append(path))
     path = tmp_path / "stage" / "key"
     with open_builder(path):
         make(path, {"one": b"12345"})

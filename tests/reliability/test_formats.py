@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from reliability.workspaces import faults_in
 
-from pipeline.artifact import FORMAT_VERSION, MANIFEST, iter_artifact_paths
-from pipeline.cli import main
-from pipeline.errors import IntegrityError
-from pipeline.files import canonical_json, sha256_file
-from trainer.shards import open_shards
-from trainer.stream import BatchStream
+from hardbatch.pipeline.artifacts.artifact import FORMAT_VERSION, MANIFEST, iter_artifact_paths
+from hardbatch.pipeline.artifacts.files import canonical_json, sha256_file
+from hardbatch.pipeline.cli import main
+from hardbatch.pipeline.errors import IntegrityError
+from hardbatch.trainer.shards import open_shards
+from hardbatch.trainer.stream import BatchStream
+from tests.reliability.workspaces import faults_in
 
 Record = Callable[[int, str], None]
 Run = tuple[Path, Path, Path]

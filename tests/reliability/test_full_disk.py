@@ -11,13 +11,13 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import processes
 import pytest
 
-from pipeline import cli
-from pipeline.artifact import iter_artifact_paths, verify_artifact
-from pipeline.run import plan_corpus, run_step
-from pipeline.step import Step
+from hardbatch.pipeline import cli
+from hardbatch.pipeline.artifacts.artifact import iter_artifact_paths, verify_artifact
+from hardbatch.pipeline.run import plan_corpus, run_step
+from hardbatch.pipeline.step import Step
+from tests.reliability import processes
 
 STEPS = ("pairs", "vectors", "clusters", "hardness", "batches", "shards")
 SETTINGS = """corpus = "c"
@@ -170,7 +170,7 @@ def test_a_disk_that_is_full_from_the_start(
 LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
-from pipeline.cli import main
+from hardbatch.pipeline.cli import main
 sys.exit(main(sys.argv[2:]))
 """
 

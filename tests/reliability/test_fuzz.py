@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from poison import comma_separated, json_lines, pairs
 
-from pipeline.artifact import read_artifact
-from pipeline.errors import HardbatchError
-from pipeline.run import plan_corpus, run_step
+from hardbatch.pipeline.artifacts.artifact import read_artifact
+from hardbatch.pipeline.errors import HardbatchError
+from hardbatch.pipeline.run import plan_corpus, run_step
+from tests.reliability.poison import comma_separated, json_lines, pairs
 
 Record = Callable[[int, str], None]
 QUICK_AND_LONG = pytest.mark.parametrize("examples", [40, pytest.param(1_500, marks=pytest.mark.soak)])

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from reliability.forked import Forks, kill
-from reliability.processes import HARDBATCH, KILLED, Ended, finish, kill_group, run, start, tree
-from reliability.workspaces import (
+
+from hardbatch.pipeline.run import Plan, plan_corpus
+from tests.reliability.forked import Forks, kill
+from tests.reliability.processes import HARDBATCH, KILLED, Ended, finish, kill_group, run, start, tree
+from tests.reliability.workspaces import (
     REDONE_ON_RESUME,
     assert_same,
     committed,
@@ -21,8 +23,6 @@ from reliability.workspaces import (
     redone,
     write_corpus,
 )
-
-from pipeline.run import Plan, plan_corpus
 
 Record = Callable[[int, str], None]
 DOMAINS = ("medical", "law_dc", "stackexchange", "shell_tldr")

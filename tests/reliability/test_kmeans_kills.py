@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from processes import KILLED, Ended, run, tree
+
+from tests.reliability.processes import KILLED, Ended, run, tree
 
 EAGER = """
 import sys
-from pipeline import snapshots
+from hardbatch.pipeline.artifacts import snapshots
 snapshots._LEAST_SECONDS_BETWEEN = 0.0  # every snapshot is due
 snapshots._TIMES_ITS_COST = 0
-from pipeline.cli import main
+from hardbatch.pipeline.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 LEXICAL = '\n[embed]\nmodel = "lexical"\nsurrogate_model = "lexical"\n'

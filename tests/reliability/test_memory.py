@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from reliability.processes import run
 
-from pipeline.encoders import LEXICAL_DIMENSION as D
+from hardbatch.pipeline.models.encoders import LEXICAL_DIMENSION as D
+from tests.reliability.processes import run
 
 PEAKS = Path(__file__).with_name("peaks.py")
 B = 64

@@ -8,13 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import models
-import poison
-import processes
 import pytest
 
-from pipeline.errors import HardbatchError, InputError
-from pipeline.run import Plan, plan_corpus, run_step
+from hardbatch.pipeline.errors import HardbatchError, InputError
+from hardbatch.pipeline.run import Plan, plan_corpus, run_step
+from tests import models
+from tests.reliability import poison, processes
 
 KINDS = poison.all_kinds()
 Record = Callable[[int, str], None]
@@ -105,7 +104,7 @@ def test_a_file_that_changes_after_it_was_planned_with(
 
 
 def test_a_file_that_grows_while_it_is_read(tmp_path: Path, plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline import ingest
+    from hardbatch.pipeline.stages import ingest
 
     planned = plan()
     inner = ingest.clean_row

@@ -8,15 +8,15 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import models
 import pytest
-from reliability.processes import run
-from reliability.workspaces import faults_in, stamps, write_corpus, write_rows
 
-from pipeline import encoders
-from pipeline import models as pipeline_models
-from pipeline import run as pipeline_run
-from pipeline.cli import main
+from hardbatch.pipeline import run as pipeline_run
+from hardbatch.pipeline.cli import main
+from hardbatch.pipeline.models import encoders
+from hardbatch.pipeline.models import resolve as pipeline_models
+from tests import models
+from tests.reliability.processes import run
+from tests.reliability.workspaces import faults_in, stamps, write_corpus, write_rows
 
 Record = Callable[[int, str], None]
 HEAVY = ("torch", "sklearn", "transformers", "sentence_transformers", "safetensors", "faiss", "scipy")
@@ -35,7 +35,7 @@ def watch(event, arguments):
         if any(str(argument).startswith(workspace) for argument in arguments):
             written.append(event)
 sys.addaudithook(watch)
-from pipeline.cli import main
+from hardbatch.pipeline.cli import main
 code = main(command)
 loaded = [name for name in {HEAVY!r} if name in sys.modules]
 print(json.dumps({{"code": code, "written": written, "opened": opened, "loaded": loaded}}))

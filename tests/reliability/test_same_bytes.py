@@ -9,28 +9,28 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import models
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from reliability.processes import run, tree
 
-from pipeline.artifact import Artifact, read_artifact
-from pipeline.run import Plan, plan_corpus
+from hardbatch.pipeline.artifacts.artifact import Artifact, read_artifact
+from hardbatch.pipeline.run import Plan, plan_corpus
+from tests import models
+from tests.reliability.processes import run, tree
 
 # how much is held or read at a time: none of it may be seen in a result
 BLOCKS: dict[str, int] = {
-    "pipeline.ingest._UNIT_BYTES": 2**16,
-    "pipeline.ingest.STAGED_ROWS": 50,
-    "pipeline.assemble.STAGED_ROWS": 50,
-    "pipeline.embed._TEXTS_PER_READ": 64,
-    "pipeline.vectors._OPEN_FILES": 1,
-    "pipeline.points._VALUES_HELD": 0,  # points are read in each iteration
-    "pipeline.nearest._SCORES_HELD": 2**12,
-    "pipeline.nearest._ROWS": 64,
-    "pipeline.hardness._BLOCK_ROWS": 777,
-    "pipeline.refine._GAINS_HELD": 2**14,
-    "pipeline.neighbours._BLOCK_ROWS": 300,
+    "hardbatch.pipeline.stages.ingest._UNIT_BYTES": 2**16,
+    "hardbatch.pipeline.stages.ingest.STAGED_ROWS": 50,
+    "hardbatch.pipeline.stages.assemble.STAGED_ROWS": 50,
+    "hardbatch.pipeline.stages.embed._TEXTS_PER_READ": 64,
+    "hardbatch.pipeline.artifacts.vectors._OPEN_FILES": 1,
+    "hardbatch.pipeline.batching.points._VALUES_HELD": 0,  # points are read in each iteration
+    "hardbatch.pipeline.batching.nearest._SCORES_HELD": 2**12,
+    "hardbatch.pipeline.batching.nearest._ROWS": 64,
+    "hardbatch.pipeline.batching.hardness._BLOCK_ROWS": 777,
+    "hardbatch.pipeline.batching.refine._GAINS_HELD": 2**14,
+    "hardbatch.pipeline.batching.neighbours._BLOCK_ROWS": 300,
 }
 _CHILD = """
 import importlib, json, sys
@@ -38,7 +38,7 @@ for name, value in json.loads(sys.argv[1]).items():
     module, _, constant = name.rpartition(".")
     assert hasattr(importlib.import_module(module), constant), name
     setattr(importlib.import_module(module), constant, value)
-from pipeline.cli import main
+from hardbatch.pipeline.cli import main
 sys.exit(main(sys.argv[2:]))
 """
 # every branch on little data: two levels, the graph tour, several packings, mixed remainders, several units and parts

@@ -10,21 +10,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import models
-import processes
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flows import service
-from pipeline import cli
-from pipeline.artifact import MANIFEST, find_artifact, verify_artifact
-from pipeline.config import EmbedConfig, load_manifest
-from pipeline.encoders import open_encoder
-from pipeline.errors import ConfigError, HardbatchError, IntegrityError
-from pipeline.files import DigestCache, canonical_json
-from pipeline.models import resolve_model
-from pipeline.run import plan_corpus
+from hardbatch.flows import service
+from hardbatch.pipeline import cli
+from hardbatch.pipeline.artifacts.artifact import MANIFEST, find_artifact, verify_artifact
+from hardbatch.pipeline.artifacts.files import DigestCache, canonical_json
+from hardbatch.pipeline.config import EmbedConfig, load_manifest
+from hardbatch.pipeline.errors import ConfigError, HardbatchError, IntegrityError
+from hardbatch.pipeline.models.encoders import open_encoder
+from hardbatch.pipeline.models.resolve import resolve_model
+from hardbatch.pipeline.run import plan_corpus
+from tests import models
+from tests.reliability import processes
 
 Record = Callable[[int, str], None]
 SOURCES = sorted(
@@ -255,11 +255,13 @@ def test_the_server_listens_on_loopback_alone(monkeypatch: pytest.MonkeyPatch, t
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="looks for sockets in /proc")
 def test_a_real_server_listens_on_loopback_alone(tmp_path: Path, record_row: Record) -> None:
     """Every listening socket of every process of the service is on 127.0.0.1."""
-    import test_service
+    from tests.flows import test_service
 
     root = tmp_path / "project"
-    for package in ("flows", "pipeline"):
-        shutil.copytree(processes.ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for package in ("hardbatch", "flows", "pipeline"):
+        shutil.copytree(
+            processes.ROOT / package, root / package, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
     shutil.copy(processes.ROOT / "prefect.yaml", root)
     port = test_service.free_port()
     try:

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from reliability.workspaces import content, faults_in, write_corpus
-from test_service import ROOT, free_port, pids_in, project, run, service  # noqa: F401
 
-from pipeline.cli import main
+from hardbatch.pipeline.cli import main
+from tests.flows.test_service import ROOT, free_port, pids_in, project, run, service  # noqa: F401
+from tests.reliability.workspaces import content, faults_in, write_corpus
 
 pytestmark = [
     pytest.mark.soak,
@@ -94,7 +94,7 @@ def test_up_is_killed(project: Path, seconds: float, record_row: Record) -> None
     port = free_port()
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     variables |= {"HOME": str(project), "HARDBATCH_PREFECT_PORT": str(port)}
-    command = [sys.executable, "-m", "flows.service", "up"]
+    command = [sys.executable, "-m", "hardbatch.flows.service", "up"]
     process = subprocess.Popen(command, cwd=project, env=variables, start_new_session=True)
     time.sleep(seconds)
     process.kill()
@@ -111,12 +111,12 @@ def test_up_is_killed(project: Path, seconds: float, record_row: Record) -> None
 
 def test_the_command_without_a_service_is_killed(tmp_path: Path, record_row: Record) -> None:
     """Its group is another than that of the flow it runs: what it started ends too, and the next run goes on."""
-    for package in ("flows", "pipeline"):
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for package in ("hardbatch", "flows", "pipeline"):
+        shutil.copytree(ROOT / package, tmp_path / package, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     manifest = write_corpus(tmp_path / "corpus", {"alpha": 1_500, "beta": 1_500}, batches_per_part=1)
     assert main(["run", str(manifest), "--workspace", str(tmp_path / "clean")]) == 0
     workspace = tmp_path / "workspace"
-    command = [sys.executable, "-m", "flows.cluster_corpus", str(manifest), "--workspace", str(workspace)]
+    command = [sys.executable, "-m", "hardbatch.flows.cluster_corpus", str(manifest), "--workspace", str(workspace)]
     environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from reliability.processes import HARDBATCH, run
-from reliability.trainings import TRAINER
 
-from pipeline.artifact import MANIFEST, find_artifact, read_artifact, verify_artifact
-from pipeline.errors import IntegrityError
-from pipeline.run import plan_corpus, run_step
-from trainer.main import main
-from trainer.shards import open_shards
-from trainer.stream import BatchStream
+from hardbatch.pipeline.artifacts.artifact import MANIFEST, find_artifact, read_artifact, verify_artifact
+from hardbatch.pipeline.errors import IntegrityError
+from hardbatch.pipeline.run import plan_corpus, run_step
+from hardbatch.trainer.main import main
+from hardbatch.trainer.shards import open_shards
+from hardbatch.trainer.stream import BatchStream
+from tests.reliability.processes import HARDBATCH, run
+from tests.reliability.trainings import TRAINER
 
 BATCH_SIZE = 4
 CORPUS = """

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from reliability.forked import Forks, Run, wait_until_stopped
-from reliability.processes import HARDBATCH, KILLED, finish, run, start, wait_until
-from reliability.workspaces import assert_same, content, faults_in, hidden, write_corpus
+
+from tests.reliability.forked import Forks, Run, wait_until_stopped
+from tests.reliability.processes import HARDBATCH, KILLED, finish, run, start, wait_until
+from tests.reliability.workspaces import assert_same, content, faults_in, hidden, write_corpus
 
 Record = Callable[[int, str], None]
 STAGES = ("pairs", "vectors", "clusters", "hardness", "batches", "shards")

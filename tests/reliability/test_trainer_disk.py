@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reliability.processes import tree
-from reliability.trainings import export_of, figures_of, run, run_fork
 
-from pipeline.artifact import verify_artifact
-from trainer.checkpoint import find_checkpoint
+from hardbatch.pipeline.artifacts.artifact import verify_artifact
+from hardbatch.trainer.checkpoint import find_checkpoint
+from tests.reliability.processes import tree
+from tests.reliability.trainings import export_of, figures_of, run, run_fork
 
 RecordRow = Callable[[int, str], None]
 MIB = 2**20
@@ -150,9 +150,9 @@ def test_an_earlier_export_stays_where_there_is_no_room_for_another(
     unbroken = run_unbroken(flags, tmp_path)
     disk = disk_at(tmp_path / "disk")
     words = {"--checkpoint": find_checkpoint(unbroken["--output"], "auto")[0], "--output": disk.path / "export"}
-    assert run_fork(words, tmp_path / "log", program="trainer.export").code == 0
+    assert run_fork(words, tmp_path / "log", program="hardbatch.trainer.export").code == 0
     before = tree(disk.path)
     disk.resize(disk.used + MIB)
-    ended = run_fork(words, tmp_path / "log", program="trainer.export")
+    ended = run_fork(words, tmp_path / "log", program="hardbatch.trainer.export")
     assert ended.code == 6 and ended.errors.startswith("trainer: no space left"), ended.errors
     assert tree(disk.path) == before

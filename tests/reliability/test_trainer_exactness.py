@@ -1,4 +1,4 @@
-"""Row 21: the figures behind tests/test_trainer_gradcache.py, with more ranks, steps and settings.
+"""Row 21: the figures behind tests/trainer/test_gradcache.py, with more ranks, steps and settings.
 
 Differences are relative to each tensor's norm, in float32.
 """
@@ -10,14 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import test_trainer_gradcache as exactness
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from trainer.batch import Batch
-from trainer.gradcache import GradCache
-from trainer.model import BACKBONE_TYPES
+from hardbatch.trainer.batch import Batch
+from hardbatch.trainer.gradcache import GradCache
+from hardbatch.trainer.model import BACKBONE_TYPES
+from tests.trainer import test_gradcache as exactness
 
 pytestmark = pytest.mark.soak
 NUM_STEPS = 50

@@ -12,22 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reliability.processes import KILLED, Ended, tree
-from reliability.trainings import (
-    export_of,
-    figures_of,
-    fork,
-    join,
-    run_fork,
-    state_of,
-)
-from trainer_models import save_model_folder, tiny_encoder
 
-from pipeline.artifact import verify_artifact
-from pipeline.faults import POINTS, TRAINER_POINTS
-from trainer.checkpoint import find_checkpoint
-from trainer.export import open_model
-from trainer.replace import _exchange, put_in_place
+from hardbatch.pipeline.artifacts.artifact import verify_artifact
+from hardbatch.pipeline.artifacts.faults import POINTS, TRAINER_POINTS
+from hardbatch.trainer.checkpoint import find_checkpoint
+from hardbatch.trainer.export import open_model
+from hardbatch.trainer.replace import _exchange, put_in_place
+from tests.reliability.processes import KILLED, Ended, tree
+from tests.reliability.trainings import export_of, figures_of, fork, join, run_fork, state_of
+from tests.trainer_models import save_model_folder, tiny_encoder
 
 RecordRow = Callable[[int, str], None]
 
@@ -99,7 +92,7 @@ def test_killed_while_an_export_is_replaced(
 
     def export(checkpoint: Path, fault: str = "") -> Ended:
         words = {"--checkpoint": checkpoint, "--output": target}
-        return run_fork(words, log, fault=fault, program="trainer.export", exchange=exchange)
+        return run_fork(words, log, fault=fault, program="hardbatch.trainer.export", exchange=exchange)
 
     assert export(first).code == 0
     earlier = tree(target)
@@ -147,11 +140,11 @@ def test_two_exports_to_one_folder(tmp_path: Path) -> None:
     """The second one leaves, and does not sweep what the first one writes."""
     checkpoint = save_model_folder(tmp_path / "checkpoint", tiny_encoder())
     words = {"--checkpoint": checkpoint, "--output": tmp_path / "exports" / "export"}
-    process = fork(words, tmp_path / "log", program="trainer.export", fault="export.written=stop")
+    process = fork(words, tmp_path / "log", program="hardbatch.trainer.export", fault="export.written=stop")
     while state_of(process.pid) != "T":
         assert process.is_alive()
         time.sleep(0.01)
-    second = run_fork(words, tmp_path / "second", program="trainer.export")
+    second = run_fork(words, tmp_path / "second", program="hardbatch.trainer.export")
     assert second.code == 5 and f"being written by process {process.pid}" in second.errors
     os.kill(process.pid, signal.SIGCONT)
     assert join(process, tmp_path / "log").code == 0

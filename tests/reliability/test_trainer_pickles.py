@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from reliability.trainings import run_fork
-from trainer_models import save_model_folder, tiny_encoder
 
-from pipeline.artifact import MANIFEST, verify_artifact
-from pipeline.files import sha256_file
-from trainer import evaluate, export
-from trainer.checkpoint import find_checkpoint
-from trainer.main import main
+from hardbatch.pipeline.artifacts.artifact import MANIFEST, verify_artifact
+from hardbatch.pipeline.artifacts.files import sha256_file
+from hardbatch.trainer import evaluate, export
+from hardbatch.trainer.checkpoint import find_checkpoint
+from hardbatch.trainer.main import main
+from tests.reliability.trainings import run_fork
+from tests.trainer_models import save_model_folder, tiny_encoder
 
 RecordRow = Callable[[int, str], None]
 
@@ -128,7 +128,7 @@ def vouch(folder: Path, replaced: str, by: str) -> None:
     """Makes the manifest of a checkpoint say that `by` was written in place of `replaced`."""
     import hashlib
 
-    from pipeline.files import canonical_json
+    from hardbatch.pipeline.artifacts.files import canonical_json
 
     content = json.loads((folder / MANIFEST).read_text())
     del content["digest"], content["files"][replaced]

@@ -13,21 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reliability.processes import HARDBATCH, finish, wait_until
-from reliability.processes import run as run_command
-from reliability.trainings import (
-    export_of,
-    figures_of,
-    kill_all,
-    log_of,
-    run,
-    start,
-    steps_logged,
-)
 
-from pipeline.artifact import verify_artifact
-from trainer.checkpoint import find_checkpoint
-from trainer.shards import open_shards
+from hardbatch.pipeline.artifacts.artifact import verify_artifact
+from hardbatch.trainer.checkpoint import find_checkpoint
+from hardbatch.trainer.shards import open_shards
+from tests.reliability.processes import HARDBATCH, finish, wait_until
+from tests.reliability.processes import run as run_command
+from tests.reliability.trainings import export_of, figures_of, kill_all, log_of, run, start, steps_logged
 
 RecordRow = Callable[[int, str], None]
 TWO_DOMAINS = """

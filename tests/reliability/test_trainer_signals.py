@@ -15,9 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from models import require_minilm
-from reliability.processes import finish, wait_until
-from reliability.trainings import (
+
+from hardbatch.pipeline.artifacts.artifact import verify_artifact
+from hardbatch.trainer.checkpoint import find_checkpoint
+from hardbatch.trainer.signals import noted_signals
+from tests.models import require_minilm
+from tests.reliability.processes import finish, wait_until
+from tests.reliability.trainings import (
     export_of,
     figures_of,
     fork,
@@ -29,11 +33,7 @@ from reliability.trainings import (
     steps_logged,
     workers_of,
 )
-from samples import WORDS
-
-from pipeline.artifact import verify_artifact
-from trainer.checkpoint import find_checkpoint
-from trainer.signals import noted_signals
+from tests.samples import WORDS
 
 RecordRow = Callable[[int, str], None]
 LIMIT_S = 30.0
@@ -178,7 +178,7 @@ def test_two_signals_of_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # from the scheduler, and from torchrun, which it told too
         assert stop.signum == signal.SIGTERM
-        monkeypatch.setattr("trainer.signals._ONE_REQUEST_S", 0.0)
+        monkeypatch.setattr("hardbatch.trainer.signals._ONE_REQUEST_S", 0.0)
         with pytest.raises(SystemExit) as left:
             os.kill(os.getpid(), signal.SIGTERM)
         assert left.value.code == 143

@@ -21,15 +21,17 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from reliability import processes
-from reliability.processes import ROOT, Ended
+from tests.reliability import processes
+from tests.reliability.processes import ROOT, Ended
 
 TRAINER = (sys.executable, str(ROOT / "trainer" / "main.py"))
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 Flags = Mapping[str, object]
 _FORKS = multiprocessing.get_context("forkserver")
 _started: list[BaseProcess] = []
-_FORKS.set_forkserver_preload(["torch", "trainer.loop", "trainer.training", "trainer.sentence_module"])
+_FORKS.set_forkserver_preload(
+    ["torch", "hardbatch.trainer.loop", "hardbatch.trainer.training", "hardbatch.trainer.sentence_module"]
+)
 
 
 def words_of(flags: Flags) -> list[str]:
@@ -38,7 +40,7 @@ def words_of(flags: Flags) -> list[str]:
 
 
 def fork(
-    flags: Flags, log: Path, *, fault: str = "", program: str = "trainer.main", exchange: bool = True
+    flags: Flags, log: Path, *, fault: str = "", program: str = "hardbatch.trainer.main", exchange: bool = True
 ) -> BaseProcess:
     """Starts `program` in a fork, all that it prints in `log`; `exchange` off: on a disk that exchanges no names."""
     log.unlink(missing_ok=True)
@@ -77,8 +79,8 @@ def _forked(program: str, words: Sequence[str], log: str, fault: str, exchange: 
         os.dup2(output, stream)
     import torch
 
-    from pipeline import faults
-    from trainer import replace
+    from hardbatch.pipeline.artifacts import faults
+    from hardbatch.trainer import replace
 
     torch.set_num_threads(1)
     faults._chosen = fault

@@ -12,11 +12,11 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
-from reliability.processes import tree
-from samples import WORDS
 
-from pipeline.artifact import iter_artifact_paths, verify_artifact
-from pipeline.files import CACHES, sha256_file
+from hardbatch.pipeline.artifacts.artifact import iter_artifact_paths, verify_artifact
+from hardbatch.pipeline.artifacts.files import CACHES, sha256_file
+from tests.reliability.processes import tree
+from tests.samples import WORDS
 
 BATCH_SIZE = 4
 REDONE_ON_RESUME = {"invalid", "index"}  # small units that gather the others, committed again by a run that goes on

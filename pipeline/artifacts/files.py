@@ -1,0 +1,183 @@
+"""Writing and digesting single files.
+
+A file is written under a temporary name beside its target, flushed, fsynced, renamed: a reader sees all or nothing.
+Between these steps lie fault points (`pipeline/artifacts/faults.py`), where tests let the process die or a step fail.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from stat import S_ISREG
+from typing import Any
+
+from hardbatch.pipeline.artifacts.faults import fault_point
+from hardbatch.pipeline.artifacts.lock import lock
+from hardbatch.pipeline.errors import ConfigError, DiskError, HardbatchError, InputError, LockedError, NoSpaceError
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+DIGESTS, RATES = CACHES = (".digests.json", ".rates.json")  # in the root of a workspace; may be deleted
+_CACHES_LOCK = ".caches.lock"
+
+
+def content_key(**parts: Any) -> str:
+    """Short hash of what an artifact is made from: 16 hex digits of the SHA-256 of the parts as canonical JSON."""
+    return hashlib.sha256(canonical_json(parts)).hexdigest()[:16]
+
+
+def write_file_atomic(path: Path, data: bytes) -> None:
+    """Writes `data` to `path` so that a reader sees the old bytes or the new ones, never a part."""
+    make_folder(path.parent)
+    temporary = temporary_name(path)
+    try:
+        temporary.write_bytes(data)
+        fault_point("file.written")
+        fsync_path(temporary)
+        fault_point("file.fsynced")
+        os.replace(temporary, path)
+        fault_point("file.renamed")
+        fsync_path(path.parent)
+        fault_point("file.folder-fsynced")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it that are missing; a crash of the machine later does not lose them."""
+    if path.is_dir():
+        return
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    fault_point("folder.made")
+    for folder in missing:
+        fsync_path(folder.parent)
+
+
+def fsync_path(path: Path) -> None:
+    """Flushes a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_outside(path: Path, ranges: Iterable[tuple[int, int]]) -> str:
+    """SHA-256 of the bytes of a file that lie in none of the byte ranges (offset, length), in the file's order.
+
+    With the digests of the ranges themselves it covers the file: of a Parquet file and its row groups, it is that of
+    the magic bytes in front and of the footer.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        end = 0
+        for offset, length in sorted(ranges):
+            if offset > end:
+                file.seek(end)
+                digest.update(file.read(offset - end))
+            end = max(end, offset + length)
+        file.seek(end)
+        digest.update(file.read())
+    return digest.hexdigest()
+
+
+def write_cache(path: Path, data: bytes) -> None:
+    """Writes a cache of a workspace, as several processes may at the same time: then one of them does."""
+    with suppress(LockedError), _caches_locked(path.parent):  # what is not written now the next run finds out again
+        write_file_atomic(path, data)
+
+
+def sweep_caches(workspace: Path) -> None:
+    """Removes what a run left in `workspace` that was killed while it wrote a cache; touches nothing otherwise."""
+    if (workspace / _CACHES_LOCK).exists():
+        with suppress(LockedError), _caches_locked(workspace):
+            pass
+
+
+@contextmanager
+def _caches_locked(workspace: Path) -> Iterator[None]:
+    with lock(workspace / _CACHES_LOCK):
+        for leftover in [path for name in CACHES for path in workspace.glob(f".{name}.*.tmp")]:
+            leftover.unlink(missing_ok=True)
+        yield
+
+
+class DigestCache:
+    """Digests of local files by (path, size, mtime), kept in one JSON file: a file is read once until it changes."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._changed = False
+        self._entries: dict[str, tuple[int, int, str]] = {}
+        try:
+            for name, (size, mtime, digest) in json.loads(path.read_bytes()).items():
+                self._entries[name] = (int(size), int(mtime), str(digest))
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            self._entries = {}  # absent or damaged: it is only a cache
+
+    def digest(self, path: Path) -> str:
+        """SHA-256 of the file at `path`; raises InputError where it cannot be read."""
+        name = str(path.absolute())
+        try:
+            stat = path.stat()
+            if not S_ISREG(stat.st_mode):
+                raise InputError(f"{path}: is no regular file but a pipe, a device or a folder; give a file")
+            known = self._entries.get(name)
+            if known is None or known[:2] != (stat.st_size, stat.st_mtime_ns):
+                known = (stat.st_size, stat.st_mtime_ns, sha256_file(path))
+                self._entries[name] = known
+                self._changed = True
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        return known[2]
+
+    def save(self) -> None:
+        """Writes the entries back where one is new."""
+        if self._changed:
+            write_cache(self._path, canonical_json(self._entries))
+            self._changed = False
+
+
+def as_user_error(error: OSError) -> HardbatchError | None:
+    """What an OSError means to a user who can mend it: a full or failing disk, a place that cannot be written.
+
+    None for others.
+    """
+    if error.errno == errno.EFBIG:
+        name = error.filename or "a file"
+        return NoSpaceError(f"{name} grows beyond what may be written here; raise the limit (ulimit -f) and run again")
+    if error.errno in _NO_SPACE:
+        where = f" while writing {error.filename}" if error.filename else ""
+        return NoSpaceError(f"no space left{where}; free some and run the same command again: it goes on from there")
+    if error.errno in _NO_ACCESS:
+        return ConfigError(f"{error.filename}: {error.strerror}; choose another place, or mend its permissions")
+    if error.errno == errno.EIO:
+        where = f"{error.filename}: " if error.filename else ""
+        return DiskError(
+            f"{where}the disk failed to read or write (input/output error); committed work stays: look at the disk, "
+            "then run the same command again"
+        )
+    return None
+
+
+def temporary_name(path: Path) -> Path:
+    """A hidden name beside `path` that ends in .tmp."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def canonical_json(content: Any) -> bytes:
+    """The one JSON text of `content`: keys sorted, no white space."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

@@ -1,0 +1,1 @@
+"""The method: clusters, batches, masks and their hardness. Arrays in, arrays out."""

@@ -1,0 +1,98 @@
+"""Hardness: how alike the negatives of a batch are, and the bounds it is measured against.
+
+H is the mean of c_ij = (d_i·q_j + d_j·q_i) / 2 over ordered pairs of slots i ≠ j, the mean term of Eq. 2.
+share = (H − H_random) / (H_knn − H_random): H_random is the expectation of H over random batches, in closed form;
+H_knn is the mean over anchors i of their B−1 largest c_ij among all pairs of the domain, which no partition attains.
+Masked figures leave out the equivalence sets and use the same two bounds.
+
+Shape letters: n pairs of the domain, B slots of a batch, A anchors, D dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hardbatch.pipeline.arrays import Array
+from hardbatch.pipeline.batching.points import PairPoints
+
+TEMPERATURE = 0.02  # the paper's
+_BLOCK_ROWS = 4_096
+_DECIMALS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchHardness:
+    """Figures of one batch; `masked_hardness` is None where every negative is masked."""
+
+    hardness: float
+    masked_hardness: float | None
+    mask_rate: float
+    surrogate_loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """What the hardness of a domain is measured against."""
+
+    random: float
+    knn: float
+
+    def share(self, hardness: float) -> float:
+        """Where `hardness` lies between random batches (0) and every pair among its nearest (1)."""
+        spread = self.knn - self.random
+        return (hardness - self.random) / spread if spread > 0 else 0.0
+
+
+def measure_batch(
+    queries_BD: Array, documents_BD: Array, mask_BB: Array, surrogate_queries_BD: Array, surrogate_documents_BD: Array
+) -> BatchHardness:
+    """Figures of a batch from the clustering model's vectors, its mask, and the surrogate's vectors."""
+    size = len(queries_BD)
+    half_BB = documents_BD.astype(np.float64) @ queries_BD.astype(np.float64).T
+    similar_BB = (half_BB + half_BB.T) / 2
+    is_negative = ~np.eye(size, dtype=bool)
+    unmasked = is_negative & ~mask_BB
+    scores_BB = surrogate_queries_BD.astype(np.float64) @ surrogate_documents_BD.astype(np.float64).T / TEMPERATURE
+    own_B = np.diag(scores_BB).copy()
+    scores_BB[mask_BB] = -np.inf
+    top_B = scores_BB.max(1)
+    loss_B = top_B + np.log(np.exp(scores_BB - top_B[:, None]).sum(1)) - own_B
+    return BatchHardness(
+        hardness=round(float(similar_BB[is_negative].mean()), _DECIMALS),
+        masked_hardness=round(float(similar_BB[unmasked].mean()), _DECIMALS) if unmasked.any() else None,
+        mask_rate=round(float(mask_BB[is_negative].mean()), _DECIMALS),
+        surrogate_loss=round(float(loss_B.mean()), _DECIMALS),
+    )
+
+
+def measure_bounds(points: PairPoints, batch_size: int, *, num_anchors: int, seed: int) -> Bounds | None:
+    """The bounds of a domain for batches of `batch_size`; None where it has fewer pairs than that.
+
+    Work is A·n·2D; memory a block of A × 4,096 scores.
+    """
+    if len(points) < batch_size:
+        return None
+    anchors = np.sort(np.random.default_rng(seed).permutation(len(points))[:num_anchors])
+    documents_AD, queries_AD = (torch.from_numpy(side) for side in points.sides(anchors))
+    top_AB = torch.empty((len(anchors), 0))
+    document_sum = np.zeros(points.dimension)
+    query_sum = np.zeros(points.dimension)
+    own_sum = 0.0
+    for start in range(0, len(points), _BLOCK_ROWS):
+        rows = np.arange(start, min(start + _BLOCK_ROWS, len(points)))
+        documents, queries = points.sides(rows)
+        document_sum += documents.sum(0, dtype=np.float64)
+        query_sum += queries.sum(0, dtype=np.float64)
+        own_sum += float(np.einsum("nd,nd->", documents, queries, dtype=np.float64))
+        similar = documents_AD @ torch.from_numpy(queries).T
+        similar.addmm_(queries_AD, torch.from_numpy(documents).T).mul_(0.5)
+        inside = (anchors >= start) & (anchors < start + len(rows))
+        similar[np.flatnonzero(inside), anchors[inside] - start] = -torch.inf
+        top_AB = torch.cat([top_AB, similar], dim=1)
+        top_AB = top_AB.topk(min(batch_size - 1, top_AB.shape[1]), dim=1, sorted=False).values
+    n = len(points)
+    random = (float(document_sum @ query_sum) - own_sum) / (n * (n - 1))
+    return Bounds(random=round(random, _DECIMALS), knn=round(float(top_AB.double().mean()), _DECIMALS))

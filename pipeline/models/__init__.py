@@ -1,0 +1,1 @@
+"""Embedding models: where they are, which one is meant, and running it."""

@@ -1,0 +1,199 @@
+"""Encoders: texts → unit vectors. Any sentence-transformers model, and `lexical` for tests.
+
+A vector depends on its own text alone, not on its batch-mates: texts are grouped by padded length, which is a function
+of the text, and the last forward pass of a group is filled with dummy rows to a multiple of `_ROW_MULTIPLE`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import numpy as np
+
+from hardbatch.pipeline.arrays import Array
+from hardbatch.pipeline.errors import ConfigError
+from hardbatch.pipeline.models.resolve import LEXICAL_FEATURES, ModelSpec
+
+LEXICAL_DIMENSION = 256
+_LENGTH_MULTIPLE = 8
+_ROW_MULTIPLE = 4
+_NO_LIMIT = 1_000_000  # tokenizers without a limit of their own state a huge one
+
+
+class Encoder(Protocol):
+    """Turns texts into vectors in two steps, so that the first can overlap with the second of the texts before."""
+
+    def tokenize(self, texts: list[str]) -> Any: ...
+
+    def encode(self, tokens: Any) -> Array:
+        """Unit vectors, float32 (N, D); rows of zeros or NaN where a text has no vector."""
+
+
+def is_lexical(spec: ModelSpec) -> bool:
+    """Whether the built-in lexical encoder is meant, and not a folder of that name."""
+    return spec.name == "lexical" and not spec.location
+
+
+def open_encoder(spec: ModelSpec, corpus: Iterable[list[str]] = ()) -> Encoder:
+    """Loads the encoder of `spec`; `corpus` (lists of texts) is what `lexical` takes its document frequencies from."""
+    if is_lexical(spec):
+        return LexicalEncoder(corpus)
+    return SentenceEncoder(spec)
+
+
+class SentenceEncoder:
+    """A sentence-transformers model, run on length-grouped batches under a token budget."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        import torch
+        import transformers
+        from sentence_transformers import SentenceTransformer
+
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        transformers.utils.logging.disable_progress_bar()
+        _avoid_cudnn_attention(spec.runs_on)
+        self._torch = torch
+        self._spec = spec
+        try:
+            self._model = SentenceTransformer(
+                spec.location,
+                device=spec.runs_on,
+                trust_remote_code=spec.trust_remote_code,
+                model_kwargs={"use_safetensors": True, "dtype": getattr(torch, spec.dtype)},
+            )
+        except Exception as error:  # damaged weights, a wrong shape, a missing package: all mean that it cannot be used
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            raise ConfigError(f"model '{spec.name}' at {spec.location} cannot be loaded: {reason}") from error
+        _cast(self._model, getattr(torch, spec.dtype))
+        self._model.eval()
+        self._tokenizer = self._model.tokenizer
+        if not isinstance(self._tokenizer, transformers.PreTrainedTokenizerBase):
+            raise ConfigError(
+                f"model '{spec.name}' is no transformer: its tokenizer is a {type(self._tokenizer).__name__}"
+            )
+        limit = self._model.max_seq_length
+        limit = None if limit is None or limit > _NO_LIMIT else int(limit)
+        asked = spec.max_length_tokens
+        if asked is not None and limit is not None and asked > limit:
+            raise ConfigError(
+                f"embed.max_length_tokens: {asked} is more than the {limit} tokens that '{spec.name}' can read"
+            )
+        self._max_length = asked or limit
+        if self._max_length is None:
+            raise ConfigError(f"model '{spec.name}' states no maximum length; set embed.max_length_tokens")
+        if any(getattr(module, "include_prompt", True) is False for module in self._model):
+            raise ConfigError(f"model '{spec.name}' leaves its prompt out of pooling, which is not supported")
+
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, cut at the maximum length."""
+        if not texts:
+            return []
+        stripped = [text.strip() for text in texts]
+        tokens = self._tokenizer(
+            stripped, truncation=True, max_length=self._max_length, padding=False, return_attention_mask=False
+        )
+        return list(tokens["input_ids"])
+
+    def encode(self, tokens: list[list[int]]) -> Array:
+        """Unit vectors, float32 (N, D)."""
+        torch = self._torch
+        lengths = np.array([max(1, len(ids)) for ids in tokens])
+        padded = -(-lengths // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+        vectors: Array | None = None
+        pending: list[tuple[Array, Any]] = []
+        with torch.inference_mode():
+            for length in np.unique(padded)[::-1]:
+                places = np.flatnonzero(padded == length)
+                num_rows = max(_ROW_MULTIPLE, self._spec.token_budget // int(length) // _ROW_MULTIPLE * _ROW_MULTIPLE)
+                for start in range(0, len(places), num_rows):
+                    chosen = places[start : start + num_rows]
+                    output = self._forward([tokens[place] for place in chosen], int(length))
+                    pending.append((chosen, output))
+            for chosen, output in pending:  # fetched last, so that a GPU never waits for the copy
+                rows = torch.nn.functional.normalize(output[: len(chosen)].float(), dim=1).cpu().numpy()
+                if vectors is None:
+                    vectors = np.empty((len(tokens), rows.shape[1]), dtype=np.float32)
+                vectors[chosen] = rows
+        assert vectors is not None, "encode needs at least one text"
+        return vectors
+
+    def _forward(self, tokens: list[list[int]], length: int) -> Any:
+        torch = self._torch
+        num_rows = -(-len(tokens) // _ROW_MULTIPLE) * _ROW_MULTIPLE
+        ids_BT = np.full((num_rows, length), self._tokenizer.pad_token_id, dtype=np.int64)
+        mask_BT = np.zeros((num_rows, length), dtype=np.int64)
+        for row, ids in enumerate(tokens):
+            ids_BT[row, : len(ids)] = ids
+            mask_BT[row, : len(ids)] = 1
+        mask_BT[len(tokens) :, 0] = 1
+        features = {
+            "input_ids": torch.from_numpy(ids_BT).to(self._model.device),
+            "attention_mask": torch.from_numpy(mask_BT).to(self._model.device),
+        }
+        return self._model(features)["sentence_embedding"]
+
+
+def _avoid_cudnn_attention(device: str) -> None:
+    """Turns cuDNN's attention off in this process if the model runs on CUDA.
+
+    torch prefers it on recent GPUs, but it builds a plan for each new shape, and nearly every forward
+    pass here has a shape of its own. Its backward pass can also return NaN if there is a mask
+    (pytorch/pytorch#196678). The other backends need no plans and give the same attention.
+    """
+    if device.startswith("cuda"):
+        import torch
+
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def _cast(model: Any, dtype: Any) -> None:
+    """Casts to `dtype` what loading has not cast yet, and leaves the weights of transformers alone.
+
+    Loading gives those weights `dtype` already, apart from the few that transformers keeps in float32
+    because they overflow in float16, such as `wo` of T5. A plain `model.to(dtype)` would undo that.
+    """
+    from transformers import PreTrainedModel
+
+    loaded = {
+        id(weight)
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel)
+        for weight in module.parameters()
+    }
+
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) not in loaded and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+
+
+class LexicalEncoder:
+    """Hashed TF-IDF under a random projection: the paper's sparse baseline, and vectors in no time for tests."""
+
+    def __init__(self, corpus: Iterable[list[str]]) -> None:
+        from sklearn.feature_extraction.text import HashingVectorizer
+
+        self._vectorizer = HashingVectorizer(n_features=LEXICAL_FEATURES, norm=None, alternate_sign=False)
+        num_texts = 0
+        frequency = np.zeros(LEXICAL_FEATURES)
+        for texts in corpus:
+            num_texts += len(texts)
+            counts = self._vectorizer.transform(texts)
+            frequency += np.bincount(counts.indices, minlength=LEXICAL_FEATURES)
+        idf = np.log((1 + num_texts) / (1 + frequency)) + 1
+        projection = np.random.default_rng(0).standard_normal((LEXICAL_FEATURES, LEXICAL_DIMENSION), dtype=np.float32)
+        projection *= idf[:, None]
+        self._projection = projection
+
+    def tokenize(self, texts: list[str]) -> Any:
+        """Damped term counts, sparse (N, features)."""
+        counts = self._vectorizer.transform(texts)
+        counts.data = (1 + np.log(counts.data)).astype(np.float32)
+        return counts.astype(np.float32)
+
+    def encode(self, tokens: Any) -> Array:
+        """Unit vectors, float32 (N, D); a text without a word gets a row of zeros."""
+        vectors = np.asarray(tokens @ self._projection, dtype=np.float32)
+        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+        return np.asarray(np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0))

@@ -1,0 +1,116 @@
+"""embed: the distinct texts of a domain → a `vectors` artifact, float16, one row per text.
+
+A unit is `unit_rows` consecutive texts of one side. While one unit is computed the next is read and tokenised.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hardbatch.pipeline import schemas
+from hardbatch.pipeline.arrays import Array
+from hardbatch.pipeline.artifacts.artifact import read_artifact
+from hardbatch.pipeline.artifacts.commit import ArtifactBuilder, write_unit
+from hardbatch.pipeline.artifacts.vectors import Texts, write_array
+from hardbatch.pipeline.models.encoders import Encoder, is_lexical, open_encoder
+from hardbatch.pipeline.models.resolve import ModelSpec
+from hardbatch.pipeline.step import Built, Executor, Progress, Step, Unit, run_pending
+
+_TEXTS_PER_READ = 8_192
+
+
+def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> Built:
+    """Builds the `vectors` artifact of one domain with one model; see `docs/artifacts.md` for its files."""
+    config = dict(step.config)
+    unit_rows = config.pop("unit_rows")
+    work = _Embedding(
+        path=builder.path,
+        pairs_path=step.inputs["pairs"],
+        spec=ModelSpec(**config, location=step.local["model"], runs_on=step.local["device"]),
+    )
+    counts = read_artifact(step.inputs["pairs"]).manifest.counts
+    units = [
+        Unit(name=f"{side}-{number:07d}", group=side, start=start, stop=min(start + unit_rows, counts[side]))
+        for side in schemas.SIDES
+        for number, start in enumerate(range(0, counts[side], unit_rows))
+    ]
+    names = run_pending(builder, executor, work, units, progress, f"embed {step.domain} ({step.config['name']})")
+    totals: dict[str, Any] = {"dimension": 0, "zero_vector": 0, "nan_vector": 0}
+    invalid: dict[str, list[dict[str, Any]]] = {side: [] for side in schemas.SIDES}
+    for unit in units:
+        made = builder.unit_record(unit.name).counts
+        totals["dimension"] = made["dimension"]
+        invalid[unit.group] += [{"row": row, "reason": reason} for row, reason in made["invalid"]]
+    with write_unit(builder.path, "invalid") as writer:
+        for side, rows in invalid.items():
+            table = pa.Table.from_pylist(rows, schemas.INVALID_ROWS)
+            pq.write_table(table, writer.add_file(f"invalid-{side}.parquet", rows=len(rows)))
+            for row in rows:
+                totals[row["reason"]] += 1
+    libraries = ["sentence-transformers", "torch", "transformers"]
+    if is_lexical(work.spec):
+        libraries = ["numpy", "scikit-learn", "scipy"]
+    return Built(
+        units=[*names, "invalid"],
+        counts={**totals, **{side: counts[side] for side in schemas.SIDES}},
+        produced_with={name: importlib.metadata.version(name) for name in libraries},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Embedding:
+    path: Path
+    pairs_path: Path
+    spec: ModelSpec
+
+    def open(self) -> _EmbeddingWorker:
+        return _EmbeddingWorker(self)
+
+
+class _EmbeddingWorker:
+    def __init__(self, work: _Embedding) -> None:
+        self._work = work
+        pairs = read_artifact(work.pairs_path)
+        self._texts = {side: Texts(pairs, side) for side in schemas.SIDES}
+        self._prompts = {"queries": work.spec.query_prompt, "documents": work.spec.document_prompt}
+        if is_lexical(work.spec):
+            documents = self._texts["documents"]
+            starts = range(0, documents.num_rows, _TEXTS_PER_READ)
+            corpus = (documents.take(np.arange(s, min(s + _TEXTS_PER_READ, documents.num_rows))) for s in starts)
+            self._encoder = open_encoder(work.spec, corpus)
+        else:
+            self._encoder = _cached_encoder(work.spec)
+
+    def prepare(self, unit: Unit) -> Any:
+        prompt = self._prompts[unit.group]
+        texts = self._texts[unit.group].take(np.arange(unit.start, unit.stop))
+        return self._encoder.tokenize([prompt + text for text in texts] if prompt else texts)
+
+    def commit(self, unit: Unit, prepared: Any) -> None:
+        vectors = self._encoder.encode(prepared)
+        invalid = _invalid_rows(vectors, unit.start)
+        with write_unit(self._work.path, unit.name) as writer:
+            write_array(writer.add_file(f"vectors/{unit.name}.npy", rows=len(vectors)), vectors.astype(np.float16))
+            writer.counts = {"dimension": vectors.shape[1], "invalid": invalid}
+
+
+@lru_cache(maxsize=2)
+def _cached_encoder(spec: ModelSpec) -> Encoder:
+    """Loaded once per process, whatever the number of domains."""
+    return open_encoder(spec)
+
+
+def _invalid_rows(vectors: Array, start: int) -> list[tuple[int, str]]:
+    """(row, reason) of the rows that came out NaN or zero; NaN rows are set to zero."""
+    is_nan = np.asarray(~np.isfinite(vectors).all(axis=1))
+    vectors[is_nan] = 0
+    is_zero = ~vectors.any(axis=1)
+    return [(start + int(row), "nan_vector" if is_nan[row] else "zero_vector") for row in np.flatnonzero(is_zero)]

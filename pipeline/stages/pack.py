@@ -1,0 +1,122 @@
+"""pack: clusters → batches of exactly B pairs, and a ledger in which every pair is in one batch or left over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hardbatch.pipeline import schemas
+from hardbatch.pipeline.arrays import Array
+from hardbatch.pipeline.artifacts.artifact import read_artifact
+from hardbatch.pipeline.artifacts.commit import ArtifactBuilder, write_unit
+from hardbatch.pipeline.artifacts.vectors import FoldedPoints, load_pairs, open_vectors
+from hardbatch.pipeline.batching.pack import Packing, PackSettings, pack, pack_randomly
+from hardbatch.pipeline.step import Built, Executor, Progress, Step
+
+
+def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> Built:
+    """Builds the `batches` artifact of one domain. Pairs without a vector of either model go to the ledger."""
+    if not builder.committed("batches"):
+        progress.start(f"pack {step.domain}", step.config["num_packings"])
+        pairs = load_pairs(read_artifact(step.inputs["pairs"]))
+        vectors = open_vectors(step.inputs["vectors"])
+        invalid = vectors.invalid_pairs(pairs) | open_vectors(step.inputs["surrogate"]).invalid_pairs(pairs)
+        table = pq.read_table(step.inputs["clusters"] / "clusters.parquet")
+        usable = ~invalid[table["pair_id"].to_numpy()]
+        pair_ids, labels = table["pair_id"].to_numpy()[usable], table["cluster_id"].to_numpy()[usable]
+        points = FoldedPoints(vectors=vectors, pairs=pairs, pair_ids=pair_ids)
+        centroids = np.load(step.inputs["clusters"] / "centroids.npy")
+        moved = "mixed" if step.config["remainder"] == "mix" else "remainder"
+        cluster_of = np.full(len(pairs), -1, dtype=np.int32)
+        cluster_of[pair_ids] = labels
+        rows, left = [], []
+        settings = {**step.config, **step.local}  # the number of the GPU is not in the key, so not in the config
+        for number in range(step.config["num_packings"]):
+            packing = _pack_by(settings, points, labels, centroids, number)
+            rows.append(_rows(step.domain, number, pair_ids[packing.batches], cluster_of))
+            for ids, reason in ((pair_ids[packing.remainder], moved), (np.flatnonzero(invalid), "invalid_vector")):
+                left.append(_leftover(step.domain, number, ids, cluster_of, reason))
+            progress.advance(1)
+        _write(builder, rows, left)
+        progress.finish()
+    return Built(units=["batches"], counts=builder.unit_record("batches").counts)
+
+
+def _pack_by(config: dict[str, Any], points: FoldedPoints, labels: Array, centroids: Array, number: int) -> Packing:
+    seed = config["seed"] + number
+    if config["order"] == "random":
+        return pack_randomly(len(labels), batch_size=config["batch_size"], seed=seed)
+    fields = ("batch_size", "exact_tour_below", "refine_rounds", "refine_tolerance", "device")
+    return pack(points, labels, centroids, PackSettings(seed=seed, **{name: config[name] for name in fields}))
+
+
+def build_mixed(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> Built:
+    """Builds the `batches` of domain `mixed`: the remainders of all domains, one after the other, cut again."""
+    if not builder.committed("batches"):
+        progress.start("pack mixed", 1)
+        tables = [pq.read_table(step.inputs[f"batches/{name}"] / "leftover.parquet") for name in step.config["domains"]]
+        every = pa.concat_tables(tables).unify_dictionaries()
+        every = every.filter(pa.compute.equal(every["reason"], "mixed"))
+        batch_size = step.config["batch_size"]
+        rows, rests = [], []
+        for number in range(step.config["num_packings"]):
+            left = every.filter(pa.compute.equal(every["packing"], number))
+            cut = len(left) // batch_size * batch_size
+            columns = {name: left[name].slice(0, cut) for name in ("domain", "pair_id", "cluster_id")}
+            rows.append(pa.table({**_places(number, cut // batch_size, batch_size), **columns}, schema=schemas.BATCHES))
+            rest = left.slice(cut).drop_columns("reason").append_column("reason", _word("remainder", len(left) - cut))
+            rests.append(rest.cast(schemas.LEFTOVER))
+        _write(builder, rows, rests)
+        progress.advance(1)
+        progress.finish()
+    return Built(units=["batches"], counts=builder.unit_record("batches").counts)
+
+
+def _places(packing: int, num_batches: int, batch_size: int) -> dict[str, Array]:
+    num_rows = num_batches * batch_size
+    return {
+        "packing": np.full(num_rows, packing, dtype=np.int32),
+        "batch": np.repeat(np.arange(num_batches), batch_size),
+        "slot": np.tile(np.arange(batch_size, dtype=np.int32), num_batches),
+    }
+
+
+def _rows(domain: str, packing: int, pair_ids: Array, cluster_of: Array) -> pa.Table:
+    flat = pair_ids.ravel()
+    columns = {"domain": _word(domain, len(flat)), "pair_id": flat, "cluster_id": cluster_of[flat]}
+    return pa.table({**_places(packing, *pair_ids.shape), **columns}, schema=schemas.BATCHES)
+
+
+def _word(word: str, num_rows: int) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(np.zeros(num_rows, dtype=np.int32), pa.array([word]))
+
+
+def _leftover(domain: str, packing: int, pair_ids: Array, cluster_of: Array, reason: str) -> pa.Table:
+    columns = {
+        "packing": np.full(len(pair_ids), packing, dtype=np.int32),
+        "domain": _word(domain, len(pair_ids)),
+        "pair_id": pair_ids,
+        "cluster_id": cluster_of[pair_ids],
+        "reason": _word(reason, len(pair_ids)),
+    }
+    return pa.table(columns, schema=schemas.LEFTOVER)
+
+
+def _write(builder: ArtifactBuilder, packings: list[pa.Table], leftover: list[pa.Table]) -> None:
+    rows = pa.concat_tables(packings).unify_dictionaries()
+    left = pa.concat_tables(leftover).unify_dictionaries()
+    with write_unit(builder.path, "batches") as writer:
+        for name, table in (("batches", rows), ("leftover", left)):
+            path: Path = writer.add_file(f"{name}.parquet", rows=len(table))
+            pq.write_table(table, path, compression="zstd", use_dictionary=["domain", "reason"])
+        reasons = left["reason"].value_counts().to_pylist()
+        writer.counts = {
+            "packings": len(packings),
+            "batches": len(packings[0]["batch"].unique()),
+            "pairs": len(packings[0]),
+            "leftover": {item["values"]: item["counts"] // len(packings) for item in reasons},
+        }

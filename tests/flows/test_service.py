@@ -1,0 +1,135 @@
+"""flows.service, on a copy of the project and real servers: up, a deployment run, down, and nothing left."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="looks for processes in /proc")
+ROOT = Path(__file__).resolve().parents[2]
+MANIFEST = """
+corpus = "tiny"
+[[dataset]]
+name = "numbers"
+source = "pairs.jsonl"
+[embed]
+model = "lexical"
+surrogate_model = "lexical"
+[pack]
+batch_size = 8
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Iterator[Path]:
+    """A copy of the project in a folder with a space, with a tiny corpus; its service is ended afterwards."""
+    root = tmp_path / "a clone"
+    for package in ("hardbatch", "flows", "pipeline"):
+        shutil.copytree(ROOT / package, root / package, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "prefect.yaml", root)
+    pairs = [{"query": f"what is {i} of {i % 7}", "document": f"{i} is of {i % 7}"} for i in range(64)]
+    (root / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)) + "\n")
+    (root / "tiny.toml").write_text(MANIFEST)
+    yield root
+    service(root, "down", free_port())
+    assert pids_in(root) == []
+
+
+def service(root: Path, command: str, port: int) -> subprocess.CompletedProcess[str]:
+    return run(root, [sys.executable, "-m", "hardbatch.flows.service", command], {"HARDBATCH_PREFECT_PORT": str(port)})
+
+
+def run(root: Path, command: list[str], variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run `command` in `root` as a user's shell would: without any Prefect setting in the environment."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    environment = {**inherited, "HOME": str(root), "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=180)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def pids_in(root: Path) -> list[int]:
+    """The processes whose working directory or command line is in `root`."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes().decode(errors="replace")
+            if str(root) in command or str((process / "cwd").readlink()).startswith(str(root)):
+                found.append(int(process.name))
+        except OSError:
+            continue  # ended, or another user's
+    return found
+
+
+def test_up_run_down(project: Path) -> None:
+    port = free_port()
+    first = service(project, "up", port)
+    assert (first.returncode, first.stdout) == (0, f"up: http://127.0.0.1:{port}\n"), first.stderr
+    before = pids_in(project)
+    assert service(project, "up", port).stdout == f"already up: http://127.0.0.1:{port}\n"
+    assert pids_in(project) == before and len(before) >= 2
+    assert service(project, "status", port).returncode == 0
+
+    prefect = [str(Path(sys.executable).with_name("prefect"))]
+    line = ["deployment", "run", "cluster-corpus/local", "-p", "manifest=tiny.toml", "--watch"]
+    result = run(project, prefect + line, {})
+    log = (project / ".prefect" / "worker.log").read_text()
+    assert result.returncode == 0, result.stdout + log
+    assert list((project / "workspace").glob("tiny/shards/*/data/part-00000.parquet")), log
+
+    assert service(project, "down", port).stdout == "down\n"
+    assert pids_in(project) == []
+    assert not (project / "prefect.toml").exists()
+    assert service(project, "status", port).returncode == 1
+    assert service(project, "down", port).stdout == "was not up\n"
+
+
+def test_a_taken_port_is_refused(project: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        result = service(project, "up", port)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and f"port {port}" in result.stderr
+    assert pids_in(project) == []
+
+
+def test_a_server_that_dies_at_start(project: Path) -> None:
+    (project / ".prefect" / "prefect.db").mkdir(parents=True)
+    result = service(project, "up", free_port())
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and "server did not start" in result.stderr
+    assert pids_in(project) == []
+    assert not (project / "prefect.toml").exists()
+
+
+def test_nothing_is_left_up_when_deploying_fails(project: Path) -> None:
+    deployments = project / "prefect.yaml"
+    deployments.write_text(deployments.read_text().replace(":cluster_corpus", ":no_such_flow"))
+    result = service(project, "up", free_port())
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and "no_such_flow" in result.stderr
+    assert pids_in(project) == []
+    assert not (project / "prefect.toml").exists()
+
+
+def test_settings_of_the_user_are_kept(project: Path) -> None:
+    settings = project / "prefect.toml"
+    settings.write_text("[logging]\nlevel = 'DEBUG'\n")
+    result = service(project, "up", free_port())
+    assert result.returncode == 2 and "prefect.toml" in result.stderr
+    service(project, "down", free_port())
+    assert settings.read_text() == "[logging]\nlevel = 'DEBUG'\n"

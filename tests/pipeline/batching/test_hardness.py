@@ -1,0 +1,154 @@
+"""Hardness and its bounds against loops over all pairs, written from the definitions."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from hardbatch.pipeline.batching import hardness as module
+from hardbatch.pipeline.batching.hardness import TEMPERATURE, Bounds, measure_batch, measure_bounds
+from tests.samples import Sides
+
+
+def unit_vectors(num_rows, dimension, seed, num_topics=None):
+    generator = np.random.default_rng(seed)
+    vectors = generator.standard_normal((num_rows, dimension))
+    if num_topics:
+        topics = np.random.default_rng(99).standard_normal((num_topics, dimension))
+        vectors = 0.7 * vectors + 1.3 * topics[np.arange(num_rows) % num_topics]
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16).astype(np.float32)
+
+
+def similarity(queries, documents):
+    """c_ij of all ordered pairs, float64."""
+    half = documents.astype(np.float64) @ queries.astype(np.float64).T
+    return (half + half.T) / 2
+
+
+def naive_batch(queries, documents, mask, surrogate_queries, surrogate_documents):
+    size = len(queries)
+    everything, unmasked, masked, losses = [], [], 0, []
+    for i in range(size):
+        logits = []
+        for j in range(size):
+            f = math.fsum(
+                float(a) * float(b) for a, b in zip(surrogate_queries[i], surrogate_documents[j], strict=True)
+            )
+            if i == j:
+                own = f / TEMPERATURE
+                logits.append(own)
+                continue
+            c = sum(
+                float(documents[i][k]) * float(queries[j][k]) + float(documents[j][k]) * float(queries[i][k])
+                for k in range(queries.shape[1])
+            )
+            everything.append(c / 2)
+            masked += bool(mask[i, j])
+            if not mask[i, j]:
+                unmasked.append(c / 2)
+                logits.append(f / TEMPERATURE)
+        top = max(logits)
+        losses.append(top + math.log(sum(math.exp(value - top) for value in logits)) - own)
+    return SimpleNamespace(
+        hardness=np.mean(everything),
+        masked_hardness=np.mean(unmasked) if unmasked else None,
+        mask_rate=masked / (size * (size - 1)),
+        surrogate_loss=np.mean(losses),
+    )
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("size", [2, 11])
+def test_batch_figures_are_those_of_the_loops(size, rate):
+    queries, documents = unit_vectors(size, 12, 1), unit_vectors(size, 12, 2)
+    surrogates = unit_vectors(size, 7, 3), unit_vectors(size, 7, 4)
+    mask = np.random.default_rng(5).random((size, size)) < rate
+    np.fill_diagonal(mask, False)
+    found = measure_batch(queries, documents, mask, *surrogates)
+    expected = naive_batch(queries, documents, mask, *surrogates)
+    assert found.hardness == pytest.approx(expected.hardness, abs=1e-6)
+    assert found.mask_rate == pytest.approx(expected.mask_rate, abs=1e-6)
+    assert found.surrogate_loss == pytest.approx(expected.surrogate_loss, abs=1e-5)
+    if expected.masked_hardness is None:
+        assert found.masked_hardness is None
+    else:
+        assert found.masked_hardness == pytest.approx(expected.masked_hardness, abs=1e-6)
+
+
+def test_a_batch_all_masked_has_no_masked_hardness():
+    vectors = unit_vectors(5, 8, 0)
+    found = measure_batch(vectors, vectors, ~np.eye(5, dtype=bool), vectors, vectors)
+    assert found.masked_hardness is None
+    assert found.mask_rate == 1.0
+    assert found.surrogate_loss == pytest.approx(0, abs=1e-9)
+    assert np.isfinite(found.hardness)
+
+
+def test_loss_does_not_overflow_for_the_hardest_batch():
+    queries, documents = np.tile(unit_vectors(1, 8, 0), (4, 1)), np.tile(unit_vectors(1, 8, 0), (4, 1))
+    found = measure_batch(queries, documents, np.zeros((4, 4), dtype=bool), queries, documents)
+    assert found.surrogate_loss == pytest.approx(math.log(4), abs=1e-6)
+    opposite = measure_batch(queries, documents, np.zeros((4, 4), dtype=bool), queries, -documents)
+    assert np.isfinite(opposite.surrogate_loss)
+
+
+def test_random_bound_is_the_mean_over_all_ordered_pairs(monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK_ROWS", 37)
+    documents, queries = unit_vectors(150, 12, 1, num_topics=5), unit_vectors(150, 12, 2, num_topics=5)
+    similar = similarity(queries, documents)
+    bounds = measure_bounds(Sides(documents, queries), 8, num_anchors=10, seed=0)
+    assert bounds.random == pytest.approx(similar[~np.eye(150, dtype=bool)].mean(), abs=2e-6)
+
+
+@pytest.mark.parametrize("block_rows", [4_096, 37, 5])
+@pytest.mark.parametrize("batch_size", [2, 8, 60, 150])
+def test_nearest_bound_is_the_mean_of_the_largest(monkeypatch, block_rows, batch_size):
+    monkeypatch.setattr(module, "_BLOCK_ROWS", block_rows)
+    documents, queries = unit_vectors(150, 12, 1, num_topics=5), unit_vectors(150, 12, 2, num_topics=5)
+    similar = similarity(queries, documents)
+    np.fill_diagonal(similar, -np.inf)
+    expected = np.sort(similar, axis=1)[:, ::-1][:, : batch_size - 1].mean()
+    bounds = measure_bounds(Sides(documents, queries), batch_size, num_anchors=4_096, seed=0)
+    assert bounds.knn == pytest.approx(expected, abs=2e-6)
+    assert bounds.knn >= bounds.random - 1e-6
+
+
+def test_anchors_are_drawn_by_the_seed():
+    documents, queries = unit_vectors(300, 12, 1, num_topics=5), unit_vectors(300, 12, 2, num_topics=5)
+    similar = similarity(queries, documents)
+    np.fill_diagonal(similar, -np.inf)
+    of_anchor = np.sort(similar, axis=1)[:, ::-1][:, :7].mean(1)
+    found = [measure_bounds(Sides(documents, queries), 8, num_anchors=20, seed=seed) for seed in (0, 0, 1)]
+    assert found[0] == found[1]
+    assert found[0].knn != found[2].knn and found[0].random == found[2].random
+    assert of_anchor.min() <= found[0].knn <= of_anchor.max()
+
+
+def test_fewer_pairs_than_a_batch_have_no_bounds():
+    pairs = Sides(unit_vectors(7, 4, 0), unit_vectors(7, 4, 1))
+    assert measure_bounds(pairs, 8, num_anchors=4, seed=0) is None
+    assert measure_bounds(pairs, 7, num_anchors=4, seed=0) is not None
+
+
+def test_share_of_random_batches_is_about_zero_and_of_sorted_ones_high():
+    documents, queries = unit_vectors(1_000, 16, 1, num_topics=50), unit_vectors(1_000, 16, 2, num_topics=50)
+    bounds = measure_bounds(Sides(documents, queries), 10, num_anchors=1_000, seed=0)
+
+    def share(order):
+        shares = []
+        for rows in order.reshape(-1, 10):
+            no_mask = np.zeros((10, 10), dtype=bool)
+            sides = queries[rows], documents[rows]
+            shares.append(bounds.share(measure_batch(*sides, no_mask, *sides).hardness))
+        return np.mean(shares)
+
+    assert abs(share(np.random.default_rng(0).permutation(1_000))) < 0.03
+    assert 0.5 < share(np.argsort(np.arange(1_000) % 50, kind="stable")) < 1
+
+
+def test_share_of_a_domain_without_spread_is_zero():
+    assert Bounds(random=0.4, knn=0.4).share(0.4) == 0.0
+    assert Bounds(random=0.2, knn=0.6).share(0.4) == pytest.approx(0.5)

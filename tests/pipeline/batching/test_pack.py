@@ -1,0 +1,509 @@
+"""Packing: every pair once, every batch exactly B; stretches, several packings, and mixing what is left of domains."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hardbatch.pipeline.artifacts.artifact import read_artifact
+from hardbatch.pipeline.batching import nearest
+from hardbatch.pipeline.batching import pack as module
+from hardbatch.pipeline.batching import refine as refine_module
+from hardbatch.pipeline.batching.kmeans import kmeans
+from hardbatch.pipeline.batching.pack import PackSettings, pack, pack_randomly
+from hardbatch.pipeline.batching.points import InMemory
+from hardbatch.pipeline.stages import write
+from tests.samples import Sides
+
+
+class Counted(Sides):
+    """Sides that tell how many rows were asked for at once."""
+
+    def __init__(self, documents, queries):
+        super().__init__(documents, queries)
+        self.asked = []
+
+    def sides(self, rows):
+        self.asked.append(len(rows))
+        return super().sides(rows)
+
+
+def topical(topic, dimension=16, spread=1.0, seed=0):
+    """Pairs about the topics (int, n), both sides of norm 1; `spread` is the distance to the topic."""
+    generator = np.random.default_rng(seed)
+    topics = generator.standard_normal((int(topic.max(initial=0)) + 1, dimension)) / dimension**0.5
+    sides = topics[topic] + spread / dimension**0.5 * generator.standard_normal((2, len(topic), dimension))
+    sides /= np.linalg.norm(sides, axis=2, keepdims=True)
+    return Counted(*sides.astype(np.float32))
+
+
+def means_of(points, labels):
+    folded = points.take(np.arange(len(points)))
+    centroids = np.zeros((int(labels.max(initial=-1)) + 1, points.dimension), dtype=np.float32)
+    for label in np.unique(labels):
+        centroids[label] = folded[labels == label].mean(0)
+    return centroids
+
+
+def run_pack(points, labels, batch_size, **changes):
+    return pack(points, labels, means_of(points, labels), PackSettings(batch_size=batch_size, **changes))
+
+
+def equation_2(points, batches):
+    """Σ d_i·q_j over the ordered pairs i ≠ j of each batch, in float64."""
+    value = 0.0
+    for batch in batches:
+        products = points.documents[batch].astype(np.float64) @ points.queries[batch].astype(np.float64).T
+        value += products.sum() - np.trace(products)
+    return float(value)
+
+
+def assert_every_pair_once(packing, num_points, batch_size):
+    assert packing.batches.shape == (num_points // batch_size, batch_size)
+    assert packing.remainder.shape == (num_points % batch_size,)
+    placed = np.concatenate([packing.batches.ravel(), packing.remainder])
+    assert sorted(placed.tolist()) == list(range(num_points))
+
+
+def few_at_once(monkeypatch, points, num_pairs):
+    """Makes stretches of at most about `num_pairs` pairs."""
+    monkeypatch.setattr(module, "_STRETCH_VALUES", num_pairs * 2 * points.dimension)
+
+
+@st.composite
+def labelled_points(draw):
+    num_points = draw(st.integers(0, 120))
+    num_clusters = draw(st.integers(1, max(1, num_points)))
+    generator = np.random.default_rng(draw(st.integers(0, 2**20)))
+    sides = generator.choice([-1.0, 0.0, 0.5, 1.0], (2, num_points, draw(st.integers(1, 5)))).astype(np.float32)
+    if draw(st.booleans()):
+        sides += generator.standard_normal(sides.shape).astype(np.float32)
+    labels = np.unique(generator.integers(0, num_clusters, num_points), return_inverse=True)[1]
+    return Counted(*sides), labels.astype(np.int32)
+
+
+@settings(max_examples=100, deadline=None)
+@given(labelled_points(), st.data())
+def test_every_pair_once_and_every_batch_full(given_, data):
+    """Also in stretches of a few pairs, on either tour; refined batches are worth no less than those they came from."""
+    points, labels = given_
+    batch_size, seed = data.draw(st.integers(2, 40)), data.draw(st.integers(0, 9))
+    exact_below, at_once = data.draw(st.sampled_from([1, 8_192])), data.draw(st.sampled_from([1, 17, 50, 2**20]))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        few_at_once(monkeypatch, points, at_once)
+        chosen = {"seed": seed, "exact_tour_below": exact_below, "refine_tolerance": 0.0}
+        plain, refined = (run_pack(points, labels, batch_size, refine_rounds=rounds, **chosen) for rounds in (0, 2))
+    for packing in (plain, refined):
+        assert_every_pair_once(packing, len(points), batch_size)
+    assert np.array_equal(np.sort(plain.remainder), np.sort(refined.remainder))
+    room = 1e-9 * max(1.0, float(np.abs(points.documents).max(initial=0)) ** 2) * len(points) * batch_size
+    assert equation_2(points, refined.batches) >= equation_2(points, plain.batches) - room
+
+
+@pytest.mark.parametrize(("num_points", "num_clusters", "batch_size"), [(500, 100, 16), (50, 10, 4), (2, 2, 2)])
+def test_every_pair_once_on_the_graph_tour(monkeypatch, num_points, num_clusters, batch_size):
+    limits, inner = [], module.greedy_tour
+
+    def greedy_tour(centroids, start, *, exact_below):
+        limits.append(exact_below)
+        return inner(centroids, start, exact_below=exact_below)
+
+    monkeypatch.setattr(module, "greedy_tour", greedy_tour)
+    points, labels = topical(np.arange(num_points) % num_clusters), np.arange(num_points, dtype=np.int32) % num_clusters
+    packing = run_pack(points, labels, batch_size, exact_tour_below=1)
+    assert_every_pair_once(packing, num_points, batch_size)
+    exact = run_pack(points, labels, batch_size)
+    assert equation_2(points, packing.batches) > 0.9 * equation_2(points, exact.batches)
+    assert limits == [1, 8_192]
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 3, 3, 3, 5], [1] * 6, [0, 0, 0, 1, 1, 1]])
+def test_a_cluster_without_pairs_does_no_harm(labels):
+    """Its pairs may all have lost their surrogate vector."""
+    points = topical(np.arange(6))
+    centroids = topical(np.arange(7), seed=1).documents
+    packing = pack(points, np.array(labels, dtype=np.int32), centroids, PackSettings(batch_size=2))
+    assert_every_pair_once(packing, 6, 2)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("num_clusters", [1, 9, 50])
+def test_identical_vectors(num_clusters, value):
+    points = Counted(*np.full((2, 50, 3), value, dtype=np.float32))
+    assert_every_pair_once(run_pack(points, np.arange(50, dtype=np.int32) % num_clusters, 8), 50, 8)
+
+
+def test_clusters_of_the_size_of_a_batch_stay_whole():
+    labels = np.repeat(np.arange(6, dtype=np.int32), 8)[np.random.default_rng(0).permutation(48)]
+    packing = run_pack(topical(np.zeros(48, dtype=np.int64)), labels, 8, refine_rounds=0)
+    assert all(len(set(labels[batch].tolist())) == 1 for batch in packing.batches)
+    packing = run_pack(topical(labels, spread=0.1), labels, 8)  # nor is there anything to gain by trading
+    assert all(len(set(labels[batch].tolist())) == 1 for batch in packing.batches)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_large_cluster_is_cut_into_batches_that_hang_together(seed):
+    """One cluster of two groups between two others, each group like its neighbour: the cut separates the groups."""
+    group = np.repeat([0, 1, 2, 3], 8)
+    ways = np.array([[1.0, 0.0, 0.0], [1.0, 0.2, 0.0], [0.2, 1.0, 0.0], [0.0, 1.0, 0.0]])
+    generator = np.random.default_rng(0)
+    order = generator.permutation(32)
+    sides = ways[group[order]] + 0.01 * generator.standard_normal((2, 32, 3))
+    labels = np.array([0, 1, 1, 2], dtype=np.int32)[group[order]]
+    packing = run_pack(Counted(*sides.astype(np.float32)), labels, 8, seed=seed, refine_rounds=0)
+    assert sorted(sorted(set(group[order][batch].tolist())) for batch in packing.batches) == [[0], [1], [2], [3]]
+
+
+@pytest.mark.parametrize(("tour", "first"), [([0, 2, 1], 0), ([1, 2, 0], 1), ([0, 1, 2], 1), ([2, 0, 1], 1)])
+def test_a_cluster_is_laid_along_the_way_from_the_one_before_to_the_one_after(tour, first):
+    """Cluster 2 lies between 0 and 1, half of it nearer to each: `first` is the one that its row begins near."""
+    points = np.repeat([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 0.2, 0.0], [0.2, 1.0, 0.0]], 4, axis=0)
+    order = np.random.default_rng(0).permutation(16)
+    points = (points + 0.01 * np.random.default_rng(1).standard_normal((16, 3))).astype(np.float32)[order]
+    labels = np.repeat([0, 1, 2, 2], 4)[order].astype(np.int32)
+    centroids = means_of(Counted(points / 2, points / 2), labels)
+    (stretch,) = module._stretches(labels, centroids, np.array(tour), 4, 6)
+    places = np.concatenate(stretch.members)
+    row = places[module.lay_out(points[places], stretch)]
+    assert labels[row].tolist() == np.repeat(tour, [4 if cluster < 2 else 8 for cluster in tour]).tolist()
+    nearer_to_1 = points[row[labels[row] == 2]] @ [-1.0, 1.0, 0.0] > 0
+    assert nearer_to_1.tolist() == [first == 1] * 4 + [first == 0] * 4
+
+
+def test_one_cluster_is_laid_along_its_widest_line():
+    place = np.random.default_rng(0).permutation(24)
+    side = np.stack([place / 24, np.ones(24)], axis=1).astype(np.float32)
+    packing = run_pack(Counted(side, side), np.zeros(24, dtype=np.int32), 6, refine_rounds=0)
+    found = sorted(sorted(place[batch].tolist()) for batch in packing.batches)
+    assert found == [list(range(start, start + 6)) for start in (0, 6, 12, 18)]
+
+
+@pytest.mark.parametrize("num_points", [1, 5, 7])
+def test_fewer_pairs_than_a_batch(num_points):
+    packing = run_pack(topical(np.arange(num_points)), np.zeros(num_points, dtype=np.int32), 8)
+    assert packing.batches.shape == (0, 8)
+    assert sorted(packing.remainder.tolist()) == list(range(num_points))
+
+
+def test_no_pairs():
+    points = Counted(*np.zeros((2, 0, 3), dtype=np.float32))
+    packing = run_pack(points, np.zeros(0, dtype=np.int32), 8)
+    assert packing.batches.shape == (0, 8) and packing.remainder.shape == (0,)
+
+
+def test_the_seed_moves_the_start_of_the_tour():
+    points, labels = topical(np.arange(200) % 25), np.arange(200, dtype=np.int32) % 25
+    found = {run_pack(points, labels, 16, seed=seed, refine_rounds=0).batches.tobytes() for seed in range(6)}
+    assert len(found) > 2
+    assert np.array_equal(*(run_pack(points, labels, 16, seed=1).batches for _ in range(2)))
+
+
+def test_another_seed_gives_a_pair_other_batch_mates():
+    """Some clusters have the size of a batch or nearly, others not."""
+    points = topical(np.random.default_rng(0).integers(0, 60, 2_000), dimension=32, spread=1.5)
+    in_memory = InMemory(points.take(np.arange(2_000)))
+    labels = kmeans(in_memory, 62, iterations=10, tolerance=1e-3, balance=0.02, seed=0).labels
+    batch_of = np.full((2, 2_000), -1)
+    for seed in (0, 1):
+        batches = run_pack(points, labels, 32, seed=seed).batches
+        batch_of[seed, batches.ravel()] = np.repeat(np.arange(len(batches)), 32)
+    first, second = (row[:, None] == row[None] for row in batch_of[:, (batch_of >= 0).all(0)])
+    np.fill_diagonal(first, False)
+    assert (first & second).sum() < 0.9 * first.sum()
+
+
+def test_packed_batches_are_harder_than_random_ones_and_harder_still_refined():
+    points = topical(np.arange(1_600) % 40, dimension=32, spread=1.5)
+    labels = kmeans(
+        InMemory(points.take(np.arange(1_600))), 50, iterations=10, tolerance=0.0, balance=0.0, seed=0
+    ).labels
+    random = pack_randomly(1_600, batch_size=32, seed=0)
+    plain, refined = (run_pack(points, labels, 32, refine_rounds=rounds) for rounds in (0, 30))
+    values = [equation_2(points, packing.batches) for packing in (random, plain, refined)]
+    assert values[1] > values[0] + 0.15 * 1_600 * 31
+    assert values[2] > 1.02 * values[1]
+
+
+# stretches
+
+
+@pytest.mark.parametrize("bound", ["_STRETCH_VALUES", "_STRETCH_SCORES"])
+@pytest.mark.parametrize("at_once", [40, 150])
+def test_no_more_than_a_stretch_is_read_at_once(monkeypatch, bound, at_once):
+    points, labels = topical(np.arange(1_000) % 60), np.arange(1_000, dtype=np.int32) % 60
+    monkeypatch.setattr(module, bound, at_once * 2 * points.dimension if bound == "_STRETCH_VALUES" else at_once**2 / 8)
+    packing = run_pack(points, labels, 8, refine_rounds=1)
+    assert_every_pair_once(packing, 1_000, 8)
+    assert max(points.asked) < at_once + 8  # and what the stretch before left
+    assert len(points.asked) >= 1_000 // at_once
+
+
+def test_a_cluster_larger_than_a_stretch(monkeypatch):
+    points = topical(np.arange(600) % 7)
+    labels = np.zeros(600, dtype=np.int32)
+    labels[500:] = np.arange(100) % 5 + 1
+    few_at_once(monkeypatch, points, 90)
+    assert_every_pair_once(run_pack(points, labels, 16, refine_rounds=2), 600, 16)
+    assert max(points.asked) < 90 + 16
+
+
+def test_batches_larger_than_a_stretch(monkeypatch):
+    points, labels = topical(np.arange(300) % 20), np.arange(300, dtype=np.int32) % 20
+    few_at_once(monkeypatch, points, 10)
+    assert_every_pair_once(run_pack(points, labels, 64), 300, 64)
+    assert max(points.asked) < 2 * 64
+
+
+def test_stretches_cost_little(monkeypatch):
+    points = topical(np.arange(2_000) % 50, dimension=32)
+    labels = (np.arange(2_000) % 50).astype(np.int32)
+    whole = equation_2(points, run_pack(points, labels, 32).batches)
+    few_at_once(monkeypatch, points, 400)
+    assert equation_2(points, run_pack(points, labels, 32).batches) > 0.95 * whole
+    assert max(points.asked[1:]) < 400 + 32
+
+
+@pytest.fixture
+def restored_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("spread", [1.5, 1e-3])
+def test_threads_and_block_size_change_nothing(monkeypatch, restored_threads, spread):
+    """Also where the pairs of a topic are so alike that float32 cannot tell them apart."""
+    generator = np.random.default_rng(0)
+    topic = generator.integers(0, 40, 2_000)
+    points, labels = topical(topic, dimension=48, spread=spread), generator.permutation(40)[topic].astype(np.int32)
+    centroids = means_of(points, labels)
+    found = []
+    for threads, held in ((1, 2**24), (1, 1), (1, 33 * 96 * 7), (2, 2**24)):
+        torch.set_num_threads(threads)
+        monkeypatch.setattr(refine_module, "_GAINS_HELD", held)
+        monkeypatch.setattr(nearest, "_SCORES_HELD", held)
+        monkeypatch.setattr(nearest, "_ROWS", 64)
+        found.append(pack(points, labels, centroids, PackSettings(batch_size=32, refine_rounds=6)))
+    for other in found[1:]:
+        assert np.array_equal(other.batches, found[0].batches)
+        assert np.array_equal(other.remainder, found[0].remainder)
+
+
+def test_arguments_are_left_as_they_were():
+    points, labels = topical(np.arange(200) % 10), np.arange(200, dtype=np.int32) % 10
+    centroids = means_of(points, labels)
+    given_ = (points.documents, points.queries, labels, centroids)
+    before = [array.copy() for array in given_]
+    pack(points, labels, centroids, PackSettings(batch_size=16))
+    assert all(np.array_equal(*both) for both in zip(given_, before, strict=True))
+
+
+def test_random_batches_hold_every_pair_once_in_an_order_drawn_by_the_seed():
+    packing = pack_randomly(103, batch_size=8, seed=5)
+    assert_every_pair_once(packing, 103, 8)
+    assert not np.array_equal(packing.batches, pack_randomly(103, batch_size=8, seed=6).batches)
+    assert not np.array_equal(packing.batches.ravel(), np.sort(packing.batches.ravel()))
+
+
+# runs
+
+DATASETS = """
+corpus = "three"
+[[dataset]]
+name = "alpha"
+source = "alpha.jsonl"
+query_prompt = "qa: "
+[[dataset]]
+name = "beta"
+source = "beta.jsonl"
+[[dataset]]
+name = "gamma"
+source = "gamma.jsonl"
+document_prompt = "dg: "
+[pack]
+batch_size = 8
+remainder = "REMAINDER"
+"""
+
+
+@pytest.fixture
+def three_domains(run_corpus, write_jsonl, rows):
+    """`three_domains(remainder)`: 21, 13 and 5 pairs, one of them without a vector; some documents are the same."""
+
+    def run(remainder):
+        alpha, beta, gamma = rows(21), rows(13, start=100), rows(5, start=200)
+        beta[4]["document"] = "?"
+        for other in (alpha, beta, gamma):
+            other[0]["document"] = "shared by all domains"
+        for name, texts in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
+            write_jsonl(f"{name}.jsonl", texts)
+        return run_corpus(DATASETS.replace("REMAINDER", remainder))
+
+    return run
+
+
+def ledger_of(plan, moved_too=True):
+    """(domain, pair_id, where) of each row of batches and leftover; `moved_too` with those that went to mixed."""
+    found = []
+    for step in plan.steps:
+        if step.stage == "batches":
+            read_artifact(step.path)
+            batches = pl.read_parquet(step.path / "batches.parquet")
+            assert all(count == 8 for count in batches.group_by("batch").len()["len"])
+            assert batches.sort("batch", "slot")["slot"].to_list() == list(range(8)) * (len(batches) // 8)
+            found += [(d, p, f"in {step.domain}") for d, p in batches.select("domain", "pair_id").iter_rows()]
+            left = pl.read_parquet(step.path / "leftover.parquet")
+            left = left if moved_too else left.filter(pl.col("reason") != "mixed")
+            found += [(d, p, reason) for d, p, reason in left.select("domain", "pair_id", "reason").iter_rows()]
+    return found
+
+
+EXPECTED = [(name, pair) for name, size in (("alpha", 21), ("beta", 13), ("gamma", 5)) for pair in range(size)]
+
+
+def test_dropped_remainders_are_in_the_ledger(three_domains):
+    ledger = ledger_of(three_domains("drop"))
+    assert sorted((domain, pair) for domain, pair, _ in ledger) == sorted(EXPECTED)
+    assert ("beta", 4, "invalid_vector") in ledger
+    reasons = [where for *_, where in ledger]
+    assert reasons.count("remainder") == 21 % 8 + 12 % 8 + 5 and reasons.count("invalid_vector") == 1
+
+
+def test_mixed_remainders(three_domains):
+    plan = three_domains("mix")
+    ledger = ledger_of(plan)
+    moved = {(domain, pair) for domain, pair, where in ledger if where == "mixed"}
+    final = sorted(ledger_of(plan, moved_too=False))
+    assert [(domain, pair) for domain, pair, _ in final] == sorted(EXPECTED)
+    assert moved == {(domain, pair) for domain, pair, where in final if where in ("in mixed", "remainder")}
+    assert sum(where == "remainder" for *_, where in ledger) == (5 + 4 + 5) % 8
+    assert ("beta", 4, "invalid_vector") in ledger
+
+    shards = pl.read_parquet(plan.shards / "data" / "*.parquet")
+    index = pl.read_parquet(plan.shards / "index.parquet")
+    assert index.sort("batch_id")["domain"].to_list() == ["alpha", "alpha", "beta", "mixed"]
+    assert shards.select("domain", "pair_id").is_unique().all()
+    mixed = shards.filter(pl.col("batch_id") == 3).sort("slot")
+    assert mixed["domain"].n_unique() > 1
+    prompts = {"alpha": ("qa: ", ""), "beta": ("", ""), "gamma": ("", "dg: ")}
+    for row in mixed.iter_rows(named=True):
+        assert (row["query_prompt"], row["document_prompt"]) == prompts[row["domain"]]
+    texts = mixed["document"].to_list()
+    for i, slots in enumerate(mixed["equivalent_slots"].to_list()):
+        assert {j for j in range(8) if j != i and texts[j] == texts[i]} <= set(slots)
+
+
+def test_equal_texts_of_two_domains_are_equivalent(run_corpus, write_jsonl, rows, monkeypatch):
+    """A batch in which all pairs have the same document: each slot has all others in its set, whatever the scores."""
+    monkeypatch.setattr(write, "surrogate_mask", lambda queries, *_, **__: np.zeros((len(queries),) * 2, dtype=bool))
+    for number, name in enumerate(("alpha", "beta", "gamma")):
+        write_jsonl(f"{name}.jsonl", [{**row, "document": "the one text"} for row in rows(3, start=100 * number)])
+    plan = run_corpus(DATASETS.replace("REMAINDER", "mix"))
+    shards = pl.read_parquet(plan.shards / "data" / "*.parquet").sort("slot")
+    assert shards["domain"].n_unique() == 3
+    assert shards["equivalent_slots"].to_list() == [[j for j in range(8) if j != i] for i in range(8)]
+
+
+# several packings
+
+
+PACKINGS = """
+corpus = "several"
+[[dataset]]
+name = "alpha"
+source = "alpha.jsonl"
+[[dataset]]
+name = "beta"
+source = "beta.jsonl"
+[pack]
+batch_size = 8
+num_packings = 3
+"""
+
+
+@pytest.fixture
+def several(run_corpus, write_jsonl, rows):
+    """`several(*overrides)`: three packings of 75 and 44 pairs, of which one of each has no vector."""
+
+    def run(*overrides, stages=("pairs", "vectors", "clusters", "batches")):
+        for name, texts in (("alpha", rows(75)), ("beta", rows(44, start=100))):
+            texts[9]["query"] = "?"  # no word: no lexical vector
+            write_jsonl(f"{name}.jsonl", texts)
+        return run_corpus(PACKINGS, overrides=overrides, stages=stages)
+
+    return run
+
+
+def tables_of(plan, domain):
+    path = next(step.path for step in plan.steps if (step.stage, step.domain) == ("batches", domain))
+    counts = read_artifact(path).manifest.counts
+    return pl.read_parquet(path / "batches.parquet"), pl.read_parquet(path / "leftover.parquet"), counts
+
+
+@pytest.mark.parametrize("order", ["tour", "random"])
+def test_each_packing_holds_every_pair_once(several, order):
+    plan = several(f"pack.order={order}")
+    for domain, size in (("alpha", 75), ("beta", 44)):
+        batches, leftover, counts = tables_of(plan, domain)
+        num_batches, num_left = divmod(size - 1, 8)
+        left = {"remainder": num_left, "invalid_vector": 1}
+        assert counts == {"packings": 3, "batches": num_batches, "pairs": num_batches * 8, "leftover": left}
+        places = [(p, b, s) for p in range(3) for b in range(num_batches) for s in range(8)]
+        assert batches.select("packing", "batch", "slot").rows() == places
+        ways = set()
+        for packing in range(3):
+            rows = batches.filter(packing=packing)
+            rest = leftover.filter(packing=packing)
+            assert sorted([*rows["pair_id"], *rest["pair_id"]]) == list(range(size))
+            assert rest.filter(reason="invalid_vector")["pair_id"].to_list() == [9]
+            mates = rows.group_by("batch").agg("pair_id")["pair_id"].to_list()
+            ways.add(frozenset(frozenset(batch) for batch in mates))
+        assert len(ways) == 3 or (order == "tour" and len(ways) == 2)  # two tours may come to the same batches
+        clusters = set(pl.concat([batches, leftover], how="diagonal").select("pair_id", "cluster_id").iter_rows())
+        assert len(clusters) == size  # a pair is of one cluster in all packings
+
+
+def test_the_first_of_several_packings_is_the_only_one_of_one(several):
+    three = tables_of(several(), "alpha")[0]
+    one = tables_of(several("pack.num_packings=1"), "alpha")[0]
+    assert one.rows() == three.filter(packing=0).rows()
+    second = tables_of(several("pack.num_packings=1", "pack.seed=1"), "alpha")[0]
+    assert second.drop("packing").rows() == three.filter(packing=1).drop("packing").rows()
+
+
+def test_remainders_are_mixed_packing_by_packing(several):
+    plan = several("pack.remainder=mix", stages=None)
+    batches, leftover, counts = tables_of(plan, "mixed")
+    assert counts == {"packings": 3, "batches": 0, "pairs": 0, "leftover": {"remainder": 2 + 3}}
+    plan = several("pack.remainder=mix", "pack.batch_size=16", stages=None)  # 10 + 11 are left
+    batches, leftover, counts = tables_of(plan, "mixed")
+    assert counts == {"packings": 3, "batches": 1, "pairs": 16, "leftover": {"remainder": 5}}
+    for packing in range(3):
+        parts = [tables_of(plan, domain)[1].filter(packing=packing, reason="mixed") for domain in ("alpha", "beta")]
+        moved = {key for part in parts for key in part.select("domain", "pair_id").iter_rows()}
+        found = [table.filter(packing=packing).select("domain", "pair_id").rows() for table in (batches, leftover)]
+        assert len(moved) == 21 and moved == {*found[0], *found[1]} and len(found[0]) == 16
+    index = pl.read_parquet(plan.shards / "index.parquet")
+    assert index.group_by("packing").len().sort("packing").rows() == [(0, 7), (1, 7), (2, 7)]
+
+
+def test_a_cluster_whose_pairs_have_no_surrogate_vector(run_corpus, write_jsonl, rows):
+    """Six pairs without a word lie in clusters of their own, by a prompt that only the clustering model gets."""
+    texts = [*rows(42), *({"query": "?" * (i + 1), "document": f"!{'?' * i}"} for i in range(6))]
+    write_jsonl("pairs.jsonl", texts)
+    plan = run_corpus(
+        'corpus = "c"\n[[dataset]]\nname = "d"\nsource = "pairs.jsonl"\n'
+        "[pack]\nbatch_size = 8\n[cluster]\ncluster_size = 4\n"
+        '[embed]\nmodel = "lexical"\nsurrogate_model = "lexical"\n'
+        'query_prompt = "nothing asked"\ndocument_prompt = "nothing told"\n'
+    )
+    clusters = pl.read_parquet(next(s.path for s in plan.steps if s.stage == "clusters") / "clusters.parquet")
+    wordless = clusters.filter(pl.col("pair_id") >= 42)["cluster_id"].unique()
+    assert set(wordless) - set(clusters.filter(pl.col("pair_id") < 42)["cluster_id"])  # else this tests nothing
+    batches, leftover, counts = tables_of(plan, "d")
+    assert counts["leftover"] == {"remainder": 2, "invalid_vector": 6}
+    assert sorted([*batches["pair_id"], *leftover["pair_id"]]) == list(range(48))

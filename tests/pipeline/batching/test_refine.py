@@ -1,0 +1,225 @@
+"""Trading pairs: Eq. 2 by brute force never falls, every place stays, obvious trades are made."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hardbatch.pipeline.batching import refine as module
+from hardbatch.pipeline.batching.hardness import measure_bounds
+from hardbatch.pipeline.batching.refine import refine
+from tests.samples import Sides
+
+
+def topical(topic, dimension=24, spread=2.0, seed=0):
+    """d⊕q of pairs about the topics (int, m), each side of norm 1; `spread` is the distance to the topic."""
+    generator = np.random.default_rng(seed)
+    topics = generator.standard_normal((int(topic.max()) + 1, dimension)) / dimension**0.5
+    sides = topics[topic] + spread / dimension**0.5 * generator.standard_normal((2, len(topic), dimension))
+    sides /= np.linalg.norm(sides, axis=2, keepdims=True)
+    return np.concatenate([sides[0], sides[1]], axis=1).astype(np.float32)
+
+
+def equation_2(vectors, batches):
+    """Σ d_i·q_j over the ordered pairs i ≠ j of each batch, in float64."""
+    documents, queries = np.split(vectors.astype(np.float64), 2, axis=1)
+    value = 0.0
+    for batch in batches:
+        products = documents[batch] @ queries[batch].T
+        value += products.sum() - np.trace(products)
+    return float(value)
+
+
+def run(vectors, batches, rounds=30, tolerance=0.0):
+    return refine(torch.from_numpy(vectors[batches.ravel()]), batches.copy(), rounds=rounds, tolerance=tolerance)
+
+
+def random_batches(num_pairs, batch_size, seed=0):
+    row = np.random.default_rng(seed).permutation(num_pairs)
+    return row[: num_pairs // batch_size * batch_size].reshape(-1, batch_size)
+
+
+def assert_sound(refined, vectors, batches):
+    """The same places in batches of the same size; the objective is Eq. 2 and never falls."""
+    assert refined.batches.shape == batches.shape and refined.batches.dtype == np.int64
+    assert sorted(refined.batches.ravel().tolist()) == sorted(batches.ravel().tolist())
+    room = 1e-5 * max(1.0, float(np.abs(vectors).max()) ** 2) * batches.size
+    assert refined.objective[0] == pytest.approx(equation_2(vectors, batches), abs=room)
+    assert refined.objective[-1] == pytest.approx(equation_2(vectors, refined.batches), abs=room)
+    assert (np.diff(refined.objective) >= 0).all()
+    assert equation_2(vectors, refined.batches) >= equation_2(vectors, batches) - 1e-9
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_equation_2_never_falls(data):
+    num_batches, batch_size = data.draw(st.integers(1, 7)), data.draw(st.integers(2, 12))
+    dimension, kind = data.draw(st.integers(1, 4)), data.draw(st.sampled_from(["grid", "normal", "equal", "repeated"]))
+    generator = np.random.default_rng(data.draw(st.integers(0, 2**20)))
+    num_pairs = num_batches * batch_size + data.draw(st.integers(0, 9))  # some are in no batch
+    vectors = {
+        "grid": lambda: generator.choice([-1.0, 0.0, 0.5, 1.0], (num_pairs, 2 * dimension)),
+        "normal": lambda: generator.standard_normal((num_pairs, 2 * dimension)),
+        "equal": lambda: np.ones((num_pairs, 2 * dimension)),
+        "repeated": lambda: generator.standard_normal((3, 2 * dimension))[generator.integers(0, 3, num_pairs)],
+    }[kind]().astype(np.float32)
+    batches = generator.permutation(num_pairs)[: num_batches * batch_size].reshape(num_batches, batch_size)
+    rounds = data.draw(st.integers(0, 6))
+    refined = run(vectors, batches, rounds)
+    assert_sound(refined, vectors, batches)
+    assert len(refined.objective) <= rounds + 1
+    if kind == "equal":
+        assert len(set(refined.objective)) == 1
+
+
+def test_many_rounds_drift_no_way_from_the_truth():
+    vectors = topical(np.arange(1_600) % 25)
+    batches = random_batches(1_600, 16)
+    refined = run(vectors, batches, rounds=60)
+    assert len(refined.objective) > 10
+    assert refined.objective[-1] == pytest.approx(equation_2(vectors, refined.batches), rel=1e-6)
+    for rounds in (1, 2, 5):  # and on the way
+        part = run(vectors, batches, rounds=rounds)
+        assert part.objective == refined.objective[: rounds + 1]
+        assert part.objective[-1] == pytest.approx(equation_2(vectors, part.batches), rel=1e-6)
+
+
+def test_a_pair_in_the_wrong_batch_is_exchanged():
+    """Two topics, of which one pair each lies in the batch of the other."""
+    vectors = topical(np.repeat([0, 1], 8), spread=0.05)
+    batches = np.array([[0, 1, 2, 3, 4, 5, 6, 15], [8, 9, 10, 11, 12, 13, 14, 7]])
+    refined = run(vectors, batches)
+    assert [set(batch) for batch in refined.batches] == [set(range(8)), set(range(8, 16))]
+    assert refined.objective[-1] > 1.3 * refined.objective[0]
+
+
+def test_several_pairs_are_exchanged_at_once():
+    vectors = topical(np.repeat([0, 1], 16), spread=0.05)
+    batches = np.concatenate([np.arange(10), np.arange(26, 32), np.arange(16, 26), np.arange(10, 16)]).reshape(2, 16)
+    refined = run(vectors, batches, rounds=1)
+    assert [set(batch) for batch in refined.batches] == [set(range(16)), set(range(16, 32))]
+
+
+def test_many_topics_come_together():
+    topic = np.repeat(np.arange(20), 8)
+    vectors = topical(topic, spread=0.05)
+    batches = np.arange(160).reshape(20, 8)
+    moved = np.random.default_rng(0).permutation(20)
+    mixed = batches.copy()
+    mixed[:, 0] = batches[moved, 0]  # one pair of each batch is in another one
+    refined = run(vectors, mixed)
+    assert refined.objective[-1] == pytest.approx(equation_2(vectors, batches), rel=1e-6)
+    assert all(len(set(topic[batch].tolist())) == 1 for batch in refined.batches)
+
+
+def test_what_a_pair_is_to_itself_is_no_gain():
+    """Thirteen pairs of each batch with d = −q and nothing in common with others: leaving only seems to gain."""
+    ways = 2 * np.eye(28)[:26]
+    topic_a, topic_b = np.eye(28)[26:]
+    documents = np.concatenate([ways, [topic_a] * 3, [topic_b] * 3])
+    queries = np.concatenate([-ways, [topic_a] * 3, [topic_b] * 3])
+    vectors = np.concatenate([documents, queries], axis=1).astype(np.float32)
+    batches = np.array([[*range(13), 26, 27, 29], [*range(13, 26), 28, 30, 31]])
+    refined = run(vectors, batches, rounds=1)
+    assert refined.objective == [pytest.approx(4.0), pytest.approx(12.0)]
+    assert {26, 27, 28} <= set(refined.batches[0]) and {29, 30, 31} <= set(refined.batches[1])
+
+
+@pytest.mark.parametrize("batch_size", [2, 16, 64])
+def test_batches_of_topical_pairs_become_harder(batch_size):
+    vectors = topical(np.arange(1_280) % 20)
+    batches = random_batches(1_280, batch_size)
+    refined = run(vectors, batches)
+    assert_sound(refined, vectors, batches)
+    bounds = measure_bounds(Sides(*np.split(vectors, 2, axis=1)), batch_size, num_anchors=1_280, seed=0)
+    terms = batches.size * (batch_size - 1)
+    before, after = (bounds.share(value / terms) for value in (refined.objective[0], refined.objective[-1]))
+    assert abs(before) < 0.1
+    assert after > before + 0.25
+
+
+def test_it_ends_when_nothing_is_gained():
+    vectors = topical(np.arange(320) % 10)
+    refined = run(vectors, random_batches(320, 16), rounds=1_000)
+    assert len(refined.objective) < 200
+    again = run(vectors, refined.batches)
+    assert again.objective[-1] == pytest.approx(refined.objective[-1], rel=1e-3)
+
+
+def test_a_tolerance_ends_it_early():
+    vectors = topical(np.arange(1_600) % 25)
+    batches = random_batches(1_600, 16)
+    found = {tolerance: run(vectors, batches, rounds=100, tolerance=tolerance) for tolerance in (0.0, 1e-3, 0.1, 1e9)}
+    lengths = [len(refined.objective) for refined in found.values()]
+    assert lengths == sorted(lengths, reverse=True) and lengths[0] > lengths[1] > lengths[2] > lengths[3] == 2
+    for tolerance, refined in found.items():
+        gains = np.diff(refined.objective) / np.abs(refined.objective[:-1])
+        assert (gains[:-1] > tolerance).all()
+        assert gains[-1] <= tolerance or len(refined.objective) == 101
+
+
+def test_no_rounds_change_nothing():
+    vectors, batches = topical(np.arange(64) % 4), random_batches(64, 8)
+    refined = run(vectors, batches, rounds=0)
+    assert np.array_equal(refined.batches, batches)
+    assert refined.objective == [pytest.approx(equation_2(vectors, batches), rel=1e-6)]
+
+
+def test_one_batch_has_none_to_trade_with():
+    vectors, batches = topical(np.arange(20) % 4), random_batches(20, 16)
+    refined = run(vectors, batches)
+    assert np.array_equal(refined.batches, batches)
+    assert refined.objective == [pytest.approx(equation_2(vectors, batches), rel=1e-6)]
+
+
+def test_no_batches():
+    refined = run(topical(np.arange(5)), np.empty((0, 8), dtype=np.int64))
+    assert refined.batches.shape == (0, 8) and refined.objective == [0.0]
+
+
+def test_batches_are_left_as_they_were_and_vectors_follow():
+    vectors, batches = topical(np.arange(320) % 10), random_batches(320, 16)
+    before, slots = batches.copy(), torch.from_numpy(vectors[batches.ravel()])
+    refined = refine(slots, batches, rounds=3, tolerance=0.0)
+    assert not np.array_equal(refined.batches, before) and np.array_equal(batches, before)
+    assert np.array_equal(slots.numpy(), vectors[refined.batches.ravel()])
+
+
+@pytest.fixture
+def restored_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("spread", [2.0, 1e-3])
+def test_threads_and_block_size_change_nothing(monkeypatch, restored_threads, spread):
+    """Also where the pairs of a topic are so alike that float32 cannot tell which of them gains most."""
+    vectors = topical(np.arange(1_600) % 25, dimension=48, spread=spread)
+    batches = random_batches(1_600, 16)
+    found = []
+    for threads, held in ((1, 2**24), (1, 1), (1, 33 * 96 * 7), (2, 2**24)):
+        torch.set_num_threads(threads)
+        monkeypatch.setattr(module, "_GAINS_HELD", held)
+        found.append(run(vectors, batches, rounds=8))
+    for other in found[1:]:
+        assert np.array_equal(other.batches, found[0].batches)
+        assert other.objective == found[0].objective
+
+
+def test_gains_are_held_for_a_block_only(monkeypatch):
+    """At most one batch more than fits: gains of 33 batches for each of its slots, or their 33 sums."""
+    held, inner = [], torch.bmm
+
+    def bmm(left, right):
+        result = inner(left, right)
+        held.append(max(left.numel(), result.numel()))
+        return result
+
+    monkeypatch.setattr(module.torch, "bmm", bmm)
+    monkeypatch.setattr(module, "_GAINS_HELD", 20_000)
+    run(topical(np.arange(1_600) % 25), random_batches(1_600, 16), rounds=1)
+    assert len(held) > 5 and max(held) <= 20_000

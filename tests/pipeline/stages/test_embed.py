@@ -1,0 +1,229 @@
+"""The vectors artifact: units, resuming, rows without a vector, one artifact for two roles."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import polars as pl
+import pytest
+
+from hardbatch.pipeline.artifacts.artifact import read_artifact
+from hardbatch.pipeline.artifacts.vectors import Texts, load_pairs, open_vectors
+from hardbatch.pipeline.run import plan_corpus, run_step
+from hardbatch.pipeline.stages import embed
+from tests import models
+
+DATASET = 'corpus = "c"\n[[dataset]]\nname = "d"\nsource = "pairs.jsonl"\n[pack]\nbatch_size = 8\n'
+
+
+def embedding(model, surrogate=None, **settings):
+    lines = [f'model = "{model}"', f'surrogate_model = "{surrogate or model}"', 'device = "cpu"', 'dtype = "float32"']
+    return "[embed]\n" + "\n".join([*lines, *(f"{name} = {value!r}" for name, value in settings.items())]) + "\n"
+
+
+@pytest.fixture(scope="module")
+def folder_of_gtr(tmp_path_factory):
+    models.require_minilm()
+    return models.save_gtr(tmp_path_factory.mktemp("models") / "tiny-gtr")
+
+
+@pytest.fixture
+def gtr(folder_of_gtr, tmp_path):
+    """The GTR-shaped model, by its name below the data root."""
+    (tmp_path / "gtr").symlink_to(folder_of_gtr)
+    return "gtr"
+
+
+@pytest.fixture
+def poisoned(folder_of_gtr, tmp_path):
+    """A model that gives NaN for every text with the word poison, by its name below the data root."""
+    models.poison(folder_of_gtr, tmp_path / "poisoned", "poison")
+    return "poisoned"
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """Names of the models that were loaded, in order."""
+    names, inner = [], embed.open_encoder
+
+    def record(spec, *arguments):
+        names.append(spec.name)
+        return inner(spec, *arguments)
+
+    embed._cached_encoder.cache_clear()
+    monkeypatch.setattr(embed, "open_encoder", record)
+    return names
+
+
+def steps_of(plan, stage):
+    return [step for step in plan.steps if step.stage == stage]
+
+
+def all_vectors(path, side):
+    files = sorted((path / "vectors").glob(f"{side}-*.npy"))
+    return np.concatenate([np.load(file) for file in files])
+
+
+def bytes_of(path):
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("num_rows", [15, 16, 17, 32, 33])
+def test_units_cover_every_text_once(run_corpus, write_jsonl, rows, num_rows):
+    write_jsonl("pairs.jsonl", rows(num_rows))
+    plan = run_corpus(DATASET + embedding("lexical", unit_rows=16), stages=("pairs", "vectors"))
+    (step,) = steps_of(plan, "vectors")
+    artifact = read_artifact(step.path)
+    sizes = [len(np.load(file)) for file in artifact.files("vectors") if file.name.startswith("queries")]
+    assert sizes == [16] * (num_rows // 16) + [num_rows % 16] * (num_rows % 16 > 0)
+    assert artifact.manifest.counts["queries"] == artifact.manifest.counts["documents"] == num_rows
+    vectors = open_vectors(step.path)
+    for side in ("queries", "documents"):
+        whole = all_vectors(step.path, side)
+        assert whole.dtype == np.float16 and whole.shape == (num_rows, artifact.manifest.counts["dimension"])
+        order = np.random.default_rng(0).permutation(num_rows)
+        assert np.array_equal(getattr(vectors, side).take(order), whole[order].astype(np.float32))
+
+
+def test_unit_size_changes_no_vector(run_corpus, write_jsonl, rows, gtr):
+    write_jsonl("pairs.jsonl", rows(50))
+    found = []
+    for unit_rows in (16, 17, 50, 8_192):
+        plan = run_corpus(DATASET + embedding(gtr, unit_rows=unit_rows), stages=("pairs", "vectors"))
+        (step,) = steps_of(plan, "vectors")
+        found.append([all_vectors(step.path, side).tobytes() for side in ("queries", "documents")])
+    assert all(other == found[0] for other in found)
+
+
+def test_vectors_are_of_the_distinct_texts_in_their_order_with_their_prompts(
+    run_corpus, write_jsonl, rows, gtr, folder_of_gtr
+):
+    from sentence_transformers import SentenceTransformer
+
+    texts = rows(20)
+    for row in texts[::2]:
+        row["document"] = "one text for many"
+    write_jsonl("pairs.jsonl", texts)
+    settings = embedding(gtr, query_prompt="ask: ", document_prompt="tell: ", unit_rows=16)
+    plan = run_corpus(DATASET + settings, stages=("pairs", "vectors"))
+    step = steps_of(plan, "vectors")[0]
+    assert (step.config["query_prompt"], step.config["document_prompt"]) == ("ask: ", "tell: ")
+    pairs = read_artifact(step.inputs["pairs"])
+    plain = SentenceTransformer(str(folder_of_gtr), device="cpu")
+    for side, prompt, num_texts in (("queries", "ask: ", 20), ("documents", "tell: ", 11)):
+        distinct = Texts(pairs, side).take(np.arange(num_texts))
+        found = all_vectors(step.path, side).astype(np.float32)
+        assert len(found) == num_texts
+        expected = plain.encode(distinct, prompt=prompt, normalize_embeddings=True)
+        assert ((found * expected).sum(1) > 0.9995).all()  # float16
+
+
+def test_it_goes_on_after_units_are_missing(run_corpus, write_jsonl, rows, gtr, loaded, tmp_path, monkeypatch):
+    write_jsonl("pairs.jsonl", rows(80))
+    text = DATASET + embedding(gtr, unit_rows=16)
+    (step,) = steps_of(run_corpus(text, stages=("pairs", "vectors")), "vectors")
+    before = bytes_of(step.path)
+    (step.path / "manifest.json").unlink()
+    (step.path / "units" / "queries-0000001.json").unlink()
+    (step.path / "vectors" / "documents-0000003.npy").write_bytes(
+        b"cut"
+    )  # committed, but its file is not there in full
+    (step.path / "units" / "invalid.json").unlink()
+    done, inner = [], embed._EmbeddingWorker.commit
+
+    def commit(worker, unit, prepared):
+        done.append(unit.name)
+        inner(worker, unit, prepared)
+
+    monkeypatch.setattr(embed._EmbeddingWorker, "commit", commit)
+    assert run_step(step)
+    assert done == ["queries-0000001", "documents-0000003"]
+    assert bytes_of(step.path) == before
+
+
+def test_no_model_is_loaded_where_all_units_are_there(run_corpus, write_jsonl, rows, gtr, loaded):
+    write_jsonl("pairs.jsonl", rows(20))
+    (step,) = steps_of(run_corpus(DATASET + embedding(gtr), stages=("pairs", "vectors")), "vectors")
+    loaded.clear()
+    embed._cached_encoder.cache_clear()
+    (step.path / "manifest.json").unlink()
+    assert run_step(step)
+    assert loaded == []
+
+
+def test_nan_and_zero_vectors_leave_with_their_pairs(run_corpus, write_jsonl, rows, poisoned):
+    texts = rows(40)
+    texts[3]["query"] += " poison"
+    texts[17]["document"] += " poison"
+    texts[20]["document"] = texts[17]["document"]
+    write_jsonl("pairs.jsonl", texts)
+    plan = run_corpus(DATASET + embedding(poisoned, unit_rows=16))
+    (step,) = steps_of(plan, "vectors")
+    counts = read_artifact(step.path).manifest.counts
+    assert (counts["nan_vector"], counts["zero_vector"]) == (2, 0)
+    queries, documents = (
+        pl.read_parquet(step.path / f"invalid-{side}.parquet").rows() for side in ("queries", "documents")
+    )
+    assert queries == [(3, "nan_vector")] and documents == [(17, "nan_vector")]
+    assert np.isfinite(all_vectors(step.path, "queries")).all()
+    (packed,) = steps_of(plan, "batches")
+    left = pl.read_parquet(packed.path / "leftover.parquet")
+    assert left.filter(pl.col("reason") == "invalid_vector")["pair_id"].to_list() == [3, 17, 20]
+    pairs = load_pairs(read_artifact(step.inputs["pairs"]))
+    assert np.flatnonzero(open_vectors(step.path).invalid_pairs(pairs)).tolist() == [3, 17, 20]
+    batches = pl.read_parquet(packed.path / "batches.parquet")["pair_id"].to_list()
+    assert sorted([*batches, *left["pair_id"].to_list()]) == list(range(40))
+    assert not {3, 17, 20} & set(pl.read_parquet(plan.shards / "data" / "*.parquet")["pair_id"].to_list())
+
+
+def test_pairs_without_a_surrogate_vector_leave_too(run_corpus, write_jsonl, rows, gtr):
+    texts = rows(30)
+    texts[5]["document"] = "?"  # the lexical surrogate finds no word in it, the model does
+    write_jsonl("pairs.jsonl", texts)
+    plan = run_corpus(DATASET + embedding(gtr, "lexical"))
+    (packed,) = steps_of(plan, "batches")
+    left = pl.read_parquet(packed.path / "leftover.parquet")
+    assert left.filter(pl.col("reason") == "invalid_vector")["pair_id"].to_list() == [5]
+    assert len(left) == 30 - 24
+    (clusters,) = steps_of(plan, "clusters")
+    assert 5 in pl.read_parquet(clusters.path / "clusters.parquet")["pair_id"].to_list()
+
+
+def test_rows_that_come_out_nan_or_zero():
+    vectors = np.eye(4, dtype=np.float32)
+    vectors[1, 2] = np.nan
+    vectors[2] = 0
+    vectors[3, 0] = np.inf
+    assert embed._invalid_rows(vectors, 100) == [(101, "nan_vector"), (102, "zero_vector"), (103, "nan_vector")]
+    assert not vectors[1:].any() and vectors[0, 0] == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_artifacts"),
+    [
+        ({}, 1),
+        ({"query_prompt": "q: ", "surrogate_query_prompt": "q: "}, 1),
+        ({"surrogate_query_prompt": "q: "}, 2),
+        ({"document_prompt": "d: "}, 2),
+        ({"surrogate": "lexical"}, 2),
+    ],
+)
+def test_one_artifact_serves_both_roles_where_they_agree(run_corpus, write_jsonl, rows, gtr, settings, num_artifacts):
+    write_jsonl("pairs.jsonl", rows(16))
+    plan = run_corpus(DATASET + embedding(gtr, **settings))
+    assert len(steps_of(plan, "vectors")) == num_artifacts
+    assert len(list((plan.shards.parent.parent / "vectors" / "d").iterdir())) == num_artifacts
+    shards = plan.steps[-1]
+    assert (shards.inputs["vectors/d"] == shards.inputs["surrogate/d"]) == (num_artifacts == 1)
+
+
+def test_a_model_is_loaded_once_for_all_domains(write_jsonl, write_manifest, rows, gtr, loaded, tmp_path):
+    names = ("one", "two", "three")
+    for number, name in enumerate(names):
+        write_jsonl(f"{name}.jsonl", rows(16, start=100 * number))
+    datasets = "".join(f'[[dataset]]\nname = "{name}"\nsource = "{name}.jsonl"\n' for name in names)
+    manifest = write_manifest('corpus = "c"\n' + datasets + "[pack]\nbatch_size = 8\n" + embedding(gtr, "minilm"))
+    for step in plan_corpus(manifest, tmp_path / "workspace").steps:
+        run_step(step)
+    assert Counter(loaded) == {"tiny-gtr": 1, "minilm": 1}

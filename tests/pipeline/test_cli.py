@@ -1,0 +1,374 @@
+"""cli, mostly as a process of its own: exit codes, last lines, signals, and never a traceback."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hardbatch.pipeline.artifacts.artifact import MANIFEST
+from hardbatch.pipeline.artifacts.commit import open_builder
+from hardbatch.pipeline.cli import main
+from hardbatch.pipeline.run import plan_corpus
+
+ROOT = Path(__file__).resolve().parents[2]
+Finished = tuple[Path, Path, Path]
+MISTAKE = "hardbatch: "
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "hardbatch.pipeline.cli", *map(str, arguments)]
+
+
+def hardbatch(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in its own process."""
+    return subprocess.run(
+        command(*arguments),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`cli(*arguments)`: (exit code, stdout, stderr) of the command in this process."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, str]]:
+    """Modification time and digest of every file, time of every folder."""
+    return {
+        str(path): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "")
+        for path in [folder, *folder.rglob("*")]
+    }
+
+
+def assert_one_clear_line(stderr: str) -> None:
+    assert "Traceback" not in stderr
+    assert sum(line.startswith(MISTAKE) for line in stderr.splitlines()) == 1
+
+
+# start
+
+
+def test_help_is_quick_and_tells_the_exit_codes() -> None:
+    started = time.monotonic()
+    result = hardbatch("--help")
+    assert time.monotonic() - started < 3.0
+    assert result.returncode == 0
+    for word in ("run", "plan", "inspect", "verify", "demo", "7 too many broken rows", "130 and 143"):
+        assert word in result.stdout
+
+
+def test_no_heavy_import_before_it_is_needed() -> None:
+    code = "import sys, hardbatch.pipeline.cli; print([name for name in HEAVY if name in sys.modules])"
+    heavy = ["torch", "polars", "pyarrow", "numpy", "pydantic", "transformers", "sklearn", "prefect", "faiss"]
+    result = subprocess.run(
+        [sys.executable, "-c", code.replace("HEAVY", repr(heavy))], capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.stdout == "[]\n"
+
+
+# run
+
+
+def test_a_run_prints_the_shards_last_and_a_second_one_changes_nothing(copied_run: Finished) -> None:
+    manifest, workspace, _ = copied_run
+    shutil.rmtree(workspace)
+    first = hardbatch("run", manifest, "--workspace", workspace)
+    assert first.returncode == 0, first.stderr
+    shards = Path(first.stdout.splitlines()[-1])
+    assert (shards / MANIFEST).is_file() and shards.parent.name == "shards"
+    assert "steps run: 6, reused: 0" in first.stderr
+    before = snapshot(workspace)
+    second = hardbatch("run", manifest, "--workspace", workspace)
+    assert second.returncode == 0
+    assert "steps run: 0, reused: 6" in second.stderr
+    assert second.stdout == first.stdout
+    assert snapshot(workspace) == before
+
+
+def test_a_rerun_loads_no_model(finished_run: Finished) -> None:
+    code = (
+        "import sys; from hardbatch.pipeline.cli import main\n"
+        f"assert main(['run', {str(finished_run[0])!r}, '--workspace', {str(finished_run[1])!r}]) == 0\n"
+        "print([name for name in ('torch', 'sklearn', 'transformers', 'faiss') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.splitlines()[-1] == "[]", result.stderr
+
+
+def test_two_workspaces_hold_the_same_bytes(finished_run: Finished, tmp_path: Path) -> None:
+    result = hardbatch("run", finished_run[0], "--workspace", tmp_path / "w", OMP_NUM_THREADS="2")
+    assert result.returncode == 0
+    for path in finished_run[1].rglob("*"):
+        if path.is_file() and path.name != ".digests.json":
+            assert (tmp_path / "w" / path.relative_to(finished_run[1])).read_bytes() == path.read_bytes(), path
+
+
+def test_settings_and_data_root_come_from_the_command_line(copied_run: Finished, cli: Any, tmp_path: Path) -> None:
+    manifest, workspace, shards = copied_run
+    moved = tmp_path / "elsewhere.toml"
+    manifest.rename(moved)
+    code, out, _ = cli("run", moved, "--workspace", workspace, "--data-root", manifest.parent, "--set", "pack.seed=1")
+    assert code == 0
+    assert Path(out.splitlines()[-1]).parent == shards.parent
+    assert Path(out.splitlines()[-1]) != shards
+
+
+# exit codes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        ([], 2),
+        (["frob"], 2),
+        (["run"], 2),
+        (["run", "none.toml"], 2),
+        (["run", "."], 2),
+        (["run", "MANIFEST", "--data-root", "none"], 2),
+        (["run", "MANIFEST", "--data-root", "MANIFEST"], 2),
+        (["run", "MANIFEST", "--workspace", "MANIFEST"], 2),
+        (["run", "MANIFEST", "--workspace", "MANIFEST/below"], 2),
+        (["run", "MANIFEST", "--set", "pack.batch_size=0"], 2),
+        (["run", "MANIFEST", "--set", "pack.batchsize=8"], 2),
+        (["run", "MANIFEST", "--set", "seed=8"], 2),
+        (["run", "MANIFEST", "--set"], 2),
+        (["plan", "none.toml"], 2),
+        (["inspect", "none"], 3),
+        (["inspect", "MANIFEST"], 3),
+        (["inspect", "SHARDS", "--batch", "6"], 2),
+        (["inspect", "SHARDS", "--batch", "-1"], 2),
+        (["inspect", "SHARDS", "--batch", "x"], 2),
+        (["inspect", "SHARDS", "--batch", "1", "--limit", "2"], 2),
+        (["inspect", "--log", "none", "--batch", "1"], 2),
+        (["inspect", "--log", "none", "--limit", "2"], 2),
+        (["verify", "none"], 4),
+        (["verify", "MANIFEST"], 4),
+    ],
+)
+def test_mistakes_end_in_a_clear_line(
+    finished_run: Finished, cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = {"MANIFEST": str(finished_run[0]), "SHARDS": str(finished_run[2])}
+    filled = [words.get(word, word.replace("MANIFEST/", words["MANIFEST"] + "/")) for word in arguments]
+    if arguments[:1] in (["run"], ["plan"]) and "--workspace" not in arguments and len(arguments) > 1:
+        filled[2:2] = ["--workspace", str(tmp_path / "w")]
+    found, out, err = cli(*filled)
+    assert found == code
+    assert out == ""
+    assert "Traceback" not in err
+    assert err.strip()
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "code", "words"),
+    [
+        (b'{"query": "a"}\n', [], 3, ["pairs.jsonl", "no column 'document'", "columns.document"]),
+        (b"", [], 3, ["pairs.jsonl", "empty (0 bytes)"]),
+        (b"\x1f\x8b\x08\x00cut", [], 3, ["pairs.jsonl", "cut off or broken"]),
+        (b"not json\n" * 9, [], 7, ["dataset 'numbers': 9 of 9 rows are broken", "broken_json 9", "staged"]),
+        (None, ["pack.batch_size=64"], 3, ["no domain fills a batch of 64", "48", "lower pack.batch_size"]),
+    ],
+)
+def test_bad_input_is_told_with_its_exit_code(
+    small_manifest: Path, tmp_path: Path, content: bytes | None, overrides: list[str], code: int, words: list[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "pairs.jsonl").write_bytes(content)
+    settings = [word for override in overrides for word in ("--set", override)]
+    result = hardbatch("run", small_manifest, "--workspace", tmp_path / "w", *settings)
+    assert result.returncode == code
+    assert result.stdout == ""
+    assert_one_clear_line(result.stderr)
+    assert all(word in result.stderr for word in words)
+
+
+def test_a_locked_artifact_is_exit_code_5_and_names_its_owner(small_manifest: Path, tmp_path: Path) -> None:
+    step = plan_corpus(small_manifest, tmp_path / "w").steps[0]
+    with open_builder(step.path):
+        result = hardbatch("run", small_manifest, "--workspace", tmp_path / "w")
+    assert result.returncode == 5
+    assert_one_clear_line(result.stderr)
+    assert f"process {os.getpid()} on " in result.stderr and "since" in result.stderr
+    assert not (step.path / MANIFEST).exists()
+
+
+def test_a_workspace_below_which_a_file_lies_in_the_way(small_manifest: Path, tmp_path: Path, cli: Any) -> None:
+    for workspace in (small_manifest, small_manifest / "below"):
+        code, _, err = cli("run", small_manifest, "--workspace", workspace)
+        assert code == 2
+        assert f"--workspace {workspace}: cannot be made" in err
+
+
+def test_a_file_in_the_place_of_the_corpus_folder(small_manifest: Path, tmp_path: Path, cli: Any) -> None:
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "small").write_text("x")
+    assert cli("run", small_manifest, "--workspace", tmp_path / "w")[0] == 2
+
+
+def test_a_damaged_input_of_a_step_is_an_integrity_error(copied_run: Finished, cli: Any) -> None:
+    (pairs,) = copied_run[1].rglob("pairs.parquet")
+    pairs.write_bytes(b"PAR1" + bytes(pairs.stat().st_size - 8) + b"PAR1")
+    assert cli("run", copied_run[0], "--workspace", copied_run[1], "--set", "pack.seed=1")[0] == 4
+
+
+# signals and pipes
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_has_its_exit_code_and_the_run_can_go_on(
+    copied_run: Finished, sent: signal.Signals, code: int
+) -> None:
+    manifest, workspace, shards = copied_run
+    expected = (shards / MANIFEST).read_bytes()
+    shutil.rmtree(workspace)
+    process = subprocess.Popen(
+        command("run", manifest, "--workspace", workspace), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    deadline = time.monotonic() + 30
+    while not list(workspace.rglob(MANIFEST)):  # the first step is done, the next loads its libraries
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(sent)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == code, err
+    assert out == b""
+    assert b"Traceback" not in err and b"run the same command to go on" in err
+    again = hardbatch("run", manifest, "--workspace", workspace)
+    assert again.returncode == 0
+    assert " 0 reused" not in again.stderr
+    assert (shards / MANIFEST).read_bytes() == expected
+
+
+def test_a_signal_whose_error_compiled_code_replaces_still_ends_the_command(
+    small_manifest: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replacing(*arguments: object, **options: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except BaseException:
+            raise TypeError("expected str, bytes or os.PathLike object, not BufferedReader") from None
+
+    monkeypatch.setattr("hardbatch.pipeline.run.plan_corpus", replacing)
+    code, _, err = cli("plan", small_manifest)
+    assert code == 143 and "terminated" in err
+
+
+def test_a_reader_that_leaves_is_no_error(finished_run: Finished) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        result = subprocess.run(command("inspect", finished_run[2]), stdout=write, stderr=subprocess.PIPE, cwd=ROOT)
+    finally:
+        os.close(write)
+    assert (result.returncode, result.stderr) == (0, b"")
+
+
+def test_output_on_a_terminal_without_unicode(finished_run: Finished) -> None:
+    result = hardbatch(
+        "plan", finished_run[0], "--workspace", finished_run[1], "--set", "pack.seed=9", PYTHONIOENCODING="latin-1"
+    )
+    assert result.returncode == 0
+
+
+# plan, inspect, verify
+
+
+def test_plan_tells_what_would_run_and_changes_nothing(copied_run: Finished, cli: Any) -> None:
+    cli("plan", copied_run[0], "--workspace", copied_run[1])  # digests are cached by path, and the copy has another
+    before = snapshot(copied_run[1])
+    code, out, _ = cli("plan", copied_run[0], "--workspace", copied_run[1], "--set", "pack.seed=4")
+    assert code == 0
+    assert "seed 0 → 4" in out and "steps to run: 2, reused: 4" in out
+    last = out.splitlines()[-1]
+    assert last.startswith("left: time 2 s, to write ") and "; free on the workspace's disk: " in last
+    assert snapshot(copied_run[1]) == before
+    (copied_run[0].parent / "pairs.jsonl").write_text('{"query": "a", "document": "b"}\n')
+    code, out, _ = cli("plan", copied_run[0], "--workspace", copied_run[1])
+    assert "source files differ" in out and "steps to run: 6, reused: 0" in out
+    assert "left: time unknown" in out
+
+
+def test_inspect_shows_the_table_and_a_batch(finished_run: Finished, cli: Any) -> None:
+    code, out, _ = cli("inspect", finished_run[2], "--limit", "2")
+    assert (code, "4 more batches" in out) == (0, True)
+    code, out, _ = cli("inspect", finished_run[2], "--batch", "5")
+    assert code == 0
+    assert out.startswith("batch 5 of numbers") and out.count("      q: ") == 8
+    code, _, err = cli("inspect", finished_run[2], "--batch", "6")
+    assert code == 2
+    assert "have batches 0 to 5" in err
+
+
+def test_verify_reads_a_whole_workspace(finished_run: Finished, cli: Any) -> None:
+    code, out, err = cli("verify", finished_run[1])
+    assert (code, err) == (0, "")
+    assert out == "artifacts read: 6, faults: 0\n"
+    assert cli("verify", finished_run[2])[1] == "artifacts read: 1, faults: 0\n"
+
+
+@pytest.mark.parametrize("name", ["data/part-00000.parquet", "index.parquet", "README.md", MANIFEST])
+def test_verify_names_the_file_of_a_flipped_bit(copied_run: Finished, cli: Any, name: str) -> None:
+    file = copied_run[2] / name
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+    code, out, err = cli("verify", copied_run[1])
+    assert code == 4
+    assert out == "artifacts read: 6, faults: 1\n"
+    assert_one_clear_line(err)
+    assert str(file) in err
+
+
+def test_verify_finds_a_flipped_bit_anywhere_in_a_shard(copied_run: Finished, cli: Any) -> None:
+    """Row 7 of what must hold: 200 trials over the whole file, its footer included."""
+    file = copied_run[2] / "data" / "part-00000.parquet"
+    raw = file.read_bytes()
+    for trial in range(200):
+        flipped = bytearray(raw)
+        flipped[trial * (len(raw) - 1) // 199] ^= 1 << (trial % 8)
+        file.write_bytes(flipped)
+        code, _, err = cli("verify", copied_run[2])
+        assert code == 4 and str(file) in err
+
+
+@pytest.mark.parametrize("fault", ["truncated", "deleted", "swapped"])
+def test_a_run_over_a_faulty_artifact_stops_with_exit_code_4(copied_run: Finished, cli: Any, fault: str) -> None:
+    (clusters,) = copied_run[1].rglob("clusters.parquet")
+    if fault == "truncated":
+        clusters.write_bytes(clusters.read_bytes()[:-1])
+    elif fault == "deleted":
+        clusters.unlink()
+    else:
+        shutil.copy(clusters.parent / "objective.parquet", clusters)
+    code, _, err = cli("run", copied_run[0], "--workspace", copied_run[1])
+    assert code == 4
+    assert_one_clear_line(err)
+    assert "clusters.parquet" in err and f"delete the folder {clusters.parent} and run again" in err
+    shutil.rmtree(clusters.parent)
+    assert cli("run", copied_run[0], "--workspace", copied_run[1])[0] == 0

@@ -1,0 +1,364 @@
+"""config: what a manifest may say, and how a mistake in one is told."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from hardbatch.pipeline.config import CorpusManifest, load_manifest
+from hardbatch.pipeline.errors import ConfigError
+
+MINIMAL = 'corpus = "c"\n[[dataset]]\nname = "n"\nsource = "x.jsonl"\n'
+Load = Callable[..., CorpusManifest]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """`load(text, *overrides)`."""
+
+    def load(text: str, *overrides: str) -> CorpusManifest:
+        (tmp_path / "m.toml").write_text(text, encoding="utf-8")
+        return load_manifest(tmp_path / "m.toml", overrides)
+
+    return load
+
+
+def refused(load: Load, text: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(text, *overrides)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_a_minimal_manifest_has_defaults(load: Load) -> None:
+    manifest = load(MINIMAL)
+    assert manifest.corpus == "c"
+    assert manifest.pack.batch_size == 64
+    assert manifest.dataset[0].sources == ["x.jsonl"]
+    assert manifest.dataset[0].columns.negatives is None
+
+
+def test_the_revision_is_written_into_the_sources(load: Load) -> None:
+    text = MINIMAL.replace('"x.jsonl"', '["hf://a@{revision}/b.parquet", "c.csv"]')
+    assert load(text).dataset[0].sources == ["hf://a@main/b.parquet", "c.csv"]
+    assert load(text + 'revision = "abc"\n').dataset[0].sources == ["hf://a@abc/b.parquet", "c.csv"]
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "suggested"),
+    [
+        (MINIMAL + "[embd]\nmodel = 1\n", "embd", "embed"),
+        (MINIMAL + "lmit = 1\n", "dataset[0].lmit (dataset 'n')", "limit"),
+        (MINIMAL + "[dataset.columns]\nqurey = 'a'\n", "dataset[0].columns.qurey (dataset 'n')", "query"),
+        (MINIMAL + "[ingest]\nmax_character = 1\n", "ingest.max_character", "max_characters"),
+        (MINIMAL + "[embed]\nmodle = 'x'\n", "embed.modle", "model"),
+        (MINIMAL + "[cluster]\niteration = 1\n", "cluster.iteration", "iterations"),
+        (MINIMAL + "[pack]\nbatchsize = 1\n", "pack.batchsize", "batch_size"),
+        (MINIMAL + "[hardness]\nanchor = 1\n", "hardness.anchor", "anchors"),
+        (MINIMAL + "[write]\nmargins = 1\n", "write.margins", "margin"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_a_suggestion(load: Load, text: str, key: str, suggested: str) -> None:
+    message = refused(load, text)
+    assert f"m.toml: {key}: unknown key; did you mean '{suggested}'?; allowed: " in message
+    assert suggested in message.split("allowed: ")[1].split(", ")
+
+
+def test_an_unknown_key_like_no_other_is_refused_with_the_allowed_ones(load: Load) -> None:
+    message = refused(load, MINIMAL + "[pack]\nzzzzzz = 1\n")
+    assert "did you mean" not in message
+    assert "batch_size, seed" in message
+
+
+@pytest.mark.parametrize(
+    ("given_", "allowed"),
+    [
+        ("0", "greater than or equal to 2"),
+        ("1", "greater than or equal to 2"),
+        ("-64", "greater than or equal to 2"),
+        ("65537", "less than or equal to 65536"),
+        ("1.5", "integer"),
+        ("64.0", "integer"),
+        ('"64"', "integer"),
+        ("true", "integer"),
+        ("[64]", "integer"),
+        ("nan", "integer"),
+        ("1979-05-27", "integer"),
+    ],
+)
+@pytest.mark.parametrize("way", ["manifest", "override"])
+def test_a_batch_size_that_is_not_allowed(load: Load, given_: str, allowed: str, way: str) -> None:
+    if way == "manifest":
+        message = refused(load, MINIMAL + f"[pack]\nbatch_size = {given_}\n")
+    else:
+        message = refused(load, MINIMAL, f"pack.batch_size={given_}")
+    assert ("m.toml" if way == "manifest" else "--set") + ": pack.batch_size: " in message
+    assert allowed in message
+    assert "given " in message
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ("limit = 0", "dataset[0].limit"),
+        ("limit = -1", "dataset[0].limit"),
+        ("holdout = 1.0", "dataset[0].holdout"),
+        ("holdout = -0.1", "dataset[0].holdout"),
+        ("holdout = nan", "dataset[0].holdout"),
+        ("weight = nan", "dataset[0].weight"),
+        ("weight = -1", "dataset[0].weight"),
+        ('format = "xml"', "dataset[0].format"),
+        ("licence = 3", "dataset[0].licence"),
+        ("columns = 'query'", "dataset[0].columns"),
+        ('sha256 = {"x.jsonl" = "abc"}', "dataset[0].sha256.x.jsonl"),
+        ("query_prompt = ['a']", "dataset[0].query_prompt"),
+    ],
+)
+def test_a_wrong_value_of_a_dataset_names_it(load: Load, line: str, key: str) -> None:
+    message = refused(load, MINIMAL + line + "\n")
+    assert f"m.toml: {key} (dataset 'n'): " in message
+    assert "given " in message
+
+
+@pytest.mark.parametrize("value", [3, True, {}, ["a", 3], None], ids=repr)
+def test_a_source_that_is_no_text_is_refused(load: Load, value: object) -> None:
+    if value is None:
+        message = refused(load, 'corpus = "c"\n[[dataset]]\nname = "n"\n')
+        assert "dataset[0].source (dataset 'n'): is required" in message
+    else:
+        text = "{}" if value == {} else json.dumps(value)
+        assert "dataset[0].source" in refused(load, MINIMAL.replace('"x.jsonl"', text))
+
+
+def test_no_source_is_refused(load: Load) -> None:
+    assert "source" in refused(load, MINIMAL.replace('"x.jsonl"', "[]"))
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["write.margin=true", 'write.margin="0.5"', "ingest.max_quarantined_fraction=true", 'cluster.tolerance="1"'],
+)
+def test_text_and_booleans_are_no_numbers(load: Load, override: str) -> None:
+    assert override.split("=")[0] in refused(load, MINIMAL, override)
+
+
+@pytest.mark.parametrize("line", ["weight = inf", "write = {margin = inf}"])
+def test_infinity_is_refused(load: Load, line: str) -> None:
+    text = MINIMAL + line if "weight" in line else line + "\n" + MINIMAL
+    assert "inf" in refused(load, text)
+
+
+@pytest.mark.parametrize(
+    ("override", "allowed"),
+    [
+        ("cluster.balance=-0.1", "greater than or equal to 0"),
+        ("cluster.balance=1.1", "less than or equal to 1"),
+        ("cluster.tolerance=-1e-9", "greater than or equal to 0"),
+        ("cluster.iterations=0", "greater than or equal to 1"),
+        ("cluster.cluster_size=1", "greater than or equal to 2"),
+        ("cluster.two_level_above=0", "greater than or equal to 1"),
+        ("cluster.method=fold", "'folded' or 'doubled'"),
+        ("pack.refine_rounds=-1", "greater than or equal to 0"),
+        ("pack.refine_rounds=1.5", "integer"),
+        ("pack.refine_tolerance=-0.1", "greater than or equal to 0"),
+        ("pack.num_packings=0", "greater than or equal to 1"),
+        ("pack.num_packings=65", "less than or equal to 64"),
+        ("pack.exact_tour_below=0", "greater than or equal to 1"),
+        ("pack.order=shuffle", "'tour' or 'random'"),
+        ("pack.remainder=keep", "'drop' or 'mix'"),
+    ],
+)
+def test_settings_of_cluster_and_pack_have_bounds(load: Load, override: str, allowed: str) -> None:
+    message = refused(load, MINIMAL, override)
+    assert f"--set: {override.partition('=')[0]}: " in message
+    assert allowed in message and "given " in message
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "cluster.balance=0",
+        "cluster.balance=1",
+        "pack.refine_rounds=0",
+        "pack.refine_tolerance=0",
+        "pack.num_packings=64",
+    ],
+)
+def test_bounds_themselves_are_allowed(load: Load, override: str) -> None:
+    stage, name = override.partition("=")[0].split(".")
+    assert getattr(getattr(load(MINIMAL, override), stage), name) == float(override.partition("=")[2])
+
+
+def test_an_integer_is_a_number(load: Load) -> None:
+    assert load(MINIMAL + "weight = 2\n").dataset[0].weight == 2.0
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../a", "a/b", "/a", "a b", "-a", "a\\n", "é", "n" * 101])
+@pytest.mark.parametrize("what", ["corpus", "name"])
+def test_names_that_are_no_folder_names_are_refused(load: Load, name: str, what: str) -> None:
+    old = 'corpus = "c"' if what == "corpus" else 'name = "n"'
+    assert what in refused(load, MINIMAL.replace(old, f'{what} = "{name}"'))
+
+
+def test_a_corpus_is_not_named_like_the_digest_cache(load: Load) -> None:
+    assert "corpus" in refused(load, MINIMAL.replace('"c"', '".digests.json"'))
+
+
+def test_two_datasets_of_one_name_are_refused(load: Load) -> None:
+    message = refused(load, MINIMAL + '[[dataset]]\nname = "n"\nsource = "y"\n')
+    assert "m.toml: " in message and "two datasets are named 'n'" in message
+
+
+def test_a_dataset_named_mixed_is_refused(load: Load) -> None:
+    assert "'mixed' names the batches of several domains" in refused(load, MINIMAL.replace('"n"', '"mixed"'))
+
+
+def test_every_mistake_is_told_at_once(load: Load) -> None:
+    lines = refused(load, "[pack]\nbatch_size = 0\nsed = 1\n").splitlines()
+    assert len(lines) == 4
+    assert all("m.toml: " in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["pack", "pack.seed", "=", "pack=1", "pack.seed.x=1", "pack.=1", "corpus=c", "", "dataset.0.name=x"],
+)
+def test_an_override_of_another_form_is_refused(load: Load, override: str) -> None:
+    message = refused(load, MINIMAL, override)
+    assert message == f"--set {override}: expected stage.field=value, for example pack.batch_size=64"
+
+
+@pytest.mark.parametrize("override", ["packs.seed=1", ".seed=1", "dataset.name=x", "Pack.seed=1"])
+def test_an_override_of_no_stage_is_refused(load: Load, override: str) -> None:
+    message = refused(load, MINIMAL, override)
+    assert "no stage" in message and "stages: ingest, embed, cluster, pack, hardness, write" in message
+
+
+def test_an_override_of_no_field_is_refused_with_a_suggestion(load: Load) -> None:
+    assert "pack.sed: unknown key; did you mean 'seed'?" in refused(load, MINIMAL, "pack.sed=1")
+
+
+def test_an_override_below_what_is_no_table_is_refused(load: Load) -> None:
+    assert "'pack' is not a table" in refused(load, "pack = 3\n" + MINIMAL, "pack.seed=1")
+
+
+@pytest.mark.parametrize(
+    ("override", "stage", "field", "value"),
+    [
+        ("pack.seed=7", "pack", "seed", 7),
+        ("cluster.method=doubled", "cluster", "method", "doubled"),
+        ('cluster.method="doubled"', "cluster", "method", "doubled"),
+        ("write.margin=0.25", "write", "margin", 0.25),
+        ("embed.query_prompt=query: a=b", "embed", "query_prompt", "query: a=b"),
+        ("ingest.decontaminate=['a', 'b']", "ingest", "decontaminate", ["a", "b"]),
+        ("embed.trust_remote_code=true", "embed", "trust_remote_code", True),
+        pytest.param("embed.model = lexical", "embed", "model", "lexical"),
+    ],
+)
+def test_an_override_wins_over_the_manifest(load: Load, override: str, stage: str, field: str, value: object) -> None:
+    assert getattr(getattr(load(MINIMAL + "[pack]\nseed = 1\n", override), stage), field) == value
+
+
+def test_the_last_override_wins(load: Load) -> None:
+    assert load(MINIMAL, "pack.seed=1", "pack.seed=2").pack.seed == 2
+
+
+def test_an_override_that_is_no_utf_8_is_refused(load: Load) -> None:
+    refused(load, MINIMAL, "embed.query_prompt=\udcff")
+
+
+@pytest.mark.parametrize("kind", ["missing", "a folder", "no UTF-8", "no TOML", "below a file", "empty"])
+def test_a_manifest_that_cannot_be_read_is_named(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "m.toml"
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "below a file":
+        path.write_text("x")
+        path /= "m.toml"
+    elif kind != "missing":
+        path.write_bytes({"no UTF-8": b'corpus = "\xff"', "no TOML": b"corpus = ", "empty": b""}[kind])
+    with pytest.raises(ConfigError) as caught:
+        load_manifest(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    expected = {
+        "missing": "no such manifest",
+        "a folder": "is a folder",
+        "no UTF-8": "is not UTF-8",
+        "no TOML": "is not valid TOML",
+        "below a file": "Not a directory",
+        "empty": "corpus: is required",
+    }
+    assert expected[kind] in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["[" * 5_000, "1" * 5_000, "0x" + "f" * 5_000])
+def test_values_beyond_what_python_reads_are_refused(load: Load, value: str) -> None:
+    refused(load, MINIMAL + f"[pack]\nbatch_size = {value}\n")
+
+
+# anything at all
+
+KEYS = st.sampled_from([*CorpusManifest.model_fields, "name", "source", "columns", "batch_size", "sha256", "x y"])
+VALUES = st.recursive(
+    st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+    | st.text(string.printable + "\0é\u2028\U0001f600", max_size=5)
+    | st.sampled_from(["n", "mixed", "auto", "x.jsonl"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.text(max_size=3), inner, max_size=4),
+    max_leaves=12,
+)
+DATASETS = st.lists(
+    st.fixed_dictionaries({}, optional={"name": VALUES, "source": VALUES, "columns": VALUES, "holdout": VALUES})
+    | VALUES,
+    max_size=3,
+)
+MANIFESTS = st.fixed_dictionaries(
+    {}, optional={"corpus": st.just("c") | VALUES, "dataset": DATASETS | VALUES, "pack": VALUES, "embed": VALUES}
+)
+
+
+def to_toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{to_toml(str(key))} = {to_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(to_toml, value)) + "]"
+    if isinstance(value, str):
+        return '"' + "".join(f"\\U{ord(char):08x}" if not char.isalnum() else char for char in value) + '"'
+    return repr(value)
+
+
+@settings(max_examples=150, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=MANIFESTS, overrides=st.lists(st.text("pack.seed=[]{}1'\" \n", max_size=12), max_size=2))
+@example(content={"corpus": "c", "dataset": [{"name": {}, "source": []}, {"name": 3}]}, overrides=[])
+@example(content={"corpus": "c", "dataset": {"0": {}}}, overrides=["pack.seed=1"])
+def test_no_manifest_raises_anything_but_a_config_error(load: Load, content: Any, overrides: list[str]) -> None:
+    text = "".join(f"{key} = {to_toml(value)}\n" for key, value in content.items())
+    try:
+        manifest = load(text, *overrides)
+    except ConfigError as error:
+        assert str(error)
+    else:
+        assert manifest.corpus and manifest.dataset
+
+
+@settings(max_examples=100, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(raw=st.binary(max_size=60) | st.text("corpus=[]{}\"'#\n.1-:TZe+_ ", max_size=40).map(str.encode))
+def test_no_bytes_raise_anything_but_a_config_error(tmp_path: Path, raw: bytes) -> None:
+    (tmp_path / "m.toml").write_bytes(raw)
+    with pytest.raises(ConfigError):
+        load_manifest(tmp_path / "m.toml")
+
+
+def test_one_column_for_two_things_is_refused(load: Load) -> None:
+    message = refused(load, MINIMAL + 'columns = {query = "a", document = "a"}\n')
+    assert "query, document and negatives must be different columns, given a, a" in message

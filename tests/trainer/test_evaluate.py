@@ -1,0 +1,541 @@
+"""Figures as computed by hand, order restored, context by seed, several ranks as one, clear words about bad input."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from hardbatch.pipeline.errors import InputError
+from hardbatch.trainer import embed, evaluate, shelves
+from hardbatch.trainer import search as search_module
+from hardbatch.trainer.batch import Tokenizer, load_tokenizer
+from hardbatch.trainer.collection import Collection, load_collection
+from hardbatch.trainer.embed import Embedder
+from hardbatch.trainer.evaluate import evaluate_retrieval, held_out_loss
+from hardbatch.trainer.loss import info_nce
+from hardbatch.trainer.search import search
+from tests.models import minilm_folder
+from tests.trainer_models import save_model_folder, tiny_encoder
+
+ROOT = Path(__file__).resolve().parents[2]
+CONTEXT_SIZE = 4
+OPTIONS = {"query_prompt": "search_query: ", "document_prompt": "search_document: ", "texts_per_chunk": 3}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(minilm_folder(), max_length_tokens=32)
+
+
+def make_collection(num_documents: int = 12, num_queries: int = 6) -> Collection:
+    """Query i is answered by document i and, a bit, by document i + 1."""
+    documents = [f"{'long ' * (row % 5)}text {row} about {row * row} things" for row in range(num_documents)]
+    rows = np.arange(num_queries)
+    return Collection(
+        name="tiny",
+        documents=documents,
+        queries=[f"what is {row}" for row in rows],
+        query_rows=np.concatenate([rows, rows]),
+        document_rows=np.concatenate([rows, rows + 1]),
+        scores=np.concatenate([np.full(num_queries, 2), np.full(num_queries, 1)]),
+    )
+
+
+def write_collection(folder: Path, **tables: dict[str, list[Any]]) -> Path:
+    """Two documents and two queries that fit together, or what `tables` gives instead."""
+    content = {
+        "corpus": {"doc_id": ["a", "b"], "text": ["first", "second"], "title": ["One", ""]},
+        "queries": {"query_id": ["p", "q"], "text": ["which is one", "which is two"]},
+        "qrels": {"query_id": ["p", "q"], "doc_id": ["a", "b"], "score": [1, 1]},
+    } | tables
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, columns in content.items():
+        pq.write_table(pa.table(columns), folder / f"{name}.parquet")
+    return folder
+
+
+class TestCollection:
+    def test_titles_stand_before_texts(self, tmp_path: Path) -> None:
+        collection = load_collection(write_collection(tmp_path / "small"))
+        assert collection.name == "small"
+        assert collection.documents == ["One first", "second"]
+        assert collection.queries == ["which is one", "which is two"]
+        assert collection.query_rows.tolist() == collection.document_rows.tolist() == [0, 1]
+
+    def test_titles_may_be_absent_or_null_and_ids_integers(self, tmp_path: Path) -> None:
+        corpus = {"doc_id": [7, 8], "text": ["first", "second"]}
+        qrels = {"query_id": ["q", "p"], "doc_id": [8, 7], "score": [3, 0]}
+        assert load_collection(write_collection(tmp_path, corpus=corpus, qrels=qrels)).document_rows.tolist() == [1, 0]
+        corpus["title"] = [None, "Two"]
+        assert load_collection(write_collection(tmp_path, corpus=corpus, qrels=qrels)).documents == [
+            "first",
+            "Two second",
+        ]
+
+    @pytest.mark.parametrize(
+        ("tables", "told"),
+        [
+            (
+                {"corpus": {"doc_id": ["a", "b"], "body": ["x", "y"]}},
+                r"corpus\.parquet: no column 'text', it has doc_id",
+            ),
+            ({"corpus": {"doc_id": ["a", "a"], "text": ["x", "y"]}}, r"corpus\.parquet: doc_id 'a' is in rows 0 and 1"),
+            ({"corpus": {"doc_id": ["a", None], "text": ["x", "y"]}}, r"column 'doc_id' is null in row 1"),
+            ({"corpus": {"doc_id": ["a", "b"], "text": ["x", None]}}, r"column 'text' is null in row 1"),
+            ({"corpus": {"doc_id": ["a", "b"], "text": [1, 2]}}, r"column 'text' holds int64, it must hold strings"),
+            ({"queries": {"query_id": ["p", "p"], "text": ["x", "y"]}}, r"queries\.parquet: query_id 'p' is in rows"),
+            (
+                {"queries": {"query_id": pa.array([], pa.string()), "text": pa.array([], pa.string())}},
+                r"queries\.parquet: it has no rows",
+            ),
+            (
+                {"qrels": {"query_id": ["p", "z"], "doc_id": ["a", "b"], "score": [1, 1]}},
+                r"qrels\.parquet: query_id 'z' in row 1 is not in queries\.parquet",
+            ),
+            (
+                {"qrels": {"query_id": ["p", "q"], "doc_id": ["a", "z"], "score": [1, 1]}},
+                r"qrels\.parquet: doc_id 'z' in row 1 is not in corpus\.parquet",
+            ),
+            (
+                {"qrels": {"query_id": ["p", "p"], "doc_id": ["a", "a"], "score": [1, 0]}},
+                r"rows 0 and 1 judge the same document",
+            ),
+            ({"qrels": {"query_id": ["p"], "doc_id": ["a"], "score": [0]}}, r"no score is above 0"),
+            ({"qrels": {"query_id": ["p"], "doc_id": ["a"], "score": [0.5]}}, r"'score' must hold whole numbers"),
+            ({"qrels": {"query_id": ["p"], "doc_id": ["a"], "score": [None]}}, r"column 'score' is null in row 0"),
+        ],
+    )
+    def test_bad_input_is_named(self, tmp_path: Path, tables: dict[str, Any], told: str) -> None:
+        with pytest.raises(InputError, match=told):
+            load_collection(write_collection(tmp_path, **tables))
+
+    def test_files_that_are_absent_or_broken_are_named(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"nowhere: no such folder; give a folder with corpus\.parquet"):
+            load_collection(tmp_path / "nowhere")
+        (write_collection(tmp_path) / "queries.parquet").write_bytes(b"PAR1 not really")
+        with pytest.raises(InputError, match=r"queries\.parquet: cannot be read as Parquet"):
+            load_collection(tmp_path)
+        (write_collection(tmp_path) / "qrels.parquet").unlink()
+        with pytest.raises(InputError, match=r"qrels\.parquet: no such file"):
+            load_collection(tmp_path)
+
+
+class TestEmbedder:
+    @pytest.mark.parametrize("pool_prompt", [True, False])
+    @pytest.mark.parametrize("model_type", ["bert", "nomic_bert"])
+    def test_rows_are_those_of_each_text_alone(self, tokenizer: Tokenizer, model_type: str, pool_prompt: bool) -> None:
+        encoder = tiny_encoder(model_type, CONTEXT_SIZE, pool_prompt=pool_prompt)
+        texts = make_collection().documents
+        embedder = Embedder(encoder=encoder, tokenizer=tokenizer, document_prompt="a prompt: ", texts_per_chunk=5)
+        alone = replace(embedder, texts_per_chunk=1)
+        context = embedder.context(texts[:3])
+        torch.testing.assert_close(context, torch.cat([alone.context([text]) for text in texts[:3]]))
+        found = embedder.documents(texts, context)
+        torch.testing.assert_close(found, torch.cat([alone.documents([text], context) for text in texts]))
+        torch.testing.assert_close(found.norm(dim=1), torch.ones(len(texts)))
+        assert not torch.allclose(found, embedder.documents(texts), atol=1e-4)
+
+    def test_the_prompt_can_be_left_out_of_the_mean(self, tokenizer: Tokenizer) -> None:
+        with_prompt, without = (
+            Embedder(encoder=tiny_encoder(pool_prompt=pool), tokenizer=tokenizer, document_prompt="a prompt: ")
+            for pool in (True, False)
+        )
+        assert not torch.allclose(with_prompt.documents(["text"]), without.documents(["text"]), atol=1e-4)
+        bare = [replace(one, document_prompt="") for one in (with_prompt, without)]
+        assert torch.equal(bare[0].documents(["text"]), bare[1].documents(["text"]))
+
+    def test_the_encoder_is_as_before(self, tokenizer: Tokenizer) -> None:
+        encoder = tiny_encoder().train()
+        frozen = encoder.second_stage_model.backbone.embeddings
+        frozen.eval()
+        vectors = Embedder(encoder=encoder, tokenizer=tokenizer).documents(["text"])
+        assert not vectors.requires_grad
+        assert encoder.training and encoder.first_stage_model.training and not frozen.training
+
+    def test_no_text_gives_no_row(self, tokenizer: Tokenizer) -> None:
+        assert Embedder(encoder=tiny_encoder(), tokenizer=tokenizer).queries([]).shape == (0, 32)
+
+
+@pytest.fixture
+def tokenised(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> list[str]:
+    """The texts that `tokenizer` was given, prompts included."""
+    seen: list[str] = []
+    original = tokenizer.tokenize
+
+    def tokenize(texts: Sequence[str], prompts: str = "") -> Any:
+        seen.extend(prompts + text for text in texts)
+        return original(texts, prompts)
+
+    monkeypatch.setattr(tokenizer, "tokenize", tokenize)
+    return seen
+
+
+class AsRank:
+    """`with as_rank(rank, num_ranks)`: what this process computes as one rank of several, without the others."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+
+    @contextlib.contextmanager
+    def __call__(self, rank: int, num_ranks: int) -> Iterator[None]:
+        with self._monkeypatch.context() as patch:
+            for module in (embed, search_module):
+                patch.setattr(module, "ranks", lambda: (rank, num_ranks))
+            patch.setattr(dist, "all_reduce", lambda tensor: None)
+            yield
+
+
+@pytest.fixture
+def as_rank(monkeypatch: pytest.MonkeyPatch) -> AsRank:
+    return AsRank(monkeypatch)
+
+
+class TestSharing:
+    def test_a_rank_tokenises_its_own_shelves(
+        self, tokenizer: Tokenizer, tokenised: list[str], as_rank: AsRank
+    ) -> None:
+        texts = make_collection(16 * 2 * 3 * 2).documents  # six shelves, two for each of three ranks
+        embedder = Embedder(encoder=tiny_encoder(), tokenizer=tokenizer, texts_per_chunk=2)
+        alone = embedder.documents(texts)
+        assert sorted(tokenised) == sorted(texts)
+
+        shares, parts, waits = [], [], []
+        for rank in range(3):
+            tokenised.clear()
+            calls: list[int] = []
+            count = partial(calls.append, 0)
+            with as_rank(rank, 3):
+                part = replace(embedder, kept=shelves.KeptShelves(), between_blocks=count).documents(texts)
+            parts.append(part)
+            shares.append(list(tokenised))
+            waits.append(len(calls))
+
+        assert [len(share) for share in shares] == [64, 64, 64]
+        assert sorted(text for share in shares for text in share) == sorted(texts)
+        assert torch.equal(sum(parts), alone)
+        assert len(set(waits)) == 1  # the ranks wait for each other there
+
+    @pytest.mark.parametrize(("num_texts", "num_ranks"), [(1, 2), (5, 3), (33, 2), (75, 2), (100, 3)])
+    def test_shelves_that_are_too_few_are_shared_by_chunk(
+        self, tokenizer: Tokenizer, as_rank: AsRank, num_texts: int, num_ranks: int
+    ) -> None:
+        texts = make_collection(num_texts).documents
+        embedder = Embedder(encoder=tiny_encoder(), tokenizer=tokenizer, texts_per_chunk=2)
+        alone = embedder.documents(texts)
+
+        parts, waits = [], []
+        for rank in range(num_ranks):
+            calls: list[int] = []
+            with as_rank(rank, num_ranks):
+                parts.append(replace(embedder, between_blocks=partial(calls.append, 0)).documents(texts))
+            waits.append(len(calls))
+
+        rows_of = [part.any(1) for part in parts]
+        assert torch.equal(sum(rows.int() for rows in rows_of), torch.ones(num_texts, dtype=torch.int32))
+        assert torch.equal(sum(parts), alone)
+        assert len(set(waits)) == 1
+
+    def test_ranks_share_the_queries_of_a_search(self, as_rank: AsRank) -> None:
+        generator = torch.Generator().manual_seed(0)
+        queries = torch.randn(70, 8, generator=generator)
+        documents = torch.randn(90, 8, generator=generator)
+        alone = search(queries, documents, 10)
+        parts = []
+        for rank in range(2):
+            with as_rank(rank, 2):
+                parts.append(search(queries, documents, 10))
+
+        assert torch.equal(parts[0] + parts[1], alone)
+        searched = [int(part.any(1).sum()) for part in parts]
+        assert sum(searched) == 70 and min(searched) >= 16
+
+    def test_blocks_on_a_gpu_follow_its_free_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gibibyte = 2**30
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 6 * gibibyte)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 4 * gibibyte)
+        queries = []
+        for free in (0, 2 * gibibyte, 62 * gibibyte):
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 80 * gibibyte))
+            queries.append(search_module._queries_per_block(10_000, 2**22, torch.device("cuda")))
+        assert queries == [4, 8, 128]
+
+
+class TestKeptTokens:
+    def test_a_collection_is_tokenised_once(self, tokenizer: Tokenizer, tokenised: list[str]) -> None:
+        collection = make_collection()
+        options = OPTIONS | {"seed": 0}
+        without = evaluate_retrieval(tiny_encoder(), tokenizer, collection, with_context=False, **options)
+        assert len(tokenised) == len(collection.documents) + len(collection.queries)
+
+        evaluate_retrieval(tiny_encoder(), tokenizer, collection, with_context=True, **options)
+        assert len(tokenised) == len(collection.documents) + len(collection.queries) + CONTEXT_SIZE
+        tokenised.clear()
+
+        again = evaluate_retrieval(tiny_encoder(), tokenizer, collection, with_context=False, **options)
+        evaluate_retrieval(tiny_encoder(seed=1), tokenizer, collection, with_context=True, **options)
+        assert tokenised == []
+        assert again == without
+
+    def test_other_texts_prompts_or_tokenizers_are_tokenised_anew(self, tokenizer: Tokenizer) -> None:
+        kept = shelves.KeptShelves()
+        texts = ["a river bank", "a stone"]
+        first = kept.shelves("documents", texts, "", tokenizer, 8)
+        assert kept.shelves("documents", list(texts), "", tokenizer, 8) is first
+        assert kept.shelves("queries", texts, "", tokenizer, 8) is not first
+
+        shorter = load_tokenizer(minilm_folder(), max_length_tokens=3)
+        for changed in ((["a"], "", tokenizer, 8), (texts, "p: ", tokenizer, 8), (texts, "", shorter, 8)):
+            found = kept.shelves("documents", *changed)
+            assert found is not first
+            expected = changed[2].tokenize([changed[0][row] for row in found.rows(0).tolist()], changed[1])
+            assert found.tokens(0).ids.tolist() == expected.ids.tolist()
+            first = kept.shelves("documents", texts, "", tokenizer, 8)
+
+    def test_what_finds_no_room_is_tokenised_again(
+        self, tokenizer: Tokenizer, tokenised: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(shelves, "_KEPT_BYTES", 4 * 6)
+        found = shelves.Shelves(["one two", "three"], "", tokenizer, 1)  # 4 and 3 tokens of 4 bytes
+        for number in (0, 1, 0, 1):
+            assert len(found.tokens(number)) == 1
+        assert tokenised == ["one two", "three", "three"]
+
+
+def test_a_training_without_evaluation_needs_no_ir_measures() -> None:
+    code = "import sys; sys.modules['ir_measures'] = None; import hardbatch.trainer.loop"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+
+
+class TestSearch:
+    def test_the_first_of_equals_wins(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        generator = np.random.default_rng(0)
+        queries = generator.integers(-2, 3, (40, 3)).astype(np.float32)
+        documents = generator.integers(-2, 3, (300, 3)).astype(np.float32)
+        documents[::7] *= -0.0
+        expected = np.argsort(-(queries @ documents.T + 0.0), axis=1, kind="stable")[:, :100]
+        for places in (1, 2_000, 2**25):
+            monkeypatch.setattr(search_module, "_SCORES_PER_BLOCK", places)
+            hits = search(torch.from_numpy(queries), torch.from_numpy(documents), 100)
+            assert np.array_equal(hits.numpy(), expected)
+
+    def test_a_small_corpus_is_ranked_whole(self) -> None:
+        hits = search(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 1.0], [1.0, 0.0], [-1.0, 0.0]]), 100)
+        assert hits.tolist() == [[1, 0, 2]]
+
+
+class TestRetrieval:
+    def test_figures_are_those_computed_by_hand(self, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+        # 12 documents in the order 0, 1, 2, ... for every query
+        collection = Collection(
+            name="by_hand",
+            documents=[str(row) for row in range(12)],
+            queries=["second", "two grades", "not relevant at all", "eleventh"],
+            query_rows=np.array([0, 1, 1, 2, 3, 0]),
+            document_rows=np.array([1, 2, 0, 5, 10, 0]),
+            scores=np.array([1, 2, 1, 0, 1, -1]),
+        )
+        monkeypatch.setattr(Embedder, "queries", lambda self, texts, context: torch.ones(len(texts), 1))
+        monkeypatch.setattr(Embedder, "documents", lambda self, texts, context: -torch.arange(12.0)[:, None])
+        found = evaluate_retrieval(tiny_encoder(), tokenizer, collection, seed=0, with_context=False)
+        second = 1 / math.log2(3)
+        grades = (1 + 2 / math.log2(4)) / (2 + 1 / math.log2(3))
+        assert found.ndcg_at_10 == pytest.approx((second + grades + 0) / 3)
+        assert found.mrr_at_10 == pytest.approx((1 / 2 + 1 + 0) / 3)
+        assert found.recall_at_100 == 1.0
+
+    def test_the_context_is_drawn_by_seed(self, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+        drawn: list[list[str]] = []
+        embed = Embedder.context
+        monkeypatch.setattr(
+            Embedder, "context", lambda self, documents: drawn.append(list(documents)) or embed(self, documents)
+        )
+        collection = make_collection()
+        for seed in (0, 0, 1):
+            evaluate_retrieval(tiny_encoder(), tokenizer, collection, seed=seed, with_context=True, **OPTIONS)
+        assert drawn[0] == drawn[1] != drawn[2]
+        assert all(len(set(one)) == CONTEXT_SIZE and set(one) <= set(collection.documents) for one in drawn)
+        drawn.clear()
+        small = replace(make_collection(3, 2), documents=make_collection(3).documents)
+        evaluate_retrieval(tiny_encoder(), tokenizer, small, seed=0, with_context=True, **OPTIONS)
+        assert drawn == [list(small.documents)]
+        drawn.clear()
+        evaluate_retrieval(tiny_encoder(), tokenizer, small, seed=0, with_context=False, **OPTIONS)
+        assert drawn == []
+
+    def test_a_biencoder_has_no_context(self, tokenizer: Tokenizer) -> None:
+        encoder, collection = tiny_encoder(context_size=0), make_collection()
+        with_context, without = (
+            evaluate_retrieval(encoder, tokenizer, collection, seed=0, with_context=one, **OPTIONS)
+            for one in (True, False)
+        )
+        assert with_context == without
+
+    def test_autocast_changes_little(self, tokenizer: Tokenizer) -> None:
+        embedder = Embedder(encoder=tiny_encoder(), tokenizer=tokenizer)
+        half = replace(embedder, precision=torch.bfloat16)
+        texts = make_collection().documents
+        cosine = (embedder.documents(texts) * half.documents(texts)).sum(1)
+        assert half.documents(texts).dtype == torch.float32
+        assert not torch.equal(embedder.documents(texts), half.documents(texts)) and cosine.min() > 0.999
+
+
+class TestHeldOutLoss:
+    @pytest.mark.parametrize("context_size", [0, CONTEXT_SIZE])
+    def test_it_is_the_loss_of_training(self, tokenizer: Tokenizer, context_size: int) -> None:
+        encoder = tiny_encoder(context_size=context_size)
+        collection = replace(
+            make_collection(6, 5),
+            documents=["one", "same", "same", "three", "four", "five"],
+            query_rows=np.arange(5),
+            document_rows=np.arange(5),
+            scores=np.ones(5, np.int64),
+        )
+        found = held_out_loss(encoder, tokenizer, collection, batch_size=8, seed=3, temperature=0.1, **OPTIONS)
+        embedder = Embedder(encoder=encoder, tokenizer=tokenizer, **OPTIONS)
+        equivalent = torch.eye(5, dtype=torch.bool)
+        equivalent[1, 2] = equivalent[2, 1] = True  # the same text
+        documents = collection.documents[:5]
+        losses = []
+        # one batch, in any order; of 5 documents 4 are the context
+        for left_out in range(5) if context_size else [None]:
+            context = None
+            if left_out is not None:
+                context = embedder.context([text for row, text in enumerate(documents) if row != left_out])
+            loss = info_nce(
+                embedder.queries(collection.queries, context),
+                embedder.documents(documents, context),
+                equivalent,
+                temperature=0.1,
+            )
+            losses.append(float(loss.value))
+        assert found.num_batches == 1
+        assert min(abs(found.loss - loss) for loss in losses) < 1e-5
+        unmasked = info_nce(
+            embedder.queries(collection.queries),
+            embedder.documents(documents),
+            torch.zeros(5, 5, dtype=torch.bool),
+            temperature=0.1,
+        )
+        assert abs(found.loss - float(unmasked.value)) > 1e-3
+
+    def test_known_answers_are_no_negatives(self, tokenizer: Tokenizer) -> None:
+        everything = np.arange(3)
+        collection = Collection(
+            name="all_relevant",
+            documents=["one", "two", "three"],
+            queries=["who", "what", "where"],
+            query_rows=np.repeat(everything, 3),
+            document_rows=np.tile(everything, 3),
+            scores=np.ones(9, np.int64),
+        )
+        found = held_out_loss(tiny_encoder(), tokenizer, collection, batch_size=9, seed=0, temperature=0.02)
+        assert found.loss == 0 and found.accuracy == 1
+
+    def test_batches_are_drawn_by_seed_and_the_rest_is_left_out(self, tokenizer: Tokenizer) -> None:
+        def loss(**changes: int) -> evaluate.HeldOutLoss:
+            settings: dict[str, Any] = {"batch_size": 5, "seed": 0, "temperature": 0.1} | changes
+            return held_out_loss(tiny_encoder(), tokenizer, make_collection(), **settings, **OPTIONS)
+
+        assert loss().num_batches == 2  # of 12 pairs
+        assert loss() == loss() != loss(seed=1)
+        assert loss(batch_size=12).num_batches == loss(batch_size=512).num_batches == 1
+        assert loss(max_pairs=9).num_batches == loss(max_pairs=1).num_batches == 1
+
+    def test_one_pair_is_refused(self, tokenizer: Tokenizer) -> None:
+        collection = replace(make_collection(), scores=np.array([1] + [0] * 11))
+        with pytest.raises(InputError, match="tiny: one relevant pair makes no batch"):
+            held_out_loss(tiny_encoder(), tokenizer, collection, batch_size=4, seed=0, temperature=0.1)
+
+
+def all_figures(tokenizer: Tokenizer) -> tuple[Any, ...]:
+    encoder, collection = tiny_encoder("nomic_bert"), make_collection(140, 20)
+    retrieval = [
+        evaluate_retrieval(encoder, tokenizer, collection, seed=5, with_context=one, **OPTIONS) for one in (False, True)
+    ]
+    held_out = held_out_loss(encoder, tokenizer, collection, batch_size=4, seed=5, temperature=0.1, **OPTIONS)
+    embedder = Embedder(encoder=encoder, tokenizer=tokenizer, **OPTIONS)
+    vectors = embedder.documents(collection.documents, embedder.context(collection.documents[:4]))
+    return (*map(astuple, retrieval), astuple(held_out), vectors.tolist())
+
+
+def rank_main(rank: int, num_ranks: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=num_ranks)
+    found = all_figures(load_tokenizer(minilm_folder(), max_length_tokens=32))
+    Path(folder, f"rank-{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def test_several_ranks_give_the_figures_of_one(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(rank_main, args=(2, port, str(tmp_path)), nprocs=2)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the ranks: then nothing is rounded in another way
+    alone = json.dumps(all_figures(tokenizer))
+    torch.set_num_threads(num_threads)
+    assert [(tmp_path / f"rank-{rank}.json").read_text() for rank in range(2)] == [alone, alone]
+
+
+class TestCommand:
+    @staticmethod
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "hardbatch.trainer.evaluate", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+    def test_it_prints_a_row_for_each_collection(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = save_model_folder(tmp_path / "model", tiny_encoder(), prompts={"query": "q: ", "document": "d: "})
+        first = write_collection(tmp_path / "first")
+        second = write_collection(tmp_path / "a_second_collection")
+        prompts = []
+        original = evaluate.evaluate_retrieval
+
+        def spy(*arguments: Any, **options: Any) -> Any:
+            prompts.append((options["query_prompt"], options["document_prompt"]))
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(evaluate, "evaluate_retrieval", spy)
+        assert evaluate.main(["--model", str(model), "--eval", f"{first},{second}", "--document-prompt", ""]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert prompts == [("q: ", "")] * 4
+        assert lines[0].split() == ["no", "context", "with", "context", "(J", "=", "4)"]
+        assert lines[1].split() == ["collection", *["nDCG@10", "recall@100", "MRR@10"] * 2]
+        assert [line.split()[0] for line in lines[2:]] == ["first", "a_second_collection"]
+        assert len({len(line) for line in lines}) == 1
+        found = load_collection(first)
+        tokenizer = load_tokenizer(model, max_length_tokens=48)
+        figures = evaluate_retrieval(
+            tiny_encoder(), tokenizer, found, seed=0, with_context=True, query_prompt="q: ", document_prompt=""
+        )
+        assert lines[2].split()[4:] == [f"{figure:.4f}" for figure in astuple(figures)]
+
+    def test_mistakes_end_in_one_line(self, tmp_path: Path) -> None:
+        result = self.run("--model", tmp_path / "none", "--eval", write_collection(tmp_path / "small"))
+        assert result.returncode == 2
+        assert result.stderr.splitlines()[-1].startswith(f"trainer: --model {tmp_path / 'none'}: no config.json there")
+        assert "Traceback" not in result.stderr
+        assert evaluate.main(["--model", str(tmp_path), "--eval", str(tmp_path / "none")]) == 3
+        assert evaluate.main(["--model", str(tmp_path), "--eval", ","]) == 2
+        assert evaluate.main(["--model", "x", "--eval", "y", "--texts-per-chunk", "0"]) == 2

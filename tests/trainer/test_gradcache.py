@@ -1,0 +1,351 @@
+"""Gradients in chunks equal those of one graph; several ranks equal one that accumulates."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from hardbatch.trainer.batch import Batch, Tokens
+from hardbatch.trainer.gradcache import GradCache, StepConfig
+from hardbatch.trainer.model import BACKBONE_TYPES, Encoder, EncoderConfig, new_backbone
+from hardbatch.trainer.ranks import Ranks
+from tests.models import VOCABULARY_SIZE
+from tests.trainer_models import tiny_config
+
+SIZE, CONTEXT_SIZE = 8, 6
+BOUND = 1e-5  # of each tensor's norm
+STEP = StepConfig(
+    chunk_tokens=60,
+    temperature=0.05,
+    sequence_dropout=0.3,
+    no_context_rate=0.0,
+    seed=7,
+)
+WHOLE = replace(STEP, chunk_tokens=10_000)
+
+
+def make_encoder(model_type="bert", context_size=CONTEXT_SIZE, dropout=0.1, pool_prompt=True):
+    config = tiny_config(model_type)
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "mlp_dropout"):
+        if hasattr(config, name):
+            setattr(config, name, dropout)
+    torch.manual_seed(0)
+    first = new_backbone(config) if context_size else None
+    encoder = Encoder(
+        EncoderConfig(context_size=context_size, max_length_tokens=32, pool_prompt=pool_prompt),
+        first,
+        new_backbone(config),
+    )
+    if encoder.first_stage_model is not None:
+        encoder.first_stage_model.initialise_head(encoder.second_stage_model.backbone.get_input_embeddings().weight)
+    return encoder.train()
+
+
+def make_tokens(num_texts, generator):
+    lengths = torch.randint(3, 20, (num_texts,), generator=generator)
+    ids = torch.randint(5, VOCABULARY_SIZE, (int(lengths.sum()),), generator=generator)
+    return Tokens(ids=ids, lengths_N=lengths, prompt_lengths_N=torch.ones_like(lengths))
+
+
+def make_batch(position, num_negatives=0):
+    generator = torch.Generator().manual_seed(1000 + position)
+    equivalent = torch.rand(SIZE, SIZE, generator=generator) < 0.2
+    return Batch(
+        position=position,
+        batch_id=position,
+        domain="random",
+        queries=make_tokens(SIZE, generator),
+        documents=make_tokens(SIZE, generator),
+        negatives=make_tokens(num_negatives, generator) if num_negatives else None,
+        negative_owner_M=torch.arange(num_negatives) % SIZE,
+        equivalent_BB=equivalent.fill_diagonal_(False),
+    )
+
+
+def gradients_of(encoder):
+    return {name: parameter.grad.clone() for name, parameter in encoder.named_parameters()}
+
+
+def worst_error(found, expected):
+    """The largest error of a tensor relative to the norm of the expected one.
+
+    The gradient of an attention's key bias is zero but for rounding (the softmax does not see it): tensors of less
+    than a millionth of the whole gradient's norm are compared with that.
+    """
+    assert found.keys() == expected.keys()
+    floor = 1e-6 * torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    errors = [(found[name] - expected[name]).norm() / expected[name].norm().clamp(min=floor) for name in found]
+    return max(float(error) for error in errors)
+
+
+def one_graph(encoder, config, batch):
+    """Loss and gradients of one graph over the chunks and draws of `config`."""
+    whole = GradCache(encoder, config)
+    plan = whole._plan(batch)
+    assert len(plan.text_chunks) > 2 and (len(plan.context_chunks) > 1 or encoder.config.context_size == 0)
+    loss = whole._loss(plan, whole._embed(plan, whole._embed_context(plan)))
+    loss.value.backward()
+    return loss.value.detach(), gradients_of(encoder)
+
+
+@pytest.mark.parametrize("model_type", BACKBONE_TYPES)
+@pytest.mark.parametrize("num_negatives", [0, 5])
+def test_cached_equals_one_graph_over_the_same_chunks_and_draws(model_type, num_negatives):
+    batch = make_batch(3, num_negatives)
+    expected_loss, expected = one_graph(make_encoder(model_type), STEP, batch)
+    encoder = make_encoder(model_type)
+    loss = GradCache(encoder, STEP).backward(batch)
+    assert torch.equal(loss.value, expected_loss)
+    assert worst_error(gradients_of(encoder), expected) < BOUND
+    assert all(gradient.any() for name, gradient in expected.items() if "position" not in name)
+
+
+def test_cached_biencoder():
+    batch = make_batch(3)
+    expected_loss, expected = one_graph(make_encoder(context_size=0), STEP, batch)
+    encoder = make_encoder(context_size=0)
+    assert torch.equal(GradCache(encoder, STEP).backward(batch).value, expected_loss)
+    assert worst_error(gradients_of(encoder), expected) < BOUND
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 60, 100, 250, 600])
+@pytest.mark.parametrize("pool_prompt", [True, False])
+def test_without_dropout_chunks_change_nothing(chunk_tokens, pool_prompt):
+    batch = make_batch(4, num_negatives=3)
+    whole, cached = (make_encoder(dropout=0.0, pool_prompt=pool_prompt) for _ in range(2))
+    expected = GradCache(whole, WHOLE).backward(batch)
+    found = GradCache(cached, replace(STEP, chunk_tokens=chunk_tokens)).backward(batch)
+    assert found.value.item() == pytest.approx(expected.value.item(), rel=1e-5)
+    assert worst_error(gradients_of(cached), gradients_of(whole)) < 10 * BOUND  # other padding, other rounding
+
+
+def test_an_independent_computation_of_the_whole_step():
+    """No dropout: stages called by hand on padded tensors, the loss in float64, agree with the step."""
+    batch = make_batch(5)
+    encoder = make_encoder(dropout=0.0)
+    config = replace(STEP, sequence_dropout=0.0)
+    loss = GradCache(encoder, config).backward(batch).value
+
+    def padded(tokens, row):
+        start = int(tokens.lengths_N[:row].sum())
+        ids = tokens.ids[start : start + int(tokens.lengths_N[row])][None].long()
+        return ids, torch.ones_like(ids), torch.ones_like(ids)
+
+    documents = range(SIZE)
+    with torch.no_grad():
+        from hardbatch.trainer.draws import draw_context
+
+        chosen = draw_context(SIZE, CONTEXT_SIZE, seed=STEP.seed, position=5)
+        context = torch.cat([encoder.first_stage_model(*padded(batch.documents, int(row))) for row in chosen])
+        sides = [
+            torch.cat([encoder.second_stage_model(*padded(side, row), context) for row in documents])
+            for side in (batch.queries, batch.documents)
+        ]
+    scores = sides[0].double() @ sides[1].double().T / STEP.temperature
+    scores = scores.masked_fill(batch.equivalent_BB, -torch.inf)
+    expected = (scores.logsumexp(1) - scores.diagonal()).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_draws_depend_on_the_position_alone():
+    losses = []
+    for position in (3, 3, 4):
+        encoder = make_encoder()
+        torch.manual_seed(len(losses))  # whatever else drew numbers before
+        losses.append(GradCache(encoder, STEP).backward(replace(make_batch(3), position=position)).value.item())
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_the_global_generator_is_left_as_it_was():
+    encoder = make_encoder()
+    state = torch.get_rng_state()
+    GradCache(encoder, STEP).backward(make_batch(1))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_no_context_rate_nulls_a_whole_batch():
+    encoder = make_encoder()
+    GradCache(encoder, replace(STEP, no_context_rate=1.0)).backward(make_batch(1))
+    first = [parameter.grad for parameter in encoder.first_stage_model.parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in first)
+    assert encoder.second_stage_model.null_context.grad.any()
+
+
+def test_a_masked_document_has_no_influence_on_the_others():
+    """Document 2 is masked for every other query and no context: gradients of the rest are those without it."""
+    batch = make_batch(6)
+    masked = batch.equivalent_BB.clone()
+    masked[:, 2] = True
+    batch = replace(batch, equivalent_BB=masked.fill_diagonal_(False))
+    generator = torch.Generator().manual_seed(99)
+    other = make_tokens(SIZE, generator)
+    lengths, places = batch.documents.lengths_N.tolist(), batch.documents.ids.split(batch.documents.lengths_N.tolist())
+    swapped = [*places]
+    swapped[2] = other.ids.split(other.lengths_N.tolist())[2][: lengths[2]]
+    assert len(swapped[2]) >= 3 and not torch.equal(swapped[2], places[2][: len(swapped[2])])
+    lengths[2] = len(swapped[2])
+    changed = Tokens(
+        ids=torch.cat(swapped), lengths_N=torch.tensor(lengths), prompt_lengths_N=batch.documents.prompt_lengths_N
+    )
+
+    def queries_gradient(documents):
+        encoder = make_encoder(context_size=0, dropout=0.0)
+        step = GradCache(encoder, WHOLE)
+        plan = step._plan(replace(batch, documents=documents))
+        embeddings = step._embed(plan, None).detach().requires_grad_()
+        step._loss(plan, embeddings).value.backward()
+        return embeddings.grad[:SIZE]
+
+    before, after = queries_gradient(batch.documents), queries_gradient(changed)
+    kept = torch.arange(SIZE) != 2
+    assert torch.allclose(before[kept], after[kept], atol=1e-7) and not torch.allclose(before[2], after[2], atol=1e-4)
+
+
+def test_bf16_autocast_gives_every_weight_its_gradient():
+    """A weight cast in the pass without a graph and cached by autocast would get none in the second pass."""
+    batch = make_batch(2)
+    exact, cast = make_encoder(dropout=0.0), make_encoder(dropout=0.0)
+    GradCache(exact, STEP).backward(batch)
+    loss = GradCache(cast, replace(STEP, autocast=torch.bfloat16)).backward(batch)
+    assert loss.value.dtype == torch.float32
+    found, expected = gradients_of(cast), gradients_of(exact)
+    for name, gradient in expected.items():
+        if gradient.norm() > 1e-3:
+            cosine = torch.nn.functional.cosine_similarity(found[name].flatten(), gradient.flatten(), dim=0)
+            assert cosine > 0.9, name
+
+
+# -- several ranks -----------------------------------------------------------------------------------------------------
+
+ACCUMULATE, NUM_STEPS = 2, 50
+
+
+def train_rank(rank, world_size, accumulate, config, num_negatives=lambda position: 0):
+    """Yields (gradients, parameters) of one rank after each step; batches in the order of the stream."""
+    encoder = make_encoder()
+    ranks = Ranks(rank=rank, world_size=world_size, device=torch.device("cpu"))
+    step = GradCache(encoder, config)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3)
+    position = 0
+    while True:
+        for number in range(accumulate):
+            place = position + number * world_size + rank
+            step.backward(make_batch(place, num_negatives(place)), scale=1 / accumulate)
+        ranks.average_gradients(encoder)
+        gradients = gradients_of(encoder)
+        torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        position += world_size * accumulate
+        yield gradients, {name: parameter.detach().clone() for name, parameter in encoder.named_parameters()}
+
+
+def digest(tensors):
+    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors.values())).hexdigest()
+
+
+CONFIGS = {
+    "dropping": STEP,
+    "one_chunk": WHOLE,
+    "nothing_dropped": replace(STEP, sequence_dropout=0.0),
+    "sometimes_no_context": replace(STEP, no_context_rate=0.5, sequence_dropout=0.0),
+}
+
+
+UNEVEN = replace(STEP, chunk_tokens=520)  # one pass, or chunks where there are negatives
+
+
+def test_a_batch_of_no_more_tokens_than_a_chunk_takes_one_pass():
+    """Both stages are in memory at once then, so they count together."""
+    encoder, batch = make_encoder(), make_batch(0)
+    plan = GradCache(encoder, WHOLE)._plan(batch)
+    chosen_M = batch.documents.lengths_N[plan.context_rows_M]
+    texts_N = torch.cat([batch.queries.lengths_N, batch.documents.lengths_N])
+    most = len(texts_N) * (int(texts_N.max()) + CONTEXT_SIZE) + len(chosen_M) * int(chosen_M.max())
+    assert plan.num_tokens == most  # sixteen texts are one piece
+
+    passes = []
+    for chunk_tokens in (most, most - 1):
+        calls = []
+        handle = encoder.second_stage_model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        GradCache(encoder, replace(STEP, chunk_tokens=chunk_tokens)).backward(batch)
+        handle.remove()
+        passes.append(len(calls))
+    assert passes == [1, 2]
+
+
+def test_uneven_batches_are_uneven():
+    step = GradCache(make_encoder(), UNEVEN)
+    for position in range(15):
+        plan = step._plan(make_batch(position, uneven(position)))
+        assert (plan.num_tokens > UNEVEN.chunk_tokens) == bool(uneven(position))
+
+
+def uneven(position):
+    """Hard negatives of the batch at `position`: none on some ranks, some on others."""
+    return 12 * (position % 2)
+
+
+def rank_main(rank, world_size, port, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    results = {}
+    for name, config in CONFIGS.items():
+        steps = train_rank(rank, world_size, ACCUMULATE, config)
+        gradients, parameters = next(steps)
+        for _ in range((NUM_STEPS if name == "dropping" else 4) - 1):
+            _, parameters = next(steps)
+        results[name] = {"gradients": gradients, "digest": digest(parameters)}
+    steps = train_rank(rank, world_size, 1, UNEVEN, uneven)
+    results["uneven"] = {"gradients": next(steps)[0], "digest": digest([next(steps) for _ in range(4)][-1][1])}
+    results["reduced"] = count_reduced(rank, world_size)
+    torch.save(results, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def count_reduced(rank, world_size):
+    """Elements that a step reduces, and the number of parameters."""
+    counted = []
+    reduce = dist.all_reduce
+
+    def count(tensor, **options):
+        counted.append(tensor.numel())
+        return reduce(tensor, **options)
+
+    dist.all_reduce = count
+    try:
+        next(train_rank(rank, world_size, ACCUMULATE, STEP))
+    finally:
+        dist.all_reduce = reduce
+    return sum(counted), sum(parameter.numel() for parameter in make_encoder().parameters())
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_equal_one_rank_that_accumulates(world_size, tmp_path):
+    mp.spawn(rank_main, args=(world_size, free_port(), str(tmp_path)), nprocs=world_size)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+    for name, config in CONFIGS.items():
+        alone, _ = next(train_rank(0, 1, ACCUMULATE * world_size, config))
+        for rank in range(world_size):
+            assert worst_error(found[rank][name]["gradients"], alone) < BOUND, name
+        assert len({found[rank][name]["digest"] for rank in range(world_size)}) == 1, name
+    alone, _ = next(train_rank(0, 1, world_size, UNEVEN, uneven))
+    for rank in range(world_size):
+        assert worst_error(found[rank]["uneven"]["gradients"], alone) < BOUND
+        assert found[rank]["uneven"]["digest"] == found[0]["uneven"]["digest"]
+    for rank in range(world_size):
+        counted, parameters = found[rank]["reduced"]
+        assert counted == parameters

@@ -1,0 +1,234 @@
+"""The two stages: context without order, nulls, pooling, saving."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hardbatch.trainer.model import BACKBONE_TYPES, SecondStage, load_encoder, mean_pool, new_backbone
+from tests.models import VOCABULARY_SIZE
+from tests.trainer_models import HIDDEN_SIZE, tiny_config, tiny_encoder
+
+CONTEXT_SIZE = 40  # more than any attention window: modernbert's is 8 here
+
+
+def texts(num_texts=6, num_tokens=30, seed=0):
+    """ids and a mask with padding in two rows."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, VOCABULARY_SIZE, (num_texts, num_tokens), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1:2, 10:] = 0
+    mask[2:3, 3:] = 0
+    return ids, mask
+
+
+def context(num_documents, scale=0.05, seed=1):
+    return scale * torch.randn(num_documents, HIDDEN_SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("model_type", BACKBONE_TYPES)
+def test_the_order_of_the_context_changes_nothing(model_type):
+    second = tiny_encoder(model_type, CONTEXT_SIZE).second_stage_model
+    ids, mask = texts()
+    with torch.no_grad():
+        given = context(CONTEXT_SIZE)
+        plain = second(ids, mask, mask, given)
+        turned = second(ids, mask, mask, given[torch.randperm(CONTEXT_SIZE)])
+        other = second(ids, mask, mask, given.roll(1, dims=1))
+    assert (plain - turned).abs().max() < 1e-5
+    assert (plain - other).abs().max() > 1e-4  # and it does read the context
+
+
+@pytest.mark.parametrize("model_type", BACKBONE_TYPES)
+def test_every_token_sees_every_context_document(model_type):
+    backbone = tiny_config(model_type, num_layers=1)
+    if model_type == "modernbert":
+        backbone.layer_types = ["sliding_attention"]
+    second = SecondStage(new_backbone(backbone), CONTEXT_SIZE).eval()
+    ids, mask = texts(num_texts=1, num_tokens=60)
+    last = torch.zeros_like(mask)
+    last[:, -1] = 1  # pool the last token alone, farthest from the context
+    for place in (0, CONTEXT_SIZE - 1):
+        given = context(CONTEXT_SIZE)
+        changed = given.clone()
+        changed[place] *= -1
+        with torch.no_grad():
+            moved = (second(ids, mask, last, given) - second(ids, mask, last, changed)).abs().max()
+        assert moved > 1e-5
+
+
+@pytest.mark.parametrize("model_type", BACKBONE_TYPES)
+def test_padding_changes_nothing(model_type):
+    encoder = tiny_encoder(model_type, 4)
+    ids, mask = texts()
+    given = context(4)
+    with torch.no_grad():
+        together = encoder.second_stage_model(ids, mask, mask, given)
+        alone = encoder.second_stage_model(ids[1:2, :10], mask[1:2, :10], mask[1:2, :10], given)
+        first_together = encoder.first_stage_model(ids, mask, mask)
+        first_alone = encoder.first_stage_model(ids[1:2, :10], mask[1:2, :10], mask[1:2, :10])
+    assert torch.allclose(together[1], alone[0], atol=1e-6)
+    assert torch.allclose(first_together[1], first_alone[0], atol=1e-6)
+
+
+def test_missing_context_is_null_context():
+    second = tiny_encoder("bert", 6).second_stage_model
+    ids, mask = texts()
+    given = context(4)
+    nulls = second.null_context.detach().expand(2, -1)
+    with torch.no_grad():
+        short = second(ids, mask, mask, given)
+        padded = second(ids, mask, mask, torch.cat([given, nulls]))
+        none = second(ids, mask, mask)
+        empty = second(ids, mask, mask, given[:0])
+        all_nulls = second(ids, mask, mask, second.null_context.detach().expand(6, -1))
+        dropped = second(ids, mask, mask, given, torch.zeros(6, 6, dtype=torch.bool))
+    assert torch.equal(short, padded)
+    assert torch.equal(none, empty) and torch.equal(none, all_nulls) and torch.equal(none, dropped)
+    assert not torch.allclose(short, none)
+
+
+def test_dropping_is_for_each_text_by_itself():
+    second = tiny_encoder("bert", 4).second_stage_model
+    ids, mask = texts()
+    given = context(4)
+    keep = torch.ones(6, 4, dtype=torch.bool)
+    keep[3, 1] = False
+    changed = given.clone()
+    changed[1] += 1
+    with torch.no_grad():
+        moved = (second(ids, mask, mask, given, keep) - second(ids, mask, mask, changed, keep)).abs().amax(1)
+    assert moved[3] == 0 and (moved[[0, 1, 2, 4, 5]] > 0).all()
+
+
+def test_the_null_vector_always_gets_a_gradient():
+    second = tiny_encoder("bert", 4).second_stage_model
+    ids, mask = texts()
+    second(ids, mask, mask, context(4)).sum().backward()
+    assert second.null_context.grad is not None and not second.null_context.grad.any()
+    second(ids, mask, mask, context(3)).sum().backward()
+    assert second.null_context.grad.any()
+
+
+def test_every_parameter_gets_a_gradient():
+    for model_type in BACKBONE_TYPES:
+        encoder = tiny_encoder(model_type, 4)
+        ids, mask = texts()
+        vectors = encoder.first_stage_model(ids[:3], mask[:3], mask[:3])
+        encoder.second_stage_model(ids, mask, mask, vectors)[:, 0].sum().backward()
+        without = [name for name, parameter in encoder.named_parameters() if parameter.grad is None]
+        assert without == []
+
+
+def test_more_context_than_the_model_reads_is_refused():
+    second = tiny_encoder("bert", 4).second_stage_model
+    ids, mask = texts()
+    with pytest.raises(ValueError, match="5 context documents are given, the model reads at most 4"):
+        second(ids, mask, mask, context(5))
+
+
+@pytest.mark.parametrize("model_type", BACKBONE_TYPES)
+def test_a_biencoder_is_the_plain_backbone(model_type):
+    encoder = tiny_encoder(model_type, 0)
+    ids, mask = texts()
+    with torch.no_grad():
+        ours = encoder.second_stage_model(ids, mask, mask)
+        plain = encoder.second_stage_model.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+    assert encoder.first_stage_model is None and not hasattr(encoder.second_stage_model, "null_context")
+    assert torch.equal(ours, torch.nn.functional.normalize(mean_pool(plain, mask), dim=-1))
+
+
+def test_only_marked_tokens_are_pooled():
+    hidden = torch.arange(12.0).reshape(1, 4, 3)
+    assert torch.equal(mean_pool(hidden, torch.tensor([[0, 1, 1, 0]])), hidden[:, 1:3].mean(1))
+
+
+def test_the_head_starts_in_the_scale_of_token_embeddings():
+    for hidden_size in (32, 64):
+        encoder = tiny_encoder("bert", 4, hidden_size=hidden_size)
+        ids, mask = texts()
+        with torch.no_grad():
+            vectors = encoder.first_stage_model(ids, mask, mask)
+        embeddings = encoder.second_stage_model.backbone.get_input_embeddings().weight
+        assert vectors.pow(2).mean().sqrt() == pytest.approx(embeddings.pow(2).mean().sqrt().item(), rel=0.01)
+
+
+def test_one_text_under_flash_attention_goes_in_with_padding(monkeypatch):
+    second = tiny_encoder("bert", 4).second_stage_model
+    ids, mask = texts(num_texts=1)
+    given = context(4)
+    with torch.no_grad():
+        expected = second(ids, mask, mask, given)
+        monkeypatch.setattr(second.backbone.config, "_attn_implementation_internal", "flash_attention_2")
+        masks = []
+        forward = second.backbone.forward
+
+        def spy(**inputs):
+            masks.append(inputs["attention_mask"])
+            monkeypatch.setattr(second.backbone.config, "_attn_implementation_internal", "sdpa")
+            return forward(**inputs)
+
+        monkeypatch.setattr(second.backbone, "forward", spy)
+        found = second(ids, mask, mask, given)
+    assert not masks[0].all()
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_refused_backbones():
+    from transformers import RobertaConfig
+
+    with pytest.raises(ValueError, match="type 'roberta' is not known; known: bert, modernbert, nomic_bert"):
+        new_backbone(RobertaConfig(num_hidden_layers=1))
+    with pytest.raises(ValueError, match="use sdpa or eager"):
+        new_backbone(tiny_config("modernbert"), attention="flash_attention_2")
+
+
+def save(folder, encoder):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(encoder.config_dict(), sort_keys=True))
+    save_file(encoder.state_dict(), folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("model_type", BACKBONE_TYPES)
+@pytest.mark.parametrize("context_size", [0, 4])
+def test_saved_and_loaded(tmp_path, model_type, context_size):
+    encoder = tiny_encoder(model_type, context_size, pool_prompt=False)
+    save(tmp_path, encoder)
+    loaded = load_encoder(tmp_path)
+    assert loaded.config == encoder.config and not loaded.training
+    ids, mask = texts()
+    with torch.no_grad():
+        assert torch.equal(loaded.second_stage_model(ids, mask, mask), encoder.second_stage_model(ids, mask, mask))
+    again = tmp_path / "again"
+    save(again, loaded)
+    assert (again / "config.json").read_text() == (tmp_path / "config.json").read_text()
+
+
+def test_what_is_no_saved_model_is_refused(tmp_path):
+    encoder = tiny_encoder("bert", 4)
+    save(tmp_path, encoder)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["hardbatch"]["format_version"] = 99
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="format version 99, this code reads up to 1"):
+        load_encoder(tmp_path)
+    del content["hardbatch"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="not the configuration of a trained model"):
+        load_encoder(tmp_path)
+    save(tmp_path, encoder)
+    weights = encoder.state_dict()
+    del weights["first_stage_model.head.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"1 missing, 0 unexpected, first: first_stage_model\.head\.weight"):
+        load_encoder(tmp_path)
+
+
+def test_the_null_vector_has_the_scale_of_token_embeddings():
+    backbone = new_backbone(tiny_config("bert"))
+    scale = backbone.get_input_embeddings().weight.pow(2).mean().sqrt().item()
+    torch.manual_seed(0)
+    assert SecondStage(backbone, 4).null_context.std().item() == pytest.approx(scale, rel=0.4)

@@ -1,0 +1,355 @@
+"""trainer.shards, trainer.index: what is checked before step 1, what as a batch is read, and what a batch holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from hardbatch.pipeline.artifacts.artifact import FORMAT_VERSION, MANIFEST
+from hardbatch.pipeline.artifacts.files import canonical_json, sha256_file
+from hardbatch.pipeline.errors import ConfigError, IntegrityError
+from hardbatch.pipeline.run import plan_corpus, run_step
+from hardbatch.trainer.shards import Shards, open_shards
+from tests.samples import LEXICAL, make_rows
+
+B = 4
+MANIFEST_TEXT = """
+corpus = "three"
+[[dataset]]
+name = "plain"
+source = "plain.jsonl"
+query_prompt = "search_query: "
+document_prompt = "search_document: "
+weight = 1.5
+[[dataset]]
+name = "hard"
+source = "hard.jsonl"
+columns = { negatives = "negatives" }
+[[dataset]]
+name = "few"
+source = "few.jsonl"
+[pack]
+batch_size = 4
+remainder = "mix"
+[write]
+batches_per_part = 3
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(folder of the corpus, its shards): three domains and a mixed one, hard negatives, several parts. Read only."""
+    folder = tmp_path_factory.mktemp("three")
+    hard = [{**row, "negatives": [f"no {i}", f"nor {i}"][: i % 3]} for i, row in enumerate(make_rows(22, start=100))]
+    for name, rows in {"plain": make_rows(42), "hard": hard, "few": make_rows(3, start=200)}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "three.toml").write_text(MANIFEST_TEXT + LEXICAL)
+    plan = plan_corpus(folder / "three.toml", folder / "workspace")
+    for step in plan.steps:
+        run_step(step)
+    return folder, plan.shards
+
+
+@pytest.fixture
+def shards(corpus: tuple[Path, Path], tmp_path: Path) -> Path:
+    """The shards, copied, to be changed."""
+    return shutil.copytree(corpus[1], tmp_path / "shards" / corpus[1].name)
+
+
+@pytest.fixture(scope="module")
+def opened(corpus: tuple[Path, Path]) -> Shards:
+    return open_shards(corpus[1])
+
+
+def read_all(shards: Shards) -> None:
+    for row in range(shards.num_batches):
+        shards.read_batch(row, 0)
+
+
+def rewrite_manifest(shards: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Changes the manifest and makes its digest right again."""
+    content = json.loads((shards / MANIFEST).read_bytes())
+    del content["digest"]
+    change(content)
+    content["digest"] = hashlib.sha256(canonical_json(content)).hexdigest()
+    (shards / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def rewrite_index(shards: Path, index: pl.DataFrame, **changes: Any) -> None:
+    """Another index, with its digest and size in the manifest."""
+
+    def change(content: dict[str, Any]) -> None:
+        content["files"]["index.parquet"] |= {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+        content.update(changes)
+
+    path = shards / "index.parquet"
+    index.write_parquet(path)
+    rewrite_manifest(shards, change)
+
+
+def flip(path: Path, place: int, bit: int = 3) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def test_what_the_shards_are(opened: Shards, corpus: tuple[Path, Path]) -> None:
+    assert (opened.path, opened.key, opened.batch_size) == (corpus[1], corpus[1].name, B)
+    assert opened.num_batches == 10 + 5 + 1
+    assert opened.domains == ("hard", "mixed", "plain")
+    assert opened.prompts["plain"] == ("search_query: ", "search_document: ")
+    assert opened.weights == {"plain": 1.5, "hard": 1.0}
+    assert opened.with_negatives
+    assert len(opened.index.files) == 7
+
+
+def test_the_order_takes_the_weights_of_the_shards_and_of_the_caller(opened: Shards) -> None:
+    assert opened.order().epoch_length == 15 + 5 + 1
+    assert opened.order(weights={"plain": 0.5, "mixed": 0}).epoch_length == 5 + 5
+    with pytest.raises(ConfigError, match="no such domain"):
+        opened.order(weights={"few": 1.0})  # has no batch of its own
+
+
+def test_a_batch_holds_what_the_files_hold(opened: Shards, corpus: tuple[Path, Path]) -> None:
+    frame = pl.read_parquet(corpus[1] / "data" / "*.parquet")
+    index = pl.read_parquet(corpus[1] / "index.parquet")
+    for row, described in enumerate(index.iter_rows(named=True)):
+        rows = frame.filter(pl.col("batch_id") == described["batch_id"]).sort("slot")
+        batch = opened.read_batch(row, position=40 + row)
+        assert (batch.position, batch.batch_id, batch.domain) == (40 + row, described["batch_id"], described["domain"])
+        assert batch.queries == rows["query"].to_list()
+        assert batch.documents == rows["document"].to_list()
+        assert batch.query_prompts == rows["query_prompt"].to_list()
+        assert batch.document_prompts == rows["document_prompt"].to_list()
+        assert batch.negatives == rows["negatives"].to_list()
+        equivalent = rows["equivalent_slots"].to_list()
+        assert batch.equivalent_BB.tolist() == [[j in slots for j in range(B)] for slots in equivalent]
+    assert set(index["domain"]) == {"plain", "hard", "mixed"}
+
+
+def test_shards_without_negatives_give_none(finished_run: tuple[Path, Path, Path]) -> None:
+    shards = open_shards(str(finished_run[2]))
+    assert not shards.with_negatives
+    assert all(shards.read_batch(row, 0).negatives is None for row in range(shards.num_batches))
+
+
+# folders that are no shards
+
+
+def test_other_folders_are_told_apart(corpus: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, shards = corpus
+    workspace = folder / "workspace"
+    pairs = next((workspace / "three" / "pairs" / "plain").iterdir())
+    for given, message in {
+        tmp_path / "nowhere": "no such folder",
+        tmp_path: r"holds no shards; give the folder .*/shards/KEY",
+        folder / "three.toml": "is a file",
+        shards / "data": f"give the folder above: {shards}$",
+        shards.parent: f"give this folder in it: {shards}$",
+        shards.parent.parent: f"give this folder in it: {shards}$",
+        workspace: f"give this folder in it: {shards}$",
+        pairs: "holds pairs, not shards",
+    }.items():
+        with pytest.raises(ConfigError, match=message) as caught:
+            open_shards(given)
+        assert str(caught.value).startswith(str(given)) and "\n" not in str(caught.value)
+
+
+def test_of_many_keys_a_few_are_named(shards: Path) -> None:
+    for number in range(4):
+        shutil.copytree(shards, shards.with_name(f"copy{number}"))
+    with pytest.raises(ConfigError, match=r"one of these folders in it: [^,]*, [^,]*, [^,]*, \.\.\.$"):
+        open_shards(shards.parent)
+
+
+def test_incomplete_shards_are_refused(shards: Path) -> None:
+    (shards / MANIFEST).unlink()
+    with pytest.raises(IntegrityError, match="not complete; run the pipeline again"):
+        open_shards(shards)
+
+
+def test_a_newer_format_is_refused_in_one_line(shards: Path) -> None:
+    rewrite_manifest(shards, lambda content: content.update(format_version=FORMAT_VERSION + 1))
+    with pytest.raises(IntegrityError, match=f"format version {FORMAT_VERSION + 1}.*newer hardbatch") as caught:
+        open_shards(shards)
+    assert "\n" not in str(caught.value)
+
+
+# damage
+
+
+def test_every_flipped_bit_of_a_part_is_found_where_it_lies(shards: Path) -> None:
+    """In a batch: as that batch is read, naming file and batch. Anywhere else: before step 1, naming the file."""
+    path = shards / "data" / "part-00001.parquet"
+    data = path.read_bytes()
+    rows = (
+        pl.read_parquet(shards / "index.parquet")
+        .with_row_index("row")
+        .filter(pl.col("file").str.ends_with("00001.parquet"))
+    )
+    found = {"batch": 0, "footer": 0}
+    for place in [*range(0, len(data), 37), 0, 3, len(data) - 1, len(data) - 8]:
+        flip(path, place, bit=place % 8)
+        hit = rows.filter((pl.col("byte_offset") <= place) & (place < pl.col("byte_offset") + pl.col("byte_length")))
+        if hit.is_empty():
+            with pytest.raises(
+                IntegrityError,
+                match=rf"{re.escape(str(path))}: is not what was written: the sha256 of the footer differs",
+            ):
+                open_shards(shards)
+            found["footer"] += 1
+        else:
+            opened = open_shards(shards)
+            message = rf"{re.escape(str(path))}: batch {hit['batch_id'].item()} .*delete the folder {shards} and run"
+            with pytest.raises(IntegrityError, match=message):
+                opened.read_batch(hit["row"].item(), 0)
+            for row in range(opened.num_batches):
+                if row != hit["row"].item():
+                    opened.read_batch(row, 0)
+            found["batch"] += 1
+        path.write_bytes(data)
+    assert min(found.values()) > 20
+
+
+@pytest.mark.parametrize("name", ["index.parquet", MANIFEST])
+def test_every_flipped_bit_of_index_and_manifest_is_found_before_step_1(shards: Path, name: str) -> None:
+    path = shards / name
+    data = path.read_bytes()
+    for place in range(0, len(data), max(1, len(data) // 60)):
+        flip(path, place, bit=place % 7)
+        with pytest.raises(IntegrityError, match=re.escape(str(path))):
+            open_shards(shards)
+        path.write_bytes(data)
+    read_all(open_shards(shards))
+
+
+@pytest.mark.parametrize("name", ["data/part-00002.parquet", "index.parquet", "README.md"])
+@pytest.mark.parametrize("fault", ["delete", "truncate", "append"])
+def test_missing_and_resized_files_are_found_before_step_1(shards: Path, name: str, fault: str) -> None:
+    path = shards / name
+    data = path.read_bytes()
+    if fault == "delete":
+        path.unlink()
+    else:
+        path.write_bytes(data[:-1] if fault == "truncate" else data + b"\0")
+    with pytest.raises(IntegrityError, match=re.escape(str(path))):
+        open_shards(shards)
+
+
+def test_swapped_parts_are_found_before_step_1(shards: Path) -> None:
+    first, second = (shards / "data" / f"part-{number:05d}.parquet" for number in (0, 1))
+    data = first.read_bytes(), second.read_bytes()
+    first.write_bytes(data[1]), second.write_bytes(data[0])
+    with pytest.raises(IntegrityError, match=r"part-0000[01]\.parquet"):
+        open_shards(shards)
+
+    def swap_sizes(content: dict[str, Any]) -> None:
+        for path in (first, second):
+            content["files"][f"data/{path.name}"]["bytes"] = path.stat().st_size
+
+    rewrite_manifest(shards, swap_sizes)  # as if both had the same size
+    with pytest.raises(IntegrityError, match=r"part-0000[01]\.parquet: is not .* the sha256 of the footer"):
+        open_shards(shards)
+
+
+@pytest.fixture(scope="module")
+def other_shards(corpus: tuple[Path, Path]) -> Path:
+    """Shards of the same pairs, packed otherwise."""
+    overrides = ["pack.seed=1", "cluster.seed=5"]
+    plan = plan_corpus(corpus[0] / "three.toml", corpus[0] / "other", overrides=overrides)
+    for step in plan.steps:
+        run_step(step)
+    return plan.shards
+
+
+@pytest.mark.parametrize("taken", [[MANIFEST], [MANIFEST, "index.parquet"], ["index.parquet"], ["data"]])
+def test_files_of_another_run_are_found_before_step_1(shards: Path, other_shards: Path, taken: list[str]) -> None:
+    assert other_shards.name != shards.name
+    for name in taken:
+        if name == "data":
+            shutil.copytree(other_shards / name, shards / name, dirs_exist_ok=True)
+        else:
+            shutil.copy(other_shards / name, shards / name)
+    with pytest.raises(IntegrityError, match=re.escape(str(shards))):
+        open_shards(shards)
+
+
+def test_an_index_that_names_other_files_is_refused(shards: Path) -> None:
+    index = pl.read_parquet(shards / "index.parquet")
+    for name in ("../outside.parquet", "/etc/passwd", "data/part-99999.parquet"):
+        rewrite_index(shards, index.with_columns(file=pl.col("file").replace("data/part-00000.parquet", name)))
+        with pytest.raises(IntegrityError, match=r"manifest\.json and index\.parquet differ on "):
+            open_shards(shards)
+
+
+def test_an_index_without_a_file_of_the_manifest_is_refused(shards: Path) -> None:
+    index = pl.read_parquet(shards / "index.parquet")
+    rewrite_index(shards, index.filter(pl.col("file") != "data/part-00003.parquet"))
+    with pytest.raises(IntegrityError, match=r"differ on data/part-00003\.parquet"):
+        open_shards(shards)
+
+
+def test_an_index_without_a_column_is_refused(shards: Path) -> None:
+    rewrite_index(shards, pl.read_parquet(shards / "index.parquet").drop("record_length"))
+    with pytest.raises(IntegrityError, match=r"index\.parquet: has no column record_length"):
+        open_shards(shards)
+
+
+@pytest.mark.parametrize("fault", ["gone", "cut", "swapped"])
+def test_damage_after_opening_is_found_as_a_batch_is_read(shards: Path, fault: str) -> None:
+    opened = open_shards(shards)
+    path = shards / "data" / "part-00000.parquet"
+    if fault == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:200] if fault == "cut" else (shards / opened.index.files[1]).read_bytes())
+    what = r"cannot be read: No such file or directory; delete" if fault == "gone" else "is not what was written"
+    with pytest.raises(IntegrityError, match=rf"{re.escape(str(path))}: batch 0 \(row group 0\) {what}"):
+        opened.read_batch(0, 0)
+
+
+def test_a_row_group_of_another_batch_is_refused(shards: Path) -> None:
+    """The bytes are those of the index, but the index is wrong about whose they are."""
+    index = pl.read_parquet(shards / "index.parquet")
+    rewrite_index(shards, index.with_columns(batch_id=pl.col("batch_id").reverse()))
+    opened = open_shards(shards)
+    with pytest.raises(IntegrityError, match="does not hold slots 0 to 3 of that batch"):
+        opened.read_batch(0, 0)
+    index = index.with_columns(pl.col("record_offset", "record_length").gather([1, 0, *range(2, len(index))]))
+    rewrite_index(shards, index)
+    with pytest.raises(IntegrityError, match=r"part-00000\.parquet: batch 0"):
+        open_shards(shards).read_batch(0, 0)
+
+
+# the format before
+
+
+def make_version_1(shards: Path) -> None:
+    index = pl.read_parquet(shards / "index.parquet")
+    rewrite_index(shards, index.drop("footer_sha256", "record_offset", "record_length"), format_version=1)
+
+
+def test_shards_of_format_1_are_read(opened: Shards, shards: Path) -> None:
+    make_version_1(shards)
+    old = open_shards(shards)
+    for row in range(opened.num_batches):
+        found, expected = vars(old.read_batch(row, 3)), vars(opened.read_batch(row, 3))
+        assert np.array_equal(found.pop("equivalent_BB"), expected.pop("equivalent_BB"))
+        assert found == expected
+
+
+@pytest.mark.parametrize("place", [0, 300, -1, -8, -40, -700])
+def test_damage_in_format_1_is_found_before_step_1(shards: Path, place: int) -> None:
+    make_version_1(shards)
+    flip(shards / "data" / "part-00002.parquet", place)
+    with pytest.raises(IntegrityError, match=r"part-00002\.parquet: is not what was written"):
+        open_shards(shards)
