@@ -73,7 +73,7 @@ def is_worth_retrying(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
     """Whether a failed task met an I/O error that may pass: no mistake of the user, no full disk."""
     error = state.data
     if isinstance(error, HardbatchError):
-        return error.may_pass
+        return error.is_transient
     if not isinstance(error, OSError):
         return False
     return error.errno not in (errno.ENOSPC, errno.EDQUOT)

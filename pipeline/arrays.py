@@ -23,7 +23,7 @@ def empty(shape: tuple[int, int], dtype: type[np.floating[Any]]) -> Array:
     return np.frombuffer(room, dtype=dtype).reshape(shape)
 
 
-def release_freed() -> None:
+def trim_heap() -> None:
     """Gives back what was freed: glibc else keeps all of it that lies below anything still in use."""
     try:
         ctypes.CDLL(None).malloc_trim(0)

@@ -17,7 +17,7 @@ class HardbatchError(Exception):
     """
 
     exit_code = 1
-    may_pass = False  # whether trying again later may help
+    is_transient = False  # whether trying again later may help
 
     def __str__(self) -> str:
         return "\n".join(printable(str(line)) for line in self.args)
@@ -47,7 +47,7 @@ class InputError(HardbatchError):
 class UnreachableError(InputError):
     """A remote source that does not answer now."""
 
-    may_pass = True
+    is_transient = True
 
 
 class IntegrityError(HardbatchError):
@@ -72,7 +72,7 @@ class DiskError(HardbatchError):
     """The disk or the network storage failed to read or write."""
 
     exit_code = 1
-    may_pass = True
+    is_transient = True
 
 
 class QuarantineError(HardbatchError):

@@ -17,8 +17,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from hardbatch.pipeline.artifacts.artifact import blame_damage, find_artifact
-from hardbatch.pipeline.artifacts.commit import open_builder, sweep_after_kill
+from hardbatch.pipeline.artifacts.artifact import diagnose_damage, find_artifact
+from hardbatch.pipeline.artifacts.commit import clean_up_after_crash, open_builder
 from hardbatch.pipeline.artifacts.files import DIGESTS, DigestCache, as_user_error, content_key, sweep_caches
 from hardbatch.pipeline.config import CorpusManifest, Dataset, load_manifest
 from hardbatch.pipeline.errors import ConfigError
@@ -129,14 +129,14 @@ def run_step(step: Step, progress: Progress | None = None, log: RunLog | None = 
     """
     log = log or RunLog()
     if find_artifact(step.path) is not None:
-        sweep_after_kill(step.path)
+        clean_up_after_crash(step.path)
         log.reused(step)
         return False
     from hardbatch.pipeline.progress import SilentProgress
 
     module, function = _STAGES["mixed" if (step.stage, step.domain) == ("batches", MIXED_DOMAIN) else step.stage]
     stage: Stage = getattr(import_module(module), function)
-    damaged = blame_damage(step.inputs.values())
+    damaged = diagnose_damage(step.inputs.values())
     with log.step(step) as records, _user_errors(), open_builder(step.path) as builder, damaged:
         if find_artifact(step.path) is not None:  # finished by another process while we came to the lock
             log.reused(step)
@@ -230,8 +230,8 @@ class _Planner:
         for role, model in models.items():
             config = {field: value for field, value in model.items() if field not in ("location", "runs_on")}
             config["unit_rows"] = settings.embed.unit_rows
-            local = {"model": model["location"], "device": model["runs_on"]}
-            vectors[role] = self._add("vectors", name, config, {"pairs": pairs}, local=local)
+            runtime = {"model": model["location"], "device": model["runs_on"]}
+            vectors[role] = self._add("vectors", name, config, {"pairs": pairs}, runtime=runtime)
 
         # K-Means and refinement follow the clustering model to its GPU. Keys hold the type of the device
         # alone, so that an artifact made on one GPU is found by a run on another.
@@ -250,11 +250,11 @@ class _Planner:
         for field in others:
             del cluster[field]  # the other method's: a change of it changes nothing
         both = {"pairs": pairs, "vectors": vectors["cluster"]}
-        clusters = self._add("clusters", name, cluster, both, local=runs_on)
+        clusters = self._add("clusters", name, cluster, both, runtime=runs_on)
         measure = {**settings.hardness.model_dump(), "batch_size": settings.pack.batch_size}
         hardness = self._add("hardness", name, measure, both)
         packed = {**both, "surrogate": vectors["surrogate"], "clusters": clusters}
-        batches = self._add("batches", name, {**settings.pack.model_dump(), "device": device}, packed, local=runs_on)
+        batches = self._add("batches", name, {**settings.pack.model_dump(), "device": device}, packed, runtime=runs_on)
         return {
             f"pairs/{name}": pairs,
             f"vectors/{name}": vectors["cluster"],
@@ -277,7 +277,7 @@ class _Planner:
             "max_characters": ingest.max_characters,
             "decontaminate": ingest.decontaminate,
         }
-        local: dict[str, Any] = {
+        runtime: dict[str, Any] = {
             "files": {file.name: file.location for file in files},
             "modified_ns": {file.name: file.modified_ns for file in files},
             "decontaminate": {},
@@ -289,7 +289,7 @@ class _Planner:
             folder = local_path(name, self._data_root, "ingest.decontaminate")
             if not (folder / "corpus.parquet").is_file() or not (folder / "queries.parquet").is_file():
                 raise ConfigError(f"ingest.decontaminate: {folder} has no corpus.parquet and queries.parquet")
-            local["decontaminate"][name] = str(folder)
+            runtime["decontaminate"][name] = str(folder)
             for part in ("corpus", "queries"):
                 path = local_path(f"{name}/{part}.parquet", self._data_root, "ingest.decontaminate")
                 texts[f"{name}/{part}"] = self._digests.digest(path)
@@ -297,7 +297,7 @@ class _Planner:
         sources = tuple(
             {"name": file.name, "format": file.format, "bytes": file.num_bytes, "sha256": file.sha256} for file in files
         )
-        return self._add("pairs", dataset.name, config, {}, sources=sources, local=local)
+        return self._add("pairs", dataset.name, config, {}, sources=sources, runtime=runtime)
 
     def _add(
         self,
@@ -307,7 +307,7 @@ class _Planner:
         inputs: dict[str, Path],
         *,
         sources: tuple[dict[str, Any], ...] = (),
-        local: dict[str, Any] | None = None,
+        runtime: dict[str, Any] | None = None,
     ) -> Path:
         version = _VERSIONS[stage]
         keys = {name: path.name for name, path in inputs.items()}
@@ -322,7 +322,7 @@ class _Planner:
             config=config,
             inputs=inputs,
             sources=sources,
-            local=local or {},
+            runtime=runtime or {},
         )
         if all(known.path != step.path for known in self._steps):  # one vectors artifact may serve both roles
             self._steps.append(step)

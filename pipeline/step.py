@@ -17,7 +17,7 @@ from hardbatch.pipeline.artifacts.commit import ArtifactBuilder
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One stage on one domain. `config` and `sources` enter the key; `local` (paths here, the GPU, limits) does not."""
+    """One stage on one domain. `config` and `sources` enter the key; `runtime` (paths, the GPU, limits) does not."""
 
     stage: str
     stage_version: int
@@ -27,7 +27,7 @@ class Step:
     config: dict[str, Any]
     inputs: dict[str, Path] = field(default_factory=dict)
     sources: tuple[dict[str, Any], ...] = ()
-    local: dict[str, Any] = field(default_factory=dict)
+    runtime: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Unit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Built:
+class StageResult:
     """What a stage made: the names of all its units, its counts, and what it was made with."""
 
     units: list[str]
@@ -112,4 +112,4 @@ def run_pending(
     return [unit.name for unit in units]
 
 
-Stage = Callable[[Step, ArtifactBuilder, Executor, Progress], Built]
+Stage = Callable[[Step, ArtifactBuilder, Executor, Progress], StageResult]

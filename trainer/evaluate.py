@@ -41,7 +41,7 @@ _MEASURE_NAMES = ("nDCG@10", "recall@100", "MRR@10")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrievalFigures:
+class RetrievalMetrics:
     """Means over the queries that have a relevant document, each 0..1."""
 
     ndcg_at_10: float
@@ -70,7 +70,7 @@ def evaluate_retrieval(
     texts_per_chunk: int = TEXTS_PER_CHUNK,
     precision: torch.dtype | None = None,
     between_blocks: Callable[[], None] = go_on,
-) -> RetrievalFigures:
+) -> RetrievalMetrics:
     """Retrieval from the whole corpus by exact search in float32; `precision` is autocast's while embedding.
 
     The context is J documents drawn from the corpus by `seed`; a corpus of fewer is its own context, the rest nulls.
@@ -206,7 +206,7 @@ def _draw_context(embedder: Embedder, documents: Sequence[str], seed: int, posit
 
 def _measure(
     collection: Collection, query_rows_Q: NDArray[np.int64], hits_QK: Tensor, between_blocks: Callable[[], None]
-) -> RetrievalFigures:
+) -> RetrievalMetrics:
     import ir_measures  # here, because a training without evaluation does without it
 
     measures = (ir_measures.nDCG @ 10, ir_measures.R @ NUM_HITS, ir_measures.RR @ 10)
@@ -228,7 +228,7 @@ def _measure(
         for measure, mean in ir_measures.calc_aggregate(measures, *of_block).items():
             sums[measure] += mean * len(block)
     ndcg, recall, mrr = (sums[measure] / len(names) for measure in measures)
-    return RetrievalFigures(ndcg_at_10=ndcg, recall_at_100=recall, mrr_at_10=mrr)
+    return RetrievalMetrics(ndcg_at_10=ndcg, recall_at_100=recall, mrr_at_10=mrr)
 
 
 @dataclass(frozen=True, kw_only=True)

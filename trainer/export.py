@@ -28,7 +28,7 @@ from hardbatch.pipeline.artifacts.lock import lock
 from hardbatch.pipeline.errors import ConfigError, HardbatchError, IntegrityError, NoSpaceError
 from hardbatch.trainer.batch import Tokenizer, load_tokenizer
 from hardbatch.trainer.model import CONFIG_KEY, Encoder, load_encoder
-from hardbatch.trainer.replace import put_in_place, sweep
+from hardbatch.trainer.replace import replace_folder, sweep
 
 CODE_FILES = ("sentence_module.py", "model.py", "tokens.py")
 _MODULES = "modules.json"
@@ -77,7 +77,7 @@ def export_model(
             for path in [*staging.iterdir(), staging]:
                 fsync_path(path)
             fault_point("export.written")
-            put_in_place(staging, output)
+            replace_folder(staging, output)
     except OSError as error:
         told = as_user_error(error) or ConfigError(f"{output}: cannot be written: {error.strerror or error}")
         raise told from None

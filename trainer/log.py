@@ -58,7 +58,7 @@ _TOLD = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepFigures:
+class StepMetrics:
     """Figures of one step over all ranks."""
 
     loss: float
@@ -73,7 +73,7 @@ class StepFigures:
     """Seconds that a rank waited for its batches, the mean over ranks."""
 
 
-class RunLog:
+class TrainingLog:
     """The log of a training in `output`; means over the steps between two lines. Only the main rank has one."""
 
     def __init__(
@@ -96,11 +96,11 @@ class RunLog:
         self._stream = stream or sys.stderr
         self._end = end_position
         self._peak = peak_flops
-        self._window: list[StepFigures] = []
+        self._window: list[StepMetrics] = []
         self._started = time.monotonic()
         self._paused = 0.0
 
-    def step(self, figures: StepFigures) -> None:
+    def step(self, figures: StepMetrics) -> None:
         """Takes in the figures of a step."""
         self._window.append(figures)
 

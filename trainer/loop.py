@@ -19,13 +19,13 @@ from hardbatch.trainer.collection import Collection
 from hardbatch.trainer.draws import draw_context
 from hardbatch.trainer.evaluate import evaluate_retrieval, held_out_loss
 from hardbatch.trainer.export import export_model
-from hardbatch.trainer.log import RunLog, StepFigures, model_flops, peak_flops, summary_text
+from hardbatch.trainer.log import StepMetrics, TrainingLog, model_flops, peak_flops, summary_text
 from hardbatch.trainer.loss import mask_rate
 from hardbatch.trainer.memory import naming_the_flag
 from hardbatch.trainer.schedule import learning_rate_factor
-from hardbatch.trainer.signals import Stop, StoppedError, noted_signals
+from hardbatch.trainer.signals import Stop, StoppedError, deferred_signals
 from hardbatch.trainer.stream import BatchStream
-from hardbatch.trainer.training import Training, export_folder, opening_lines
+from hardbatch.trainer.training import Training, export_folder, startup_summary
 
 
 class DivergedError(HardbatchError):
@@ -40,10 +40,10 @@ def train(training: Training) -> int:
     ranks, config = training.ranks, training.config
     with contextlib.ExitStack() as stack:
         log = None
-        with ranks.together():
+        with ranks.errors_raised_together():
             if ranks.is_main:
                 log = _open_log(training)
-        stop = stack.enter_context(noted_signals())
+        stop = stack.enter_context(deferred_signals())
         loop = stack.enter_context(contextlib.closing(_Loop(training, log, stop)))
         loop.evaluate(due=training.state.step == 0)
         while loop.next_position + training.step_size <= training.state.end_position and not loop.stopped():
@@ -67,7 +67,7 @@ def train(training: Training) -> int:
 class _Loop:
     """Steps of a training, and what happens between them."""
 
-    def __init__(self, training: Training, log: RunLog | None, stop: Stop) -> None:
+    def __init__(self, training: Training, log: TrainingLog | None, stop: Stop) -> None:
         self._training = training
         self._log = log
         config, ranks = training.config, training.ranks
@@ -107,7 +107,7 @@ class _Loop:
         config, step_size = training.config, training.step_size
         position = self.next_position
         # A damaged batch of one rank, or one that does not fit its memory, ends all of them.
-        with ranks.together(), naming_the_flag(ranks.device, training.chunk_tokens, training.memory):
+        with ranks.errors_raised_together(), naming_the_flag(ranks.device, training.chunk_tokens, training.memory):
             batches = [next(self._batches) for _ in range(config.accumulate)]
             losses = [self._gradients.backward(batch, scale=1 / config.accumulate) for batch in batches]
         ranks.average_gradients(training.encoder)
@@ -131,7 +131,7 @@ class _Loop:
             pairs=training.state.pairs + int(figures["pairs"]),
         )
         if self._log is not None:
-            self._log.step(StepFigures(gradient_norm=gradient_norm, learning_rate=learning_rate, **figures))
+            self._log.step(StepMetrics(gradient_norm=gradient_norm, learning_rate=learning_rate, **figures))
 
     def stopped(self) -> int:
         """The signal that any rank was sent, 0 for none."""
@@ -144,7 +144,7 @@ class _Loop:
     def flush(self) -> None:
         """A line of the log."""
         state = self._training.state
-        with self._training.ranks.together():
+        with self._training.ranks.errors_raised_together():
             if self._log is not None:
                 self._log.flush(step=state.step, position=state.position, batches_per_step=self._training.step_size)
 
@@ -154,7 +154,7 @@ class _Loop:
         if training.state.step == 0:
             return
         self.flush()
-        with self._pause(), training.ranks.together():
+        with self._pause(), training.ranks.errors_raised_together():
             if training.ranks.is_main:
                 self._checkpoint = save_checkpoint(
                     training.config.output,
@@ -182,7 +182,7 @@ class _Loop:
                     figures = self._measure(collection)
                 except StoppedError:
                     return
-                with training.ranks.together():
+                with training.ranks.errors_raised_together():
                     if self._log is not None:
                         self._log.evaluation(collection.name, figures, step=state.step, position=state.position)
 
@@ -209,7 +209,7 @@ class _Loop:
     def finish(self) -> None:
         """The export, and the summary; the last line printed is the export's folder."""
         training = self._training
-        with training.ranks.together():
+        with training.ranks.errors_raised_together():
             if self._log is not None:
                 export = export_model(
                     training.encoder,
@@ -309,14 +309,14 @@ def divergence_advice(attention: str, *, on_cuda: bool) -> str:
     )
 
 
-def _open_log(training: Training) -> RunLog:
+def _open_log(training: Training) -> TrainingLog:
     state = training.state
-    log = RunLog(
+    log = TrainingLog(
         training.config.output,
         first_step=state.step,
         end_position=state.end_position,
         peak_flops=peak_flops(training.ranks.device) * training.ranks.world_size,
     )
-    for line in [*opening_lines(training), *training.notices]:
+    for line in [*startup_summary(training), *training.notices]:
         log.say(line)
     return log

@@ -33,15 +33,15 @@ def main(arguments: Sequence[str]) -> int:
         with join_ranks(config.device, timeout_s=config.timeout_s) as ranks, ExitStack() as held:
             from hardbatch.trainer.checkpoint import find_checkpoint
             from hardbatch.trainer.loop import train
-            from hardbatch.trainer.training import hold_output, start_training
+            from hardbatch.trainer.training import lock_output, start_training
 
             found: tuple[Path | None, list[str]] = (None, [])
-            with ranks.together():
+            with ranks.errors_raised_together():
                 if ranks.is_main:
-                    held.enter_context(hold_output(config.output))
+                    held.enter_context(lock_output(config.output))
                     found = find_checkpoint(config.output, config.resume)
             checkpoint, notices = ranks.from_main(found)
-            with ranks.together():
+            with ranks.errors_raised_together():
                 training = start_training(config, ranks, checkpoint, notices)
             ranks.require_equal(training.facts(), "--output and --shards must be folders that all of them share")
             ranks.share_weights(training.encoder)

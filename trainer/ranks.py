@@ -125,7 +125,7 @@ class Ranks:
         raise type(found[0])(*dict.fromkeys(line for one in found for line in one.args))
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def errors_raised_together(self) -> Iterator[None]:
         """A user's mistake (or a full disk) found in the body by any rank is raised by all of them at its end.
 
         The body must not wait for other ranks.

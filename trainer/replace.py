@@ -1,6 +1,6 @@
 """A folder in the place of an earlier one, without an instant in which neither is there.
 
-    put_in_place    new ⇄ target in one step, where the system and the file system can; then the earlier one is deleted
+    replace_folder    new ⇄ target in one step, where the system and the file system can; then the earlier one goes
                     elsewhere (NFS): target → .NAME.earlier.tmp, new → target; `sweep` undoes the half of it
     sweep           what a killed owner left: hidden folders .NAME.*.tmp
 
@@ -23,7 +23,7 @@ _EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
 _CANNOT = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # what a file system or a system says that has no such step
 
 
-def put_in_place(new: Path, target: Path) -> None:
+def replace_folder(new: Path, target: Path) -> None:
     """Moves the folder `new` to `target` and deletes what was there before; readers find one of the two, whole."""
     if not target.exists():
         os.replace(new, target)

@@ -13,7 +13,7 @@ _ONE_REQUEST_S = 2.0  # a scheduler that signals all processes, torchrun among t
 
 
 @contextlib.contextmanager
-def noted_signals() -> Iterator[Stop]:
+def deferred_signals() -> Iterator[Stop]:
     """Notes SIGTERM and SIGINT for the end of the step; one that comes later still ends the process at once."""
     stop = Stop()
     noted_at = 0.0

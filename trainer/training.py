@@ -82,7 +82,7 @@ class Training:
 
 
 @contextlib.contextmanager
-def hold_output(output: Path) -> Iterator[None]:
+def lock_output(output: Path) -> Iterator[None]:
     """Makes the folder `output` and keeps other trainings out of it for the body.
 
     Raises ConfigError where it cannot be made, LockedError where another training writes to it.
@@ -274,7 +274,7 @@ def build_optimizer(encoder: Encoder, config: TrainConfig, *, fused: bool) -> to
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
 
 
-def opening_lines(training: Training) -> list[str]:
+def startup_summary(training: Training) -> list[str]:
     """What is about to happen."""
     shards, state, encoder = training.shards, training.state, training.encoder
     stages = [stage for stage in (encoder.first_stage_model, encoder.second_stage_model) if stage is not None]

@@ -130,7 +130,7 @@ def verify_artifact(path: Path) -> list[str]:
 
 
 @contextmanager
-def blame_damage(paths: Iterable[Path]) -> Iterator[None]:
+def diagnose_damage(paths: Iterable[Path]) -> Iterator[None]:
     """Tells an error of its body as IntegrityError where it comes from damaged artifacts at `paths`: reads them all."""
     try:
         yield

@@ -138,7 +138,7 @@ def open_builder(path: Path) -> Iterator[ArtifactBuilder]:
         yield ArtifactBuilder(path)
 
 
-def sweep_after_kill(path: Path) -> None:
+def clean_up_after_crash(path: Path) -> None:
     """Removes what an owner left at a complete artifact that was killed after its manifest: its lock says so."""
     if _lock_path(path).exists():
         with suppress(LockedError), open_builder(path):

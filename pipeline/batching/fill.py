@@ -28,7 +28,7 @@ def fill_batches(points_mD: Array, row: Array, lengths: Array, batch_size: int) 
     if num_batches == 0:
         return np.empty((0, batch_size), dtype=np.int64), np.arange(len(points_mD))
     batch_of = _seed(row, lengths, len(points_mD), num_batches, batch_size)
-    _settle(points_mD, batch_of, num_batches, batch_size)
+    _equalise(points_mD, batch_of, num_batches, batch_size)
     order = np.argsort(batch_of, kind="stable")
     num_left = int((batch_of < 0).sum())
     return order[num_left:].reshape(num_batches, batch_size), order[:num_left]
@@ -55,7 +55,7 @@ def _seed(row: Array, lengths: Array, num_points: int, num_batches: int, batch_s
     return batch_of
 
 
-def _settle(points_mD: Array, batch_of: Array, num_batches: int, batch_size: int) -> None:
+def _equalise(points_mD: Array, batch_of: Array, num_batches: int, batch_size: int) -> None:
     """Moves points, in place, until every batch has `batch_size`; -1 for those that fill none.
 
     Holds the vectors of the points that must move (a tenth or so) and their scores for the batches with room.

@@ -21,7 +21,7 @@ import numpy as np
 from hardbatch.pipeline.arrays import Array
 from hardbatch.pipeline.artifacts.snapshots import Snapshots
 from hardbatch.pipeline.batching.nearest import Nearest
-from hardbatch.pipeline.batching.points import Points, Subset, cluster_sums, held_if_small, partitions
+from hardbatch.pipeline.batching.points import Points, Subset, cache_in_memory, cluster_sums, partitions
 
 _SEED_TRIES = 16  # points looked at for each seed, at most
 _PRICE_STEPS = (-0.3, 1.0)  # dear ones fall faster than cheap ones rise, else a cheap one may come to draw everything
@@ -71,7 +71,7 @@ def kmeans(
     n = len(points)
     if not 1 <= num_clusters <= n:
         raise ValueError(f"num_clusters is {num_clusters}, allowed is 1 to the number of points, {n}")
-    points = held_if_small(points)
+    points = cache_in_memory(points)
     generator = np.random.default_rng(seed)
     lloyd = Lloyd(_distinct_points(points, num_clusters, generator), balance, device)
     sample = _sample(points, num_clusters, generator) if iterations > _WHOLE_ITERATIONS else None
@@ -193,7 +193,7 @@ def _sample(points: Points, num_clusters: int, generator: np.random.Generator) -
     num_rows = max(len(points) // _SAMPLE_PART, num_clusters * _SAMPLE_PER_CLUSTER)
     if num_rows >= len(points):
         return None
-    return held_if_small(Subset(points, np.sort(generator.permutation(len(points))[:num_rows])))
+    return cache_in_memory(Subset(points, np.sort(generator.permutation(len(points))[:num_rows])))
 
 
 def _distinct_points(points: Points, num_clusters: int, generator: np.random.Generator) -> Array:

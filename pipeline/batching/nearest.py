@@ -54,7 +54,7 @@ class Nearest:
 
     def __call__(self, points_nD: Array, *, exact: bool = True) -> Array:
         """The clusters (int32, n). Not `exact`: products as in `fast_products`, and near-ties stay as they come."""
-        assign = self._exactly if exact else self._roughly
+        assign = self._assign_exact if exact else self._assign_low_precision
         labels = np.empty(len(points_nD), dtype=np.int32)
         for start in range(0, len(points_nD), self._block_rows):
             block = points_nD[start : start + self._block_rows]
@@ -62,11 +62,11 @@ class Nearest:
             labels[start : start + len(block)] = chosen[: len(block)].cpu().numpy()
         return labels
 
-    def _roughly(self, points: torch.Tensor) -> torch.Tensor:
+    def _assign_low_precision(self, points: torch.Tensor) -> torch.Tensor:
         with fast_products():
             return _argmax(self._scores(points))
 
-    def _exactly(self, points: torch.Tensor) -> torch.Tensor:
+    def _assign_exact(self, points: torch.Tensor) -> torch.Tensor:
         """In float32 where rough scores do not tell, in float64 where float32 does not either."""
         with fast_products():
             scores = self._scores(points)
@@ -77,10 +77,10 @@ class Nearest:
         unsure = torch.nonzero(best[:, 0] - second <= slack).flatten()
         del scores
         if len(unsure) > 0:
-            chosen[unsure] = self._finely(_rows(points, unsure))
+            chosen[unsure] = self._assign_float32(_rows(points, unsure))
         return chosen
 
-    def _finely(self, points: torch.Tensor) -> torch.Tensor:
+    def _assign_float32(self, points: torch.Tensor) -> torch.Tensor:
         scores = self._scores(points)
         best = scores.topk(2, dim=1)
         chosen = best.indices[:, 0].clone()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hardbatch.pipeline.arrays import Array, release_freed
+from hardbatch.pipeline.arrays import Array, trim_heap
 from hardbatch.pipeline.batching.fill import fill_batches
 from hardbatch.pipeline.batching.points import PairPoints
 from hardbatch.pipeline.batching.refine import refine
@@ -57,13 +57,13 @@ def pack(points: PairPoints, labels: Array, centroids: Array, settings: PackSett
     batches = [np.empty((0, settings.batch_size), dtype=np.int64)]
     for stretch in _stretches(labels, centroids, tour, settings.batch_size, 2 * points.dimension):
         places = np.concatenate([*stretch.members, left])
-        release_freed()  # what filling and refining freed in small pieces: here, and where vectors are read again below
+        trim_heap()  # what filling and refining freed in small pieces: here, and where vectors are read again below
         folded = points.take(places)
         row = lay_out(folded, stretch)
         lengths = np.array([len(members) for members in stretch.members])
         filled, rest = fill_batches(folded, row, lengths, settings.batch_size)
         del folded
-        release_freed()
+        trim_heap()
         batched = places[filled]
         refined = refine(
             torch.from_numpy(points.joined(batched.ravel())),

@@ -75,7 +75,7 @@ class Subset:
         return self._points.take(self._rows[rows])
 
 
-def held_if_small(points: Points) -> Points:
+def cache_in_memory(points: Points) -> Points:
     if len(points) * points.dimension > _VALUES_HELD:
         return points
     held = empty((len(points), points.dimension), np.float32)

@@ -58,7 +58,7 @@ def _exact_tour(unit_kD: Array, start: int) -> Array:
 
 def _graph_tour(unit_kD: Array, start: int) -> Array:
     neighbours = nearest_neighbours(unit_kD, _NUM_NEIGHBOURS)
-    left = _Left(unit_kD)
+    left = _Unvisited(unit_kD)
     tour = np.full(len(unit_kD), start)
     left.remove(start)
     for step in range(1, len(tour)):
@@ -73,7 +73,7 @@ def _graph_tour(unit_kD: Array, start: int) -> Array:
     return tour
 
 
-class _Left:
+class _Unvisited:
     """The centroids left: `marks` (bool, k) and, in √k cells, those near a given one."""
 
     def __init__(self, unit_kD: Array) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hardbatch.pipeline.arrays import Array, release_freed
+from hardbatch.pipeline.arrays import Array, trim_heap
 from hardbatch.pipeline.artifacts.snapshots import Snapshots
 from hardbatch.pipeline.batching.kmeans import Clustering, Lloyd, apportion, compact, kmeans
 from hardbatch.pipeline.batching.nearest import Nearest
@@ -58,7 +58,7 @@ def two_level_kmeans(
         rows, share = members[number], int(shares[number])
         fine.add(kmeans(Subset(points, rows), share, seed=seed + 1 + number, **settings) if share > 0 else None)
         snapshots.save("fine", fine.state)
-    release_freed()
+    trim_heap()
     owned = np.split(np.arange(sum(fine.found)), np.cumsum(fine.found)[:-1])
     lloyd = Lloyd(np.concatenate(fine.centroids), balance, device)
     lloyd.prices = np.concatenate(fine.prices)

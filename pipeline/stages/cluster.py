@@ -18,10 +18,10 @@ from hardbatch.pipeline.artifacts.vectors import FoldedPoints, load_pairs, open_
 from hardbatch.pipeline.batching.doubled import doubled_kmeans
 from hardbatch.pipeline.batching.kmeans import Clustering, kmeans
 from hardbatch.pipeline.batching.two_level import two_level_kmeans
-from hardbatch.pipeline.step import Built, Executor, Progress, Step
+from hardbatch.pipeline.step import Executor, Progress, StageResult, Step
 
 
-def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> Built:
+def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> StageResult:
     """Builds the `clusters` artifact of one domain; pairs without a vector get no cluster."""
     snapshots = Snapshots(builder.path / "snapshots")
     if not builder.committed("clusters"):
@@ -30,7 +30,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         vectors = open_vectors(step.inputs["vectors"])
         pair_ids = np.flatnonzero(~vectors.invalid_pairs(pairs))
         points = FoldedPoints(vectors=vectors, pairs=pairs, pair_ids=pair_ids)
-        settings = {**step.config, **step.local}  # the number of the GPU is not in the key, so not in the config
+        settings = {**step.config, **step.runtime}  # the number of the GPU is not in the key, so not in the config
         clustering = cluster(points, settings, snapshots)
         _write(builder, pair_ids, clustering)
         progress.advance(1)
@@ -39,7 +39,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
     versions = {name: importlib.metadata.version(name) for name in ("numpy", "torch")}
     if step.config["method"] == "doubled":
         versions["faiss"] = _faiss_version()
-    return Built(units=["clusters"], counts=builder.unit_record("clusters").counts, produced_with=versions)
+    return StageResult(units=["clusters"], counts=builder.unit_record("clusters").counts, produced_with=versions)
 
 
 def cluster(points: FoldedPoints, config: dict[str, Any], snapshots: Snapshots | None = None) -> Clustering:

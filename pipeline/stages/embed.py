@@ -22,19 +22,19 @@ from hardbatch.pipeline.artifacts.commit import ArtifactBuilder, write_unit
 from hardbatch.pipeline.artifacts.vectors import Texts, write_array
 from hardbatch.pipeline.models.encoders import Encoder, is_lexical, open_encoder
 from hardbatch.pipeline.models.resolve import ModelSpec
-from hardbatch.pipeline.step import Built, Executor, Progress, Step, Unit, run_pending
+from hardbatch.pipeline.step import Executor, Progress, StageResult, Step, Unit, run_pending
 
 _TEXTS_PER_READ = 8_192
 
 
-def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> Built:
+def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> StageResult:
     """Builds the `vectors` artifact of one domain with one model; see `docs/artifacts.md` for its files."""
     config = dict(step.config)
     unit_rows = config.pop("unit_rows")
     work = _Embedding(
         path=builder.path,
         pairs_path=step.inputs["pairs"],
-        spec=ModelSpec(**config, location=step.local["model"], runs_on=step.local["device"]),
+        spec=ModelSpec(**config, location=step.runtime["model"], runs_on=step.runtime["device"]),
     )
     counts = read_artifact(step.inputs["pairs"]).manifest.counts
     units = [
@@ -58,7 +58,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
     libraries = ["sentence-transformers", "torch", "transformers"]
     if is_lexical(work.spec):
         libraries = ["numpy", "scikit-learn", "scipy"]
-    return Built(
+    return StageResult(
         units=[*names, "invalid"],
         counts={**totals, **{side: counts[side] for side in schemas.SIDES}},
         produced_with={name: importlib.metadata.version(name) for name in libraries},

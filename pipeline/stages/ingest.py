@@ -29,7 +29,7 @@ from hardbatch.pipeline.errors import InputError, QuarantineError
 from hardbatch.pipeline.sources.files import RawRow, SourceFile
 from hardbatch.pipeline.sources.rows import evaluation_texts, read_rows
 from hardbatch.pipeline.stages.assemble import STAGED_ROWS, assemble
-from hardbatch.pipeline.step import Built, Executor, Progress, Step, Unit, run_pending
+from hardbatch.pipeline.step import Executor, Progress, StageResult, Step, Unit, run_pending
 
 BROKEN_REASONS = (
     "null", "wrong_type", "invalid_utf8", "nul_character", "empty", "broken_json", "broken_csv", "wrong_field_count",
@@ -83,7 +83,7 @@ def clean_row(raw: RawRow, max_characters: int) -> CleanRow:
     )
 
 
-def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> Built:
+def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> StageResult:
     """Builds the `pairs` artifact of one domain; see `docs/artifacts.md` for its files.
 
     Raises InputError where the source gives no row at all, QuarantineError where more than
@@ -92,11 +92,11 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
     files = [
         SourceFile(
             source["name"],
-            step.local["files"][source["name"]],
+            step.runtime["files"][source["name"]],
             source["format"],
             source["bytes"],
             source["sha256"],
-            step.local["modified_ns"][source["name"]],
+            step.runtime["modified_ns"][source["name"]],
         )
         for source in step.sources
     ]
@@ -107,7 +107,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         columns=Columns(**step.config["columns"]),
         limit=step.config["limit"],
         max_characters=step.config["max_characters"],
-        decontaminate=tuple(Path(step.local["decontaminate"][name]) for name in step.config["decontaminate"]),
+        decontaminate=tuple(Path(step.runtime["decontaminate"][name]) for name in step.config["decontaminate"]),
     )
     if not builder.committed("assembled"):
         run_pending(builder, executor, work, units, progress, f"ingest {step.domain}")
@@ -127,7 +127,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         (builder.path / "units" / f"{unit.name}.json").unlink(missing_ok=True)
     for folder in ("staged", "scratch"):
         shutil.rmtree(builder.path / folder, ignore_errors=True)
-    return Built(units=["assembled"], counts=builder.unit_record("assembled").counts)
+    return StageResult(units=["assembled"], counts=builder.unit_record("assembled").counts)
 
 
 def _cut(value: Any, max_characters: int) -> tuple[Any, bool]:
@@ -262,7 +262,7 @@ def _refuse_if_broken(step: Step, counts: Counter[str], files: list[SourceFile],
         names = ", ".join(file.name for file in files[:5])
         raise InputError(f"dataset '{step.domain}': no rows in {names}; check the source, or remove the dataset")
     broken = {reason: counts[reason] for reason in BROKEN_REASONS if counts[reason]}
-    allowed = step.local["max_quarantined_fraction"]
+    allowed = step.runtime["max_quarantined_fraction"]
     if sum(broken.values()) > allowed * counts["rows"]:
         raise QuarantineError(
             f"dataset '{step.domain}': {sum(broken.values())} of {counts['rows']} rows are broken "

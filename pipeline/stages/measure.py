@@ -10,10 +10,10 @@ from hardbatch.pipeline.artifacts.artifact import read_artifact
 from hardbatch.pipeline.artifacts.commit import ArtifactBuilder, write_unit
 from hardbatch.pipeline.artifacts.vectors import FoldedPoints, load_pairs, open_vectors
 from hardbatch.pipeline.batching.hardness import measure_bounds
-from hardbatch.pipeline.step import Built, Executor, Progress, Step
+from hardbatch.pipeline.step import Executor, Progress, StageResult, Step
 
 
-def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> Built:
+def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> StageResult:
     """Builds the `hardness` artifact of one domain: its counts hold `random` and `knn`, or nothing below B pairs."""
     if not builder.committed("bounds"):
         progress.start(f"measure {step.domain}", 1)
@@ -27,4 +27,4 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
             writer.counts = asdict(bounds) if bounds else {}
         progress.advance(1)
         progress.finish()
-    return Built(units=["bounds"], counts=builder.unit_record("bounds").counts)
+    return StageResult(units=["bounds"], counts=builder.unit_record("bounds").counts)

@@ -15,10 +15,10 @@ from hardbatch.pipeline.artifacts.artifact import read_artifact
 from hardbatch.pipeline.artifacts.commit import ArtifactBuilder, write_unit
 from hardbatch.pipeline.artifacts.vectors import FoldedPoints, load_pairs, open_vectors
 from hardbatch.pipeline.batching.pack import Packing, PackSettings, pack, pack_randomly
-from hardbatch.pipeline.step import Built, Executor, Progress, Step
+from hardbatch.pipeline.step import Executor, Progress, StageResult, Step
 
 
-def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> Built:
+def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> StageResult:
     """Builds the `batches` artifact of one domain. Pairs without a vector of either model go to the ledger."""
     if not builder.committed("batches"):
         progress.start(f"pack {step.domain}", step.config["num_packings"])
@@ -34,7 +34,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         cluster_of = np.full(len(pairs), -1, dtype=np.int32)
         cluster_of[pair_ids] = labels
         rows, left = [], []
-        settings = {**step.config, **step.local}  # the number of the GPU is not in the key, so not in the config
+        settings = {**step.config, **step.runtime}  # the number of the GPU is not in the key, so not in the config
         for number in range(step.config["num_packings"]):
             packing = _pack_by(settings, points, labels, centroids, number)
             rows.append(_rows(step.domain, number, pair_ids[packing.batches], cluster_of))
@@ -43,7 +43,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
             progress.advance(1)
         _write(builder, rows, left)
         progress.finish()
-    return Built(units=["batches"], counts=builder.unit_record("batches").counts)
+    return StageResult(units=["batches"], counts=builder.unit_record("batches").counts)
 
 
 def _pack_by(config: dict[str, Any], points: FoldedPoints, labels: Array, centroids: Array, number: int) -> Packing:
@@ -54,7 +54,7 @@ def _pack_by(config: dict[str, Any], points: FoldedPoints, labels: Array, centro
     return pack(points, labels, centroids, PackSettings(seed=seed, **{name: config[name] for name in fields}))
 
 
-def build_mixed(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> Built:
+def build_mixed(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> StageResult:
     """Builds the `batches` of domain `mixed`: the remainders of all domains, one after the other, cut again."""
     if not builder.committed("batches"):
         progress.start("pack mixed", 1)
@@ -73,7 +73,7 @@ def build_mixed(step: Step, builder: ArtifactBuilder, executor: Executor, progre
         _write(builder, rows, rests)
         progress.advance(1)
         progress.finish()
-    return Built(units=["batches"], counts=builder.unit_record("batches").counts)
+    return StageResult(units=["batches"], counts=builder.unit_record("batches").counts)
 
 
 def _places(packing: int, num_batches: int, batch_size: int) -> dict[str, Array]:

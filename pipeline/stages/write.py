@@ -28,7 +28,7 @@ from hardbatch.pipeline.batching.equivalence import equal_texts, keeps_negative,
 from hardbatch.pipeline.batching.hardness import measure_batch
 from hardbatch.pipeline.stages.card import data_card
 from hardbatch.pipeline.stages.summary import count_packings, refuse_empty, summarise
-from hardbatch.pipeline.step import Built, Executor, Progress, Step, Unit, run_pending
+from hardbatch.pipeline.step import Executor, Progress, StageResult, Step, Unit, run_pending
 
 # Only texts are compressed: to set up zstd takes longer than to read a page of packed integers, which is no larger.
 _TEXTS = ("query", "document", "negatives.list.element")
@@ -49,7 +49,7 @@ _NEGATIVE_COUNTS = (
 )
 
 
-def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> Built:
+def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> StageResult:
     """Builds the `shards` artifact of a corpus. Raises InputError where no domain fills a batch."""
     domains = step.config["domains"]
     packed = [*domains, schemas.MIXED_DOMAIN] if f"batches/{schemas.MIXED_DOMAIN}" in step.inputs else domains
@@ -78,7 +78,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         pq.write_table(index, writer.add_file("index.parquet", rows=len(index)), compression="zstd")
         card = data_card(step.domain, step.key, step.config["datasets"], summary, work.with_negatives)
         writer.add_file("README.md").write_text(card, encoding="utf-8")
-    return Built(units=[*names, "index"], counts=summary)
+    return StageResult(units=[*names, "index"], counts=summary)
 
 
 def _units(num_batches: dict[str, int], num_packings: int, batches_per_part: int) -> list[Unit]:

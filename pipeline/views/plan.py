@@ -113,7 +113,7 @@ def _backends(steps: Sequence[Step]) -> list[str]:
     for step in steps:
         if step.stage == "clusters":
             backend = step.config.get("backend")
-            found.append(f"FAISS ({backend})" if backend else f"torch on {step.local['device']}")
+            found.append(f"FAISS ({backend})" if backend else f"torch on {step.runtime['device']}")
     return [f"clustering: {', '.join(dict.fromkeys(found))}"] if found else []
 
 
@@ -196,12 +196,12 @@ def _source_rows(step: Step) -> int | None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    paths = [Path(step.local["files"][source["name"]]) for source in step.sources if source["format"] == "parquet"]
+    paths = [Path(step.runtime["files"][source["name"]]) for source in step.sources if source["format"] == "parquet"]
     try:
         rows: int | None = sum(pq.read_metadata(path).num_rows for path in paths if path.is_file())
     except (pa.ArrowException, OSError):
         return None  # not readable: the run will tell
-    rows = rows or step.local["num_pairs"]
+    rows = rows or step.runtime["num_pairs"]
     limit: int | None = step.config["limit"]
     return min(rows, limit) if limit and rows else rows or limit
 

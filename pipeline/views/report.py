@@ -12,7 +12,7 @@ from hardbatch.pipeline.artifacts.artifact import (
     MANIFEST,
     Artifact,
     Manifest,
-    blame_damage,
+    diagnose_damage,
     find_artifact,
     read_artifact,
 )
@@ -97,7 +97,7 @@ def batches_text(shards: Path, *, limit: int = 20) -> str:
     import polars as pl
 
     artifact = _read_shards(shards)
-    with blame_damage([artifact.path]):
+    with diagnose_damage([artifact.path]):
         index = pl.read_parquet(artifact.path / "index.parquet")
     several = artifact.manifest.counts["packings"] > 1
     header = ["batch", *["packing"] * several, "domain", "hardness", "masked hardness", "mask rate", "surrogate loss"]
@@ -129,13 +129,13 @@ def batch_text(shards: Path, batch_id: int, *, num_slots: int | None = None) -> 
     import pyarrow.parquet as pq
 
     artifact = _read_shards(shards)
-    with blame_damage([artifact.path]):
+    with diagnose_damage([artifact.path]):
         index = pl.read_parquet(artifact.path / "index.parquet")
     chosen = index.filter(pl.col("batch_id") == batch_id)
     if len(chosen) == 0:
         raise ConfigError(f"--batch {batch_id}: these shards have batches 0 to {len(index) - 1}")
     entry = chosen.row(0, named=True)
-    with blame_damage([artifact.path]), pq.ParquetFile(artifact.path / entry["file"]) as file:
+    with diagnose_damage([artifact.path]), pq.ParquetFile(artifact.path / entry["file"]) as file:
         rows = file.read_row_group(entry["row_group"]).to_pylist()
     packing = f", packing {entry['packing']}" if artifact.manifest.counts["packings"] > 1 else ""
     lines = [

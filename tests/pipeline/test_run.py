@@ -260,7 +260,7 @@ def test_the_number_of_a_gpu_is_in_no_key(corpus, tmp_path, cuda):
         of_stages = {step.stage: step for step in plans[device]}
         for stage in ("vectors", "clusters", "batches"):
             assert of_stages[stage].config["device"] == "cuda"
-            assert of_stages[stage].local["device"] == runs_on
+            assert of_stages[stage].runtime["device"] == runs_on
 
     on_cpu = ["embed.model=minilm", "embed.surrogate_model=minilm", "embed.device=cpu"]
     cpu_keys = [step.key for step in plan_corpus(corpus, tmp_path / "ws", overrides=on_cpu).steps]

@@ -17,7 +17,7 @@ from hardbatch.pipeline.artifacts.artifact import verify_artifact
 from hardbatch.pipeline.artifacts.faults import POINTS, TRAINER_POINTS
 from hardbatch.trainer.checkpoint import find_checkpoint
 from hardbatch.trainer.export import open_model
-from hardbatch.trainer.replace import _exchange, put_in_place
+from hardbatch.trainer.replace import _exchange, replace_folder
 from tests.reliability.processes import KILLED, Ended, tree
 from tests.reliability.trainings import export_of, figures_of, fork, join, run_fork, state_of
 from tests.trainer_models import save_model_folder, tiny_encoder
@@ -130,7 +130,7 @@ def test_an_export_is_never_gone(tmp_path: Path) -> None:
         new = tmp_path / f".export.{number}.tmp"
         new.mkdir()
         (new / "number").write_text(str(number))
-        put_in_place(new, target)
+        replace_folder(new, target)
     done.set()
     watcher.join()
     assert missed == [0] and (target / "number").read_text() == "299"

@@ -18,7 +18,7 @@ import pytest
 
 from hardbatch.pipeline.artifacts.artifact import verify_artifact
 from hardbatch.trainer.checkpoint import find_checkpoint
-from hardbatch.trainer.signals import noted_signals
+from hardbatch.trainer.signals import deferred_signals
 from tests.models import require_minilm
 from tests.reliability.processes import finish, wait_until
 from tests.reliability.trainings import (
@@ -174,7 +174,7 @@ def test_a_second_one_leaves_at_once(flags: dict[str, Any], tmp_path: Path, reco
 
 
 def test_two_signals_of_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    with noted_signals() as stop:
+    with deferred_signals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # from the scheduler, and from torchrun, which it told too
         assert stop.signum == signal.SIGTERM

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hardbatch.trainer.batch import Batch, Tokens
-from hardbatch.trainer.log import LOG, RunLog, StepFigures, model_flops, peak_flops
+from hardbatch.trainer.log import LOG, StepMetrics, TrainingLog, model_flops, peak_flops
 from tests.trainer_models import tiny_encoder
 
 
@@ -24,11 +24,11 @@ def make_figures(loss=1.0, **changed):
         "flops": 1e6,
         "wait_s": 0.0,
     }
-    return StepFigures(loss=loss, **{**figures, **changed})
+    return StepMetrics(loss=loss, **{**figures, **changed})
 
 
 def open_log(folder, first_step=0, peak_flops=0.0):
-    return RunLog(folder, first_step=first_step, end_position=100, peak_flops=peak_flops, stream=io.StringIO())
+    return TrainingLog(folder, first_step=first_step, end_position=100, peak_flops=peak_flops, stream=io.StringIO())
 
 
 def records(folder):

@@ -31,7 +31,7 @@ def rank_main(rank, world_size, port, folder):
         told.append([ranks.rank, ranks.is_main, ranks.sum(rank + 0.5, 1.0), ranks.max(10 * rank), ranks.min(5 - rank)])
         for bad in ({1: "on one"}, {0: "same", 1: "same"}, {0: "first", 1: "second"}, {}):
             try:
-                with ranks.together():
+                with ranks.errors_raised_together():
                     if rank in bad:
                         raise (InputError if rank else IntegrityError)(bad[rank])
                 told.append("nothing")
@@ -71,7 +71,7 @@ def test_one_process_alone():
         stage = torch.nn.Linear(2, 2)
         ranks.average_gradients(stage)
         assert stage.weight.grad is None and ranks.sum(1.5, 2) == [1.5, 2] and ranks.max(3) == 3
-        with pytest.raises(InputError, match="alone"), ranks.together():
+        with pytest.raises(InputError, match="alone"), ranks.errors_raised_together():
             raise InputError("alone")
 
 

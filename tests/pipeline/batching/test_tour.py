@@ -163,7 +163,7 @@ def test_graph_tour_is_at_most_2_percent_longer_on_clustered_centroids(exact_gra
 
 def test_exhausted_neighbours_are_looked_for_near_by():
     centroids = clustered_centroids(3_000, seed=4)
-    left = tour._Left(centroids / np.linalg.norm(centroids, axis=1, keepdims=True))
+    left = tour._Unvisited(centroids / np.linalg.norm(centroids, axis=1, keepdims=True))
     for gone in range(1, 2_999):
         left.remove(gone)
         found = left.near(0)
