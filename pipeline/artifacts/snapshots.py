@@ -41,6 +41,12 @@ class Snapshots:
         except (OSError, ValueError, EOFError, zipfile.BadZipFile):
             return None
 
+    def load_all(self) -> dict[str, dict[str, Array]]:
+        """The arrays of every snapshot that can be read, by name."""
+        paths = sorted(self._folder.glob("*.npz")) if self._folder is not None else []
+        found = {path.stem: self.load(path.stem) for path in paths}
+        return {name: arrays for name, arrays in found.items() if arrays is not None}
+
     def save(self, name: str, arrays: Callable[[], Mapping[str, Array]]) -> None:
         """Keeps what `arrays()` gives under `name`, if it is time: a kill costs some seconds of work, or one step.
 

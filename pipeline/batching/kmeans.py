@@ -14,12 +14,12 @@ Shape letters: n points, k clusters, D dimension.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from hardbatch.pipeline.arrays import Array
-from hardbatch.pipeline.artifacts.snapshots import Snapshots
 from hardbatch.pipeline.batching.nearest import Nearest
 from hardbatch.pipeline.batching.points import Points, Subset, cache_in_memory, cluster_sums, partitions
 
@@ -29,6 +29,9 @@ _SAMPLE_PART = 4  # of the points, one in so many is in the sample
 _SAMPLE_PER_CLUSTER = 32  # at least
 _WHOLE_ITERATIONS = 4  # the last ones, that see all points
 _EVEN_ENOUGH = 0.01  # of the points: sizes that come nearer by less have settled
+
+State = Mapping[str, Array]
+OnIteration = Callable[[str, Callable[[], State]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,8 @@ def kmeans(
     balance: float,
     seed: int,
     device: str = "cpu",
-    snapshots: Snapshots | None = None,
+    on_iteration: OnIteration | None = None,
+    resume_from: Mapping[str, State] | None = None,
 ) -> Clustering:
     """Lloyd's algorithm from distinct random points, with empty clusters re-seeded from the largest.
 
@@ -65,6 +69,9 @@ def kmeans(
     or between them, whichever is less; 0 is plain K-Means.
     It leaves the sample, and then ends, early when the objective gains less than `tolerance` of itself and sizes do not
     come nearer to each other.
+    After each iteration, `on_iteration` is called with the name of a state and a function that returns it. The states
+    that it kept, by name, are the `resume_from` of a later call with the same arguments, which then skips the
+    iterations that are done and returns the same result.
     The result may have fewer clusters than asked where few points differ, or the last assignment empties one.
     Raises ValueError unless 1 <= num_clusters <= n.
     """
@@ -75,13 +82,13 @@ def kmeans(
     generator = np.random.default_rng(seed)
     lloyd = Lloyd(_distinct_points(points, num_clusters, generator), balance, device)
     sample = _sample(points, num_clusters, generator) if iterations > _WHOLE_ITERATIONS else None
-    snapshots = snapshots or Snapshots()
-    lloyd.restore(snapshots.load("lloyd"))
+    on_iteration = on_iteration or keep_nothing
+    lloyd.restore((resume_from or {}).get("lloyd"))
     for level, seen, last in ((0, sample, iterations - _WHOLE_ITERATIONS), (1, points, iterations - 1)):
         while seen is not None and len(lloyd.objective) < last and not lloyd.has_settled(level, tolerance):
             labels = lloyd.iterate(seen, _all_of(seen, lloyd), level=level, exact=False)
             lloyd.reseed(seen, labels, np.random.default_rng([seed, len(lloyd.objective)]))
-            snapshots.save("lloyd", lloyd.state)
+            on_iteration("lloyd", lloyd.state)
     labels = lloyd.iterate(points, _all_of(points, lloyd), level=1, exact=True)
     return compact(labels, lloyd)
 
@@ -100,7 +107,7 @@ class Lloyd:
         self._imbalance: list[float] = []
         self._sum_of_squares: dict[int, float] = {}
 
-    def state(self) -> dict[str, Array]:
+    def state(self) -> State:
         """All that the next iteration needs, to be given to `restore`."""
         return {
             "centroids": self.centroids,
@@ -110,7 +117,7 @@ class Lloyd:
             "imbalance": np.array(self._imbalance),
         }
 
-    def restore(self, state: dict[str, Array] | None) -> None:
+    def restore(self, state: State | None) -> None:
         """Goes on from a `state`; None: from where it is."""
         if state is not None:
             self.centroids, self.prices = state["centroids"], state["prices"]
@@ -165,6 +172,10 @@ class Lloyd:
             self.centroids[empty] = points.take(np.array([member]))[0]
             self.prices[empty] = self.prices[donor]
             expected[donor] /= 2
+
+
+def keep_nothing(name: str, state: Callable[[], State]) -> None:
+    """The `on_iteration` of a clustering that will not be resumed."""
 
 
 def apportion(sizes: Array, total: int, *, least: int = 1) -> Array:

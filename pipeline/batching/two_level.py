@@ -5,14 +5,23 @@ Shape letters: n points, k clusters, D dimension.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from hardbatch.pipeline.arrays import Array, trim_heap
-from hardbatch.pipeline.artifacts.snapshots import Snapshots
-from hardbatch.pipeline.batching.kmeans import Clustering, Lloyd, apportion, compact, kmeans
+from hardbatch.pipeline.batching.kmeans import (
+    Clustering,
+    Lloyd,
+    OnIteration,
+    State,
+    apportion,
+    compact,
+    keep_nothing,
+    kmeans,
+)
 from hardbatch.pipeline.batching.nearest import Nearest
 from hardbatch.pipeline.batching.points import Points, Subset, partitions
 
@@ -30,7 +39,8 @@ def two_level_kmeans(
     balance: float,
     seed: int,
     device: str = "cpu",
-    snapshots: Snapshots | None = None,
+    on_iteration: OnIteration | None = None,
+    resume_from: Mapping[str, State] | None = None,
 ) -> Clustering:
     """K-Means within the cells of a coarse K-Means of √k cells: n·√k·D work an iteration instead of n·k·D.
 
@@ -46,25 +56,31 @@ def two_level_kmeans(
         "balance": balance,
         "device": device,
     }
-    snapshots = snapshots or Snapshots()
+    on_iteration, resume_from = on_iteration or keep_nothing, resume_from or {}
     num_cells = max(1, round(num_clusters**0.5))
     sample = np.sort(np.random.default_rng(seed).permutation(n)[: num_cells * _SAMPLE_PER_CELL])
-    coarse = kmeans(Subset(points, sample), num_cells, seed=seed, snapshots=snapshots, **settings)
-    cell_of = _nearest_cell(points, coarse, device, snapshots)
+    coarse = kmeans(
+        Subset(points, sample), num_cells, seed=seed, on_iteration=on_iteration, resume_from=resume_from, **settings
+    )
+    if "cells" in resume_from:
+        cell_of = resume_from["cells"]["cell_of"]
+    else:
+        cell_of = _nearest_cell(points, coarse, device)
+        on_iteration("cells", lambda: {"cell_of": cell_of})
     members = _by_label(cell_of, len(coarse.centroids))
     shares = apportion(np.array([len(rows) for rows in members]), num_clusters)
-    fine = _Fine.restored(snapshots.load("fine"))
+    fine = _Fine.restored(resume_from.get("fine"))
     for number in range(len(fine.found), len(members)):
         rows, share = members[number], int(shares[number])
         fine.add(kmeans(Subset(points, rows), share, seed=seed + 1 + number, **settings) if share > 0 else None)
-        snapshots.save("fine", fine.state)
+        on_iteration("fine", fine.state)
     trim_heap()
     owned = np.split(np.arange(sum(fine.found)), np.cumsum(fine.found)[:-1])
     lloyd = Lloyd(np.concatenate(fine.centroids), balance, device)
     lloyd.prices = np.concatenate(fine.prices)
     lloyd.objective, lloyd.levels = [*coarse.objective, float(np.sum(fine.objective))], [*coarse.levels, 2]
     del fine
-    lloyd.restore(snapshots.load("wide"))
+    lloyd.restore(resume_from.get("wide"))
     near = _nearest_cells(coarse.centroids)
     choices = [
         (rows, np.concatenate([owned[cell] for cell in near[number]]))
@@ -74,7 +90,7 @@ def two_level_kmeans(
     for iteration in range(lloyd.levels.count(2) - 1, _WIDE_ITERATIONS):
         labels = lloyd.iterate(points, choices, level=2, exact=iteration == _WIDE_ITERATIONS - 1)
         if iteration < _WIDE_ITERATIONS - 1:
-            snapshots.save("wide", lloyd.state)
+            on_iteration("wide", lloyd.state)
     return compact(labels, lloyd)
 
 
@@ -95,7 +111,7 @@ class _Fine:
             self.prices.append(clustering.prices)
             self.objective.append(clustering.objective[-1])
 
-    def state(self) -> dict[str, Array]:
+    def state(self) -> State:
         return {
             "found": np.array(self.found),
             "centroids": np.concatenate(self.centroids),
@@ -104,7 +120,7 @@ class _Fine:
         }
 
     @classmethod
-    def restored(cls, state: dict[str, Array] | None) -> _Fine:
+    def restored(cls, state: State | None) -> _Fine:
         if state is None:
             return cls()
         return cls(
@@ -115,16 +131,12 @@ class _Fine:
         )
 
 
-def _nearest_cell(points: Points, coarse: Clustering, device: str, snapshots: Snapshots) -> Array:
+def _nearest_cell(points: Points, coarse: Clustering, device: str) -> Array:
     """The cell of each point (int32, n)."""
-    kept = snapshots.load("cells")
-    if kept is not None:
-        return kept["cell_of"]
     cell_of = np.empty(len(points), dtype=np.int32)
     assign = Nearest(coarse.centroids, coarse.prices, device=device)
     for rows in partitions(len(points)):
         cell_of[rows] = assign(points.take(rows))
-    snapshots.save("cells", lambda: {"cell_of": cell_of})
     return cell_of
 
 

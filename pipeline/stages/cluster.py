@@ -55,9 +55,11 @@ def cluster(points: FoldedPoints, config: dict[str, Any], snapshots: Snapshots |
     if config["method"] == "doubled":
         return doubled_kmeans(points, num_clusters, restarts=config["restarts"], backend=config["backend"], **settings)
     settings.update({name: config[name] for name in ("tolerance", "balance", "device")})
+    snapshots = snapshots or Snapshots()
+    settings.update(on_iteration=snapshots.save, resume_from=snapshots.load_all())
     if num_clusters > config["two_level_above"]:
-        return two_level_kmeans(points, num_clusters, snapshots=snapshots, **settings)
-    return kmeans(points, num_clusters, snapshots=snapshots, **settings)
+        return two_level_kmeans(points, num_clusters, **settings)
+    return kmeans(points, num_clusters, **settings)
 
 
 def _write(builder: ArtifactBuilder, pair_ids: Array, clustering: Clustering) -> None:

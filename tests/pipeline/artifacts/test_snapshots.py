@@ -41,6 +41,7 @@ def test_arrays_come_back_as_they_were(at_once, tmp_path):
     assert snapshots.load("one") is None
     snapshots.save("one", lambda: {"a": np.arange(3), "b": np.zeros((0, 2), dtype=np.float32)})
     snapshots.save("one", lambda: {"a": np.arange(4), "b": np.ones((1, 2), dtype=np.float32)})
+    assert list(Snapshots(tmp_path / "kept").load_all()) == ["one"] and Snapshots(None).load_all() == {}
     found = Snapshots(tmp_path / "kept").load("one")
     assert found["a"].tolist() == [0, 1, 2, 3] and found["b"].dtype == np.float32 and found["b"].shape == (1, 2)
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["one.npz"]
@@ -81,7 +82,7 @@ def test_a_damaged_one_is_not_believed(at_once, tmp_path, damage):
     snapshots.save("one", lambda: {"a": np.arange(300)})
     path = tmp_path / "one.npz"
     path.write_bytes(damage(path.read_bytes()))
-    assert snapshots.load("one") is None
+    assert snapshots.load("one") is None and snapshots.load_all() == {}
 
 
 @pytest.mark.parametrize(("find", "num_clusters"), [(kmeans, 20), (two_level_kmeans, 36)])
@@ -90,7 +91,7 @@ def test_killed_at_any_snapshot_it_ends_with_the_same_clusters(at_once, tmp_path
     whole = find(points, num_clusters, **SETTINGS)
     saved = []
     monkeypatch.setattr(module, "fault_point", saved.append)
-    find(points, num_clusters, snapshots=Snapshots(tmp_path / "all"), **SETTINGS)
+    find(points, num_clusters, **kept_in(tmp_path / "all"), **SETTINGS)
     assert len(saved) >= (9 if find is kmeans else 15)  # after each iteration; of two levels also after each cell
     for last in range(1, len(saved) + 1):
         passed = []
@@ -103,15 +104,21 @@ def test_killed_at_any_snapshot_it_ends_with_the_same_clusters(at_once, tmp_path
         monkeypatch.setattr(module, "fault_point", fault_point)
         folder = tmp_path / str(last)
         with pytest.raises(KilledError):
-            find(points, num_clusters, snapshots=Snapshots(folder), **SETTINGS)
+            find(points, num_clusters, **kept_in(folder), **SETTINGS)
         work = counted_assignments(monkeypatch)
-        again = find(points, num_clusters, snapshots=Snapshots(folder), **SETTINGS)
+        again = find(points, num_clusters, **kept_in(folder), **SETTINGS)
         assert np.array_equal(again.labels, whole.labels) and np.array_equal(again.centroids, whole.centroids)
         assert np.array_equal(again.prices, whole.prices)
         assert again.objective == whole.objective and again.levels == whole.levels
         if find is kmeans:
             assert len(work) == len(whole.objective) - last  # no iteration is done twice
     assert len(work) == (1 if find is kmeans else 7)  # after the last: the cells' last, and the last one in 6 cells
+
+
+def kept_in(folder):
+    """The arguments of K-Means that goes on from the snapshots in `folder` and leaves its own there."""
+    snapshots = Snapshots(folder)
+    return {"on_iteration": snapshots.save, "resume_from": snapshots.load_all()}
 
 
 def counted_assignments(monkeypatch):
