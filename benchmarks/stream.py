@@ -31,7 +31,7 @@ import polars as pl
 from tokenizers import Tokenizer
 
 from hardbatch.pipeline.models.resolve import locate_model
-from hardbatch.pipeline.run import plan_corpus, run_step
+from hardbatch.pipeline.run import run_corpus
 from hardbatch.trainer.batch import load_tokenizer
 from hardbatch.trainer.shards import Shards, TextBatch, open_shards
 from hardbatch.trainer.stream import BatchStream
@@ -87,10 +87,7 @@ def build(folder: Path, num_pairs: int, batch_size: int) -> Path:
     packed = f"[pack]\nbatch_size = {batch_size}\n[write]\nbatches_per_part = {per_part}\n"
     manifest = folder / f"bench-{batch_size}.toml"
     manifest.write_text(f'corpus = "bench-{batch_size}"\n{SETTINGS}{packed}{datasets}')
-    plan = plan_corpus(manifest, folder / "workspace", data_root=data)
-    for step in plan.steps:
-        run_step(step)
-    return plan.shards
+    return run_corpus(manifest, workspace=folder / "workspace", data_root=data)
 
 
 def domains(num_pairs: int) -> dict[str, pl.DataFrame]:
