@@ -158,7 +158,7 @@ def test_an_expected_digest_is_checked(root: Path, list_files: List) -> None:
     assert list_files("a.jsonl", sha256={"a.jsonl": digest})
     with pytest.raises(InputError, match=rf"a\.jsonl: sha256 is {digest}, the manifest expects {'0' * 64}"):
         list_files("a.jsonl", sha256={"a.jsonl": "0" * 64})
-    with pytest.raises(ConfigError, match=r"sha256 is given for 'b\.jsonl', which is none of its files"):
+    with pytest.raises(ConfigError, match=r"sha256 is given for 'b\.jsonl', which is not one of its files"):
         list_files("a.jsonl", sha256={"b.jsonl": digest})
 
 
@@ -494,7 +494,7 @@ def test_fewer_rows_than_the_footer_says_are_an_input_error(root: Path, list_fil
 
 
 def test_a_negatives_key_that_no_row_has_is_told(read: Read) -> None:
-    with pytest.raises(InputError, match=r"no row has 'typo'; mend columns\.negatives"):
+    with pytest.raises(InputError, match=r"no row has 'typo'; fix columns\.negatives"):
         read("a.jsonl", LINES, {"negatives": "typo"})
 
 
