@@ -275,7 +275,7 @@ def test_a_file_is_no_model(resolve, tmp_path):
 
 def test_an_empty_folder_is_no_model(resolve, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert_refused("holds no model (neither modules.json nor config.json)", lambda: resolve(tmp_path / "empty"))
+    assert_refused("does not hold a model (neither modules.json nor config.json)", lambda: resolve(tmp_path / "empty"))
 
 
 @pytest.fixture
