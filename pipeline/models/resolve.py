@@ -1,6 +1,6 @@
-"""Models by name: where they lie, what their bytes are, and every "auto" resolved before a key is made.
+"""Resolves a model before a key is made: its folder, the digest of its files, and every "auto" setting.
 
-Only safetensors are loaded, and code of a model's repository only when asked for, at a full commit.
+Only safetensors are loaded. Code of a model's repository runs only if it is asked for, at a full commit.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ _OWN_MODULES = "sentence_transformers."
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A model with every "auto" resolved: all that its vectors depend on, and what is of this machine.
+    """A model with every "auto" setting resolved.
 
-    Of this machine are `location`, the folder of the model, and `runs_on`, its device with the number,
-    for example `cuda:1`. `device` is the type of that alone: all GPUs give the same vectors.
+    Its vectors depend on all fields but two, which describe this machine: `location`, the folder of the model, and
+    `runs_on`, its device with the number, for example `cuda:1`. `device` is only the type, since all GPUs give the
+    same vectors.
     """
 
     name: str
@@ -44,9 +45,16 @@ class ModelSpec:
 
 
 def resolve_model(config: EmbedConfig, role: str, root: Path, digests: DigestCache) -> ModelSpec:
-    """The model of a role, `cluster` or `surrogate`, with device, dtype, token budget, prompts and digest resolved.
+    """Resolves the model of a role.
 
-    Raises ConfigError where the model is unknown, has no safetensors, or asks for remote code that is not pinned.
+    Args:
+        config: The settings of embedding.
+        role: `cluster` or `surrogate`.
+        root: The folder that a relative folder of a model may start from.
+        digests: Digests of local files; new ones are added.
+
+    Raises:
+        ConfigError: The model is unknown, has no safetensors, or needs remote code that is not allowed or not pinned.
     """
     surrogate = role == "surrogate"
     name = config.surrogate_model if surrogate else config.model
@@ -56,6 +64,7 @@ def resolve_model(config: EmbedConfig, role: str, root: Path, digests: DigestCac
     if surrogate and "nomic-embed" in name:
         query_prompt = "search_query: " if query_prompt is None else query_prompt
         document_prompt = "search_document: " if document_prompt is None else document_prompt
+
     shared = {"query_prompt": query_prompt or "", "document_prompt": document_prompt or ""}
     if name == "lexical":
         version = importlib.metadata.version("scikit-learn")
@@ -72,6 +81,8 @@ def resolve_model(config: EmbedConfig, role: str, root: Path, digests: DigestCac
             runs_on="cpu",
             **shared,
         )
+
+    # On the hub a branch or tag may point to other code tomorrow. Folders and packages have no revision.
     pinned = bool(revision and _is_full_commit(revision))
     name, location, revision = locate_model(name, revision, root)
     require_safetensors(name, location)
@@ -85,6 +96,7 @@ def resolve_model(config: EmbedConfig, role: str, root: Path, digests: DigestCac
         _refuse_code_elsewhere(name, location)
     else:
         _refuse_own_code(name, location)
+
     runs_on = _resolve_device(config.device)
     device = runs_on.split(":")[0]
     return ModelSpec(
@@ -107,7 +119,7 @@ def _is_full_commit(revision: str) -> bool:
 
 
 def _refuse_own_code(name: str, location: Path) -> None:
-    """Refuses a model one of whose modules is not of sentence-transformers: loading it would run code it names."""
+    """Refuses a model with a module that is not from sentence-transformers: loading it would run the code it names."""
     try:
         modules = json.loads((location / "modules.json").read_bytes())
         foreign = [str(module["type"]) for module in modules if not str(module["type"]).startswith(_OWN_MODULES)]
@@ -117,13 +129,13 @@ def _refuse_own_code(name: str, location: Path) -> None:
         raise ConfigError(f"model '{name}' cannot be loaded: {location / 'modules.json'} is damaged") from None
     if foreign:
         raise ConfigError(
-            f"model '{name}' runs code that is not of sentence-transformers ({foreign[0]}); read it, and set "
+            f"model '{name}' runs code that is not from sentence-transformers ({foreign[0]}); read it, and set "
             "embed.trust_remote_code if you trust it, or take another model"
         )
 
 
 def _refuse_code_elsewhere(name: str, location: Path) -> None:
-    """Refuses a model whose code lies in another repository, which no commit of this one pins."""
+    """Refuses a model that takes code from another repository, which a commit of its own does not pin."""
     for path in location.rglob("*.json"):
         try:
             classes = json.loads(path.read_bytes()).get("auto_map") or {}
@@ -153,7 +165,7 @@ def _resolve_device(device: str) -> str:
         return "mps" if torch.backends.mps.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(
-            f"embed.device: '{device}' is asked for, but no CUDA device can be used here; use auto or cpu"
+            f"embed.device: '{device}' was requested, but no CUDA device can be used here; use auto or cpu"
         )
     return device
 

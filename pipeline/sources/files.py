@@ -1,4 +1,4 @@
-"""Where rows come from: the files that a manifest names. `rows.py` reads them."""
+"""The files that a manifest names as sources; `rows.py` reads them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hardbatch.pipeline.artifacts.files import DigestCache, content_key
-from hardbatch.pipeline.config import Dataset
-from hardbatch.pipeline.errors import ConfigError, InputError, UnreachableError
+from hardbatch.pipeline.config import Columns, Dataset
+from hardbatch.pipeline.errors import ConfigError, InputError, UnreachableError, first_line
 
 _FORMATS = {
     ".parquet": "parquet",
@@ -19,16 +19,22 @@ _FORMATS = {
 }
 _NAME_CHARACTERS = 60
 _PROTOCOLS = ("hf", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hdfs", "webhdfs", "https", "http")
-_VERSION_FIELDS = (  # what filesystems say about the version of a file, each in its own words
+_VERSION_FIELDS = (  # what the filesystems call the version of a file
     "ETag", "etag", "sha256", "blob_id", "last_commit", "md5Hash", "Content-MD5", "Digest", "generation",
     "LastModified", "Last-Modified", "last_modified", "updated", "mtime",
 )  # fmt: skip
 
 
 class SourceFile(NamedTuple):
-    """A file of a dataset: its name in messages and keys, where it is, how it is read, what its bytes are.
+    """A file of a dataset.
 
-    `modified_ns` is the time of a local file's last change as it was planned with.
+    Attributes:
+        name: What messages and keys call it.
+        location: Its path or URL.
+        format: parquet, jsonl, csv, tsv or python.
+        num_bytes: Its size.
+        sha256: The digest of its bytes; for a remote file one of its name, size and version, unless it was given.
+        modified_ns: When a local file was last changed, as of planning.
     """
 
     name: str
@@ -40,7 +46,7 @@ class SourceFile(NamedTuple):
 
 
 class RawRow(NamedTuple):
-    """One row as the source has it; `problem` (a reason code) and `detail` where it could not be read."""
+    """One row as the source has it; `problem` (a reason code) and `detail` say why it could not be read."""
 
     row: int
     query: Any
@@ -51,10 +57,17 @@ class RawRow(NamedTuple):
 
 
 def list_source_files(dataset: Dataset, root: Path, digests: DigestCache) -> list[SourceFile]:
-    """The files of a dataset, in the order of the manifest and of their names.
+    """Lists the files of a dataset, in the order of the manifest and of their names.
 
-    Local paths are relative to `root` and must stay below it. Raises ConfigError for a path that leads out of it or a
-    format that cannot be told, InputError for a file that is not there or is not the expected one.
+    Args:
+        dataset: The dataset of the manifest.
+        root: The folder that local paths are relative to, and must stay below.
+        digests: Digests of local files; new ones are added.
+
+    Raises:
+        ConfigError: A path leads out of `root`, or the format of a file is unknown.
+        InputError: A file does not exist, or is not the one that `dataset.sha256` expects.
+        UnreachableError: A remote source does not answer.
     """
     files: list[SourceFile] = []
     for source in dataset.sources:
@@ -69,7 +82,11 @@ def list_source_files(dataset: Dataset, root: Path, digests: DigestCache) -> lis
 
 
 def local_path(source: str, root: Path, where: str) -> Path:
-    """`source` below `root`; raises ConfigError where it is absolute or leads out of `root`, also through a link."""
+    """Resolves a local path; `where` is how a message starts.
+
+    Raises:
+        ConfigError: `source` is absolute or leads out of `root`, directly or through a link.
+    """
     path = Path(source)
     if path.is_absolute():
         raise ConfigError(f"{where}: path '{source}' is absolute; give it relative to {root}, or set --data-root")
@@ -79,7 +96,7 @@ def local_path(source: str, root: Path, where: str) -> Path:
         inside = (root / path).resolve().is_relative_to(root.resolve())
         (root / path).exists()
     except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a NUL, a name too long
-        raise ConfigError(f"{where}: {source!r} is no usable path: {first_line(error)}") from None
+        raise ConfigError(f"{where}: {source!r} is not a usable path: {first_line(error)}") from None
     if not inside:
         raise ConfigError(f"{where}: path '{source}' leads out of {root} through a link; copy the file below it")
     return root / path
@@ -88,11 +105,12 @@ def local_path(source: str, root: Path, where: str) -> Path:
 def _list_local(source: str, dataset: Dataset, root: Path, digests: DigestCache) -> list[SourceFile]:
     where = f"dataset '{dataset.name}'"
     if any(char in source for char in "*?["):
+        # The folders in front of the pattern are checked before it is looked up; what it finds is checked below.
         local_path(source.split("*")[0].split("?")[0].split("[")[0] or ".", root, where)
         try:
             paths = [path for path in sorted(root.glob(source)) if not path.is_dir()]
         except (ValueError, OSError, NotImplementedError) as error:
-            raise ConfigError(f"{where}: '{source}' is no usable pattern: {first_line(error)}") from None
+            raise ConfigError(f"{where}: '{source}' is not a usable pattern: {first_line(error)}") from None
         if not paths:
             raise InputError(f"{where}: no file matches '{source}' below {root}; --data-root names another folder")
     else:
@@ -122,7 +140,8 @@ def _local_file(name: str, path: Path, format_: str, digests: DigestCache) -> So
 
 def _list_remote(source: str, dataset: Dataset) -> list[SourceFile]:
     where = f"dataset '{dataset.name}'"
-    if "::" in source or source.split("://")[0] not in _PROTOCOLS:  # others read local files, or run commands
+    # Other protocols read local files or run commands, and chained ones can do so too.
+    if "::" in source or source.split("://")[0] not in _PROTOCOLS:
         raise ConfigError(
             f"{where}: '{source}': give a local file as a path below the data root, a remote one as one URL "
             f"({', '.join(f'{protocol}://' for protocol in _PROTOCOLS)})"
@@ -137,7 +156,7 @@ def _list_remote(source: str, dataset: Dataset) -> list[SourceFile]:
         raise ConfigError(f"{where}: '{source}' needs a package that is not installed: {error}") from None
     except ValueError as error:
         raise ConfigError(f"{where}: '{source}': {error}") from None
-    except Exception as error:  # every filesystem has its own: all mean that the source cannot be reached
+    except Exception as error:  # every filesystem has its own errors: all mean that the source cannot be reached
         raise UnreachableError(f"{where}: '{source}' cannot be reached: {first_line(error)}") from None
     if any(info.get("type") == "directory" for info in infos):
         raise InputError(f"{where}: '{source}' is a folder; name its files, for example '{source}/*.parquet'")
@@ -175,24 +194,31 @@ def _check_digests(dataset: Dataset, files: list[SourceFile]) -> None:
     for name, expected in dataset.sha256.items():
         found = [file for file in files if name in (file.name, Path(file.name).name)]
         if not found:
-            raise ConfigError(f"dataset '{dataset.name}': sha256 is given for '{name}', which is none of its files")
+            raise ConfigError(f"dataset '{dataset.name}': sha256 is given for '{name}', which is not one of its files")
         if len(found) > 1:
             names = ", ".join(file.name for file in found)
             raise ConfigError(
-                f"dataset '{dataset.name}': sha256 is given for '{name}', which may be {names}; give its path"
+                f"dataset '{dataset.name}': sha256 is given for '{name}', which could be {names}; give its path"
             )
         if found[0].sha256 != expected:
             raise InputError(f"{found[0].name}: sha256 is {found[0].sha256}, the manifest expects {expected}")
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def mapped_columns(file: SourceFile, columns: Columns, present: list[str]) -> dict[str, str]:
+    """The column for each field that the manifest maps; InputError if the file does not have it exactly once."""
+    fields = {"query": columns.query, "document": columns.document, "negatives": columns.negatives}
+    mapped = {field: name for field, name in fields.items() if name is not None}
+    for field, name in mapped.items():
+        if name not in present:
+            raise no_column(file, field, name, present)
+        if present.count(name) > 1:
+            raise InputError(f"{file.name}: column '{name}' ({field}) occurs {present.count(name)} times; rename one")
+    return mapped
 
 
-def no_column(file: SourceFile, field: str, name: str, names: list[str]) -> InputError:
-    """What to raise where a file has not the column `name`, but `names`."""
-    seen = ", ".join(str(name)[:_NAME_CHARACTERS] for name in names[:20])
+def no_column(file: SourceFile, field: str, name: str, present: list[str]) -> InputError:
+    """The error for a file that does not have the column `name` for a field."""
+    seen = ", ".join(str(name)[:_NAME_CHARACTERS] for name in present[:20])
     return InputError(
         f"{file.name}: no column '{name}' for {field}; it has: {seen}. Map it in the manifest: columns.{field}"
     )

@@ -24,9 +24,17 @@ _MIN_QUERY_CHARACTERS = 10
 
 
 def list_modules(package: str) -> list[tuple[str, Path]]:
-    """(name, path) of the modules of an installed package, for example `numpy` or `torch.nn`, in order of path.
+    """Lists the modules of an installed package, without importing it.
 
-    Raises ConfigError where the package is not installed, InputError where it has no Python source.
+    Args:
+        package: Its import name, or that of a part of it, for example `numpy` or `torch.nn`.
+
+    Returns:
+        (name, path) of each module, in order of path.
+
+    Raises:
+        ConfigError: The package is not installed.
+        InputError: It has no Python source.
     """
     if not all(part.isidentifier() for part in package.split(".")):
         raise ConfigError(f"source 'python:{package}': give the import name of a package, for example python:numpy")
@@ -50,18 +58,23 @@ def list_modules(package: str) -> list[tuple[str, Path]]:
 
 
 def read_functions(path: Path) -> Iterator[tuple[int, str, str, None]]:
-    """(line, query, document, None) of each function of a module that has a docstring."""
+    """Reads (line, query, document, None) of each function of a module that has a docstring.
+
+    Raises:
+        InputError: The file cannot be read. One that cannot be parsed has no functions.
+    """
     try:
-        with tokenize.open(path) as file:  # heeds a coding line and a byte order mark
+        with tokenize.open(path) as file:  # respects a coding line and a byte order mark
             source = file.read()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's docstrings are none of our user's
+            warnings.simplefilter("ignore")  # about invalid escapes, which our user cannot fix
             tree = ast.parse(source)
     except OSError as error:
         raise InputError(f"{path}: cannot be read any more: {error.strerror}") from None
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return  # a template or a module for another Python: no functions to read
-    lines = source.split("\n")  # as `ast` counts them: a form feed ends no line
+        return  # a template, or a module for another version of Python
+
+    lines = source.split("\n")  # as `ast` counts them: a form feed does not end a line
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = ast.get_docstring(node)
@@ -76,6 +89,8 @@ def read_functions(path: Path) -> Iterator[tuple[int, str, str, None]]:
 def _source_without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:
     docstring = node.body[0]
     assert docstring.end_lineno is not None, "nodes of a parsed module know where they end"
+
+    # Code may follow the docstring on its last line. Columns of nodes count bytes, not characters.
     behind = lines[docstring.end_lineno - 1].encode()[docstring.end_col_offset :].decode().lstrip(" ;")  # `; b = a`
     indented = [" " * docstring.col_offset + behind] if behind and not behind.startswith("#") else []
     kept = lines[node.lineno - 1 : docstring.lineno - 1] + indented + lines[docstring.end_lineno : node.end_lineno]

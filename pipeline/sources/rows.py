@@ -1,20 +1,20 @@
-"""Reading source files row by row.
+"""Reads source files row by row.
 
-Reading never repairs and never drops: a row that cannot be read comes out with a problem, which ingest quarantines.
+Reading never repairs and never drops: a row that cannot be read comes out with a problem, and ingest quarantines it.
 A file that cannot be read at all raises InputError.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hardbatch.pipeline.artifacts.files import as_user_error, content_key, sha256_file
 from hardbatch.pipeline.config import Columns
-from hardbatch.pipeline.errors import InputError, UnreachableError
-from hardbatch.pipeline.sources.files import RawRow, SourceFile, first_line, no_column
+from hardbatch.pipeline.errors import InputError, UnreachableError, first_line
+from hardbatch.pipeline.sources.files import RawRow, SourceFile, mapped_columns
 from hardbatch.pipeline.sources.text import read_csv, read_jsonl
 
 _ROWS_PER_READ = 4_096
@@ -23,18 +23,24 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 def read_rows(file: SourceFile, columns: Columns, scratch: Path) -> Iterator[RawRow]:
-    """The rows of `file`, numbered from 0 (for python sources: the line of the function).
+    """Reads the rows of a source file, numbered from 0 (for python sources: the line of the function).
 
-    A remote file is first copied below `scratch`. Raises InputError, naming file and row, where the file as a whole is
-    broken: not the format it claims to be, cut off, without the asked columns, empty, or no longer the one that was
-    planned with.
+    Args:
+        file: The file.
+        columns: The columns that hold query, document and hard negatives.
+        scratch: The folder that a remote file is copied to while it is read.
+
+    Raises:
+        InputError: The file as a whole is broken: it has another format than it claims, is cut off or empty, does not
+            have the columns, or was changed since it was planned with. The message names the file and the row.
+        UnreachableError: A remote file cannot be fetched.
     """
     yield from _read_format(file, columns, scratch)
     _refuse_if_changed(file)
 
 
 def _refuse_if_changed(file: SourceFile) -> None:
-    """The rows read are filed under the digest that was planned with, so they must be those of its bytes."""
+    """Raises InputError if a local file was changed: its rows are filed under the digest of the bytes at planning."""
     if file.modified_ns is None:
         return
     try:
@@ -69,29 +75,47 @@ def _read_format(file: SourceFile, columns: Columns, scratch: Path) -> Iterator[
 
 
 def evaluation_texts(folder: Path) -> Iterator[str]:
-    """The texts of an evaluation folder: of its queries and its corpus, the latter with and without the title.
+    """The texts of an evaluation folder: its queries, and its documents both with and without their titles.
 
-    Raises InputError where corpus.parquet or queries.parquet is not there or has no column `text`.
+    Raises:
+        InputError: corpus.parquet or queries.parquet is not there, or has no column `text` of texts.
+    """
+    for name in ("corpus", "queries"):
+        for batch in read_columns(folder / f"{name}.parquet", ["text"], optional=["title"]):
+            for row in batch.to_pylist():
+                text = row["text"] or ""
+                yield text
+                if row.get("title"):
+                    yield f"{row['title']} {text}"
+
+
+def read_columns(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Any]:
+    """Reads columns of texts from a table of an evaluation folder, a record batch at a time.
+
+    Args:
+        path: A Parquet file.
+        columns: Columns that it must have.
+        optional: Columns that are read if it has them.
+
+    Raises:
+        InputError: The file cannot be read, or a column is missing or holds something else than valid texts.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    for name in ("corpus", "queries"):
-        path = folder / f"{name}.parquet"
-        try:
-            file = pq.ParquetFile(path)
-            kind = file.schema_arrow.field("text").type
-            if not pa.types.is_string(kind) and not pa.types.is_large_string(kind):
-                raise InputError(f"ingest.decontaminate: {path}: column 'text' is {kind}, expected text")
-            columns = [column for column in ("text", "title") if column in file.schema_arrow.names]
-            for batch in file.iter_batches(columns=columns):
-                for row in batch.to_pylist():
-                    text = row["text"] or ""
-                    yield text
-                    if row.get("title"):
-                        yield f"{row['title']} {text}"
-        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-            raise InputError(f"ingest.decontaminate: {path}: no readable column 'text': {first_line(error)}") from None
+    try:
+        file = pq.ParquetFile(path)
+        schema = file.schema_arrow
+        for name in columns:
+            if name not in schema.names:
+                raise InputError(f"{path}: no column '{name}'; it has: {', '.join(schema.names)}")
+            if not _is_text(schema.field(name).type):
+                raise InputError(f"{path}: column '{name}' is {schema.field(name).type}, expected text")
+        for batch in file.iter_batches(columns=[*columns, *(name for name in optional if name in schema.names)]):
+            batch.validate(full=True)  # else invalid UTF-8 is found only by whoever uses the texts
+            yield batch
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as Parquet: {first_line(error)}") from None
 
 
 @contextmanager
@@ -107,7 +131,7 @@ def _local_copy(file: SourceFile, scratch: Path) -> Iterator[Path]:
         try:
             filesystem, path = fsspec.core.url_to_fs(file.location)
             filesystem.get_file(path, str(copy))
-        except Exception as error:  # every filesystem has its own; a full disk is told as such
+        except Exception as error:  # every filesystem has its own errors; a full disk of ours stays what it is
             if isinstance(error, OSError) and as_user_error(error):
                 raise
             raise UnreachableError(f"{file.name}: cannot be fetched: {first_line(error)}") from None
@@ -124,7 +148,9 @@ def _refuse_other_kind(file: SourceFile, path: Path) -> None:
     if start == _LFS_POINTER:
         raise InputError(f"{file.name}: is a Git LFS pointer, not the file it stands for; fetch that: git lfs pull")
     if start.startswith(b"PAR1") and file.format != "parquet":
-        raise InputError(f"{file.name}: is a Parquet file, read as {file.format}; name it .parquet, or mend `format`")
+        raise InputError(
+            f"{file.name}: is a Parquet file, read as {file.format}; rename it to .parquet, or fix `format`"
+        )
 
 
 def _read_parquet(file: SourceFile, path: Path, columns: Columns) -> Iterator[RawRow]:
@@ -132,30 +158,26 @@ def _read_parquet(file: SourceFile, path: Path, columns: Columns) -> Iterator[Ra
     import pyarrow.parquet as pq
 
     try:
-        parquet = pq.ParquetFile(path, pre_buffer=False, buffer_size=_BYTES_PER_READ)  # not a whole row group
+        parquet = pq.ParquetFile(path, pre_buffer=False, buffer_size=_BYTES_PER_READ)  # else it reads whole row groups
         schema = parquet.schema_arrow
         known = schema.names
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{file.name}: is not a readable Parquet file: {first_line(error)}") from None
-    for field, name in (("query", columns.query), ("document", columns.document), ("negatives", columns.negatives)):
-        if name is None:
-            continue
-        if name not in known:
-            raise no_column(file, field, name, known)
-        if known.count(name) > 1:
-            raise InputError(f"{file.name}: column '{name}' ({field}) is there {known.count(name)} times; rename one")
+    mapped = mapped_columns(file, columns, known)
+    for field, name in mapped.items():
         kind = schema.field(name).type
         if not (_is_text(kind) or (field == "negatives" and (_is_text_list(kind) or pa.types.is_null(kind)))):
             wanted = "a list of texts, or text" if field == "negatives" else "text"
             raise InputError(f"{file.name}: column '{name}' ({field}) is {kind}, expected {wanted}")
-    names = [columns.query, columns.document] + ([columns.negatives] if columns.negatives else [])
+
+    names = list(dict.fromkeys(mapped.values()))  # two fields may share a column
     row = 0
     try:
-        for batch in parquet.iter_batches(batch_size=_ROWS_PER_READ, columns=list(dict.fromkeys(names))):
-            values = [_to_python(batch.column(name)) for name in names]
-            negatives = values[2] if columns.negatives else [None] * batch.num_rows
-            for query, document, some in zip(values[0], values[1], negatives, strict=True):
-                yield RawRow(row, query, document, some)
+        for batch in parquet.iter_batches(batch_size=_ROWS_PER_READ, columns=names):
+            values = {field: _to_python(batch.column(name)) for field, name in mapped.items()}
+            values.setdefault("negatives", [None] * batch.num_rows)
+            for fields in zip(values["query"], values["document"], values["negatives"], strict=True):
+                yield RawRow(row, *fields)
                 row += 1
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{file.name}: broken after row {row}: {first_line(error)}") from None
@@ -164,7 +186,7 @@ def _read_parquet(file: SourceFile, path: Path, columns: Columns) -> Iterator[Ra
 
 
 def _to_python(column: Any) -> list[Any]:
-    """Values of an Arrow column; texts that are not UTF-8 come out as bytes."""
+    """The values of an Arrow column; texts that are not UTF-8 come out as bytes."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(column.type):

@@ -1,4 +1,4 @@
-"""Rows of text formats: JSON Lines, CSV, TSV, plain or packed; see `rows.py`."""
+"""Reads rows of text formats: JSON Lines, CSV and TSV, plain or compressed; see `rows.py`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from hardbatch.pipeline.config import Columns
-from hardbatch.pipeline.errors import InputError
-from hardbatch.pipeline.sources.files import RawRow, SourceFile, first_line, no_column
+from hardbatch.pipeline.errors import InputError, first_line
+from hardbatch.pipeline.sources.files import RawRow, SourceFile, mapped_columns, no_column
 
-_MAX_LINE_BYTES = 2**28  # of a line, or a quoted field: far beyond any text, and held in memory
+_MAX_LINE_BYTES = 2**28  # of a line or a quoted field, which is held in memory; far longer than any text
 
 
 def read_jsonl(file: SourceFile, path: Path, columns: Columns) -> Iterator[RawRow]:
+    """Reads JSON Lines; a row that cannot be read has a problem, which names the line.
+
+    Args:
+        file: The source, for messages.
+        path: The local file to read.
+        columns: Keys of the fields.
+
+    Raises:
+        InputError: The file is broken, its first row has no query or document, or no row has the key of the negatives.
+    """
     row = -1
     checked = has_negatives = False
     keys = [json.dumps(name).encode() for name in (columns.query, columns.document)]
@@ -30,7 +40,10 @@ def read_jsonl(file: SourceFile, path: Path, columns: Columns) -> Iterator[RawRo
         try:
             record = json.loads(line.decode("utf-8"))
             problem = "" if isinstance(record, dict) else "no JSON object but another value"
-            if not problem and any(line.count(key) > 1 for key in keys):  # inside a text it is escaped: rarely so
+
+            # Python keeps the last of two equal keys. Parsing again is slow, so only lines that look like it are
+            # parsed again: inside a text a key is escaped.
+            if not problem and any(line.count(key) > 1 for key in keys):
                 json.loads(line, object_pairs_hook=_refuse_repeated)
         except UnicodeDecodeError as error:
             yield RawRow(row, None, None, None, "invalid_utf8", f"line {number}: {error}")
@@ -39,11 +52,12 @@ def read_jsonl(file: SourceFile, path: Path, columns: Columns) -> Iterator[RawRo
             problem = f"character {error.pos + 1}: {error.msg}"
         except RecursionError:
             problem = "nested too deeply"
-        except ValueError as error:  # a number of thousands of digits, a key twice
+        except ValueError as error:  # a number of thousands of digits, or a key twice
             problem = str(error)
         if problem:
             yield RawRow(row, None, None, None, "broken_json", f"line {number}: {problem}")
             continue
+
         if not checked:
             for field, name in (("query", columns.query), ("document", columns.document)):
                 if name not in record:
@@ -53,7 +67,7 @@ def read_jsonl(file: SourceFile, path: Path, columns: Columns) -> Iterator[RawRo
         has_negatives = has_negatives or columns.negatives in record
         yield RawRow(row, record.get(columns.query), record.get(columns.document), negatives)
     if columns.negatives and checked and not has_negatives:
-        raise InputError(f"{file.name}: no row has '{columns.negatives}'; mend columns.negatives, or leave it out")
+        raise InputError(f"{file.name}: no row has '{columns.negatives}'; fix columns.negatives, or leave it out")
 
 
 def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -64,6 +78,7 @@ def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _lines(file: SourceFile, path: Path) -> Iterator[bytes]:
+    """The lines of a text file without its byte order mark; raises InputError if they cannot be read."""
     number = 0
     try:
         with _open_binary(path) as stream:
@@ -81,6 +96,17 @@ def _lines(file: SourceFile, path: Path) -> Iterator[bytes]:
 
 
 def read_csv(file: SourceFile, path: Path, columns: Columns, delimiter: str) -> Iterator[RawRow]:
+    """Reads CSV or TSV with a header line; a row that cannot be read has a problem, which names its lines.
+
+    Args:
+        file: The source, for messages.
+        path: The local file to read.
+        columns: Columns of the fields.
+        delimiter: What separates two fields of a line.
+
+    Raises:
+        InputError: The file or its header is broken, a column is missing, or a quote is never closed.
+    """
     csv.field_size_limit(_MAX_LINE_BYTES)
     text = (line.decode("utf-8", errors="surrogateescape") for line in _lines(file, path))
     reader = csv.reader(text, delimiter=delimiter, strict=True)
@@ -90,16 +116,10 @@ def read_csv(file: SourceFile, path: Path, columns: Columns, delimiter: str) -> 
         raise InputError(
             f"{file.name}: its header line cannot be read: {str(error).split(' - ')[0]}; lines must end in LF or CR LF"
         ) from None
-    for field, name in (("query", columns.query), ("document", columns.document), ("negatives", columns.negatives)):
-        if name is not None and name not in header:
-            raise no_column(file, field, name, header)
-        if name is not None and header.count(name) > 1:
-            raise InputError(f"{file.name}: column '{name}' ({field}) is there {header.count(name)} times; rename one")
-    places = [header.index(columns.query), header.index(columns.document)]
-    negatives_place = header.index(columns.negatives) if columns.negatives else None
-    row = -1
+    index_of = {field: header.index(name) for field, name in mapped_columns(file, columns, header).items()}
+
+    row = 0
     while True:
-        row += 1
         first = reader.line_num + 1
         try:
             values = next(reader)
@@ -108,22 +128,23 @@ def read_csv(file: SourceFile, path: Path, columns: Columns, delimiter: str) -> 
         except csv.Error as error:
             if "unexpected end of data" in str(error) or "field larger" in str(error):
                 raise InputError(
-                    f"{file.name}: a quote that opens in row {row} (line {first}) is never closed; mend that row"
+                    f"{file.name}: a quote that opens in row {row} (line {first}) is never closed; fix that row"
                 ) from None
             yield RawRow(row, None, None, None, "broken_csv", f"lines {first} to {reader.line_num}: {error}")
-            continue
-        if len(values) != len(header):
-            if values:
+        else:
+            if not values:
+                continue  # a blank line is not a row
+            if len(values) == len(header):
+                negatives = values[index_of["negatives"]] if "negatives" in index_of else None
+                yield RawRow(row, values[index_of["query"]], values[index_of["document"]], negatives)
+            else:
                 detail = f"lines {first} to {reader.line_num}: {len(values)} fields, the header has {len(header)}"
                 yield RawRow(row, None, None, None, "wrong_field_count", detail)
-            else:
-                row -= 1  # a blank line is no row
-            continue
-        negatives = None if negatives_place is None else values[negatives_place]
-        yield RawRow(row, values[places[0]], values[places[1]], negatives)
+        row += 1
 
 
 def _open_binary(path: Path) -> io.BufferedIOBase | Any:
+    """Opens a file for reading; what is compressed is known by its first bytes, whatever its name."""
     with path.open("rb") as file:
         magic = file.read(4)
     if magic[:2] == b"\x1f\x8b":
@@ -131,5 +152,5 @@ def _open_binary(path: Path) -> io.BufferedIOBase | Any:
     if magic == b"\x28\xb5\x2f\xfd":
         import pyarrow as pa
 
-        return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))  # tells a cut-off end
+        return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))  # raises at a cut-off end
     return path.open("rb")

@@ -1,11 +1,12 @@
 """embed: the distinct texts of a domain → a `vectors` artifact, float16, one row per text.
 
-A unit is `unit_rows` consecutive texts of one side. While one unit is computed the next is read and tokenised.
+A unit is `unit_rows` consecutive texts of one side. While a unit is computed, the next one is read and tokenised.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -43,24 +44,32 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         for number, start in enumerate(range(0, counts[side], unit_rows))
     ]
     names = run_pending(builder, executor, work, units, progress, f"embed {step.domain} ({step.config['name']})")
-    totals: dict[str, Any] = {"dimension": 0, "zero_vector": 0, "nan_vector": 0}
-    invalid: dict[str, list[dict[str, Any]]] = {side: [] for side in schemas.SIDES}
-    for unit in units:
-        made = builder.unit_record(unit.name).counts
-        totals["dimension"] = made["dimension"]
-        invalid[unit.group] += [{"row": row, "reason": reason} for row, reason in made["invalid"]]
+
+    # Every unit lists its rows without a vector; together they are one more unit, a table per side.
+    made = [(unit.group, builder.unit_record(unit.name).counts) for unit in units]
+    reasons = Counter[str]()
     with write_unit(builder.path, "invalid") as writer:
-        for side, rows in invalid.items():
-            table = pa.Table.from_pylist(rows, schemas.INVALID_ROWS)
-            pq.write_table(table, writer.add_file(f"invalid-{side}.parquet", rows=len(rows)))
-            for row in rows:
-                totals[row["reason"]] += 1
+        for side in schemas.SIDES:
+            invalid = [
+                {"row": row, "reason": reason}
+                for group, unit_counts in made
+                for row, reason in unit_counts["invalid"]
+                if group == side
+            ]
+            reasons.update(row["reason"] for row in invalid)
+            table = pa.Table.from_pylist(invalid, schemas.INVALID_ROWS)
+            pq.write_table(table, writer.add_file(f"invalid-{side}.parquet", rows=len(invalid)))
     libraries = ["sentence-transformers", "torch", "transformers"]
     if is_lexical(work.spec):
         libraries = ["numpy", "scikit-learn", "scipy"]
     return StageResult(
         units=[*names, "invalid"],
-        counts={**totals, **{side: counts[side] for side in schemas.SIDES}},
+        counts={
+            "dimension": made[-1][1]["dimension"] if made else 0,
+            "zero_vector": reasons["zero_vector"],
+            "nan_vector": reasons["nan_vector"],
+            **{side: counts[side] for side in schemas.SIDES},
+        },
         produced_with={name: importlib.metadata.version(name) for name in libraries},
     )
 
@@ -81,6 +90,7 @@ class _EmbeddingWorker:
         pairs = read_artifact(work.pairs_path)
         self._texts = {side: Texts(pairs, side) for side in schemas.SIDES}
         self._prompts = {"queries": work.spec.query_prompt, "documents": work.spec.document_prompt}
+        # The lexical encoder takes its document frequencies from this domain, so it is loaded for each domain.
         if is_lexical(work.spec):
             documents = self._texts["documents"]
             starts = range(0, documents.num_rows, _TEXTS_PER_READ)
@@ -104,12 +114,12 @@ class _EmbeddingWorker:
 
 @lru_cache(maxsize=2)
 def _cached_encoder(spec: ModelSpec) -> Encoder:
-    """Loaded once per process, whatever the number of domains."""
+    """The encoder of `spec`, which is loaded once per process however many domains there are."""
     return open_encoder(spec)
 
 
 def _invalid_rows(vectors: Array, start: int) -> list[tuple[int, str]]:
-    """(row, reason) of the rows that came out NaN or zero; NaN rows are set to zero."""
+    """(row, reason) of the rows that are not finite or zero; those that are not finite are set to zero."""
     is_nan = np.asarray(~np.isfinite(vectors).all(axis=1))
     vectors[is_nan] = 0
     is_zero = ~vectors.any(axis=1)

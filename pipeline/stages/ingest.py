@@ -1,11 +1,12 @@
 """ingest: source rows → pairs, distinct texts, quarantine, and optionally a holdout.
 
-Two phases. Staging reads the source files once, cleans each row and writes it with the hashes of its texts, a unit per
-group of files. Assembly joins the units: exact duplicates and contaminated pairs go to quarantine, a holdout is cut by
-connected components of shared texts, and the distinct texts of each side are numbered in order of first appearance.
+There are two phases. Staging reads the source files once, checks each row and writes it with the hashes of its texts,
+one unit per group of files; contaminated rows go to quarantine. Assembly joins the units: exact duplicates go to
+quarantine, a holdout is cut by connected components of shared texts, and the distinct texts of each side are numbered
+in order of first appearance.
 
-Nothing is lost: rows in = pairs + quarantined + held out. Memory: staging some thousand rows; assembly 700 to 780 bytes
-for each pair (its hashes and numbers) and the texts of one file, never all texts.
+Nothing is lost: rows in = pairs + quarantined + held out. Staging holds some thousand rows in memory, assembly 700 to
+780 bytes for each pair (its hashes and numbers) and the texts of one file, never all texts.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import hashlib
 import shutil
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +38,12 @@ BROKEN_REASONS = (
 )  # fmt: skip
 _UNIT_BYTES = 64 * 2**20
 _DETAIL_CHARACTERS = 120
-_UNSEEN = ("Cc", "Cf")  # control and format characters
+_INVISIBLE = ("Cc", "Cf")  # control and format characters
 
 
 @dataclass(frozen=True, kw_only=True)
 class CleanRow:
-    """A row as it is kept, or the reason why it is not."""
+    """A row as it is kept, or the reason why it is not kept."""
 
     query: str = ""
     document: str = ""
@@ -53,32 +55,25 @@ class CleanRow:
 
 
 def clean_row(raw: RawRow, max_characters: int) -> CleanRow:
-    """Checks one row; texts are kept as they are, but cut at `max_characters`."""
+    """Checks one row. Texts are kept as they are, except that those beyond `max_characters` are cut."""
     if raw.problem is not None:
         return CleanRow(reason=raw.problem, detail=raw.detail[:_DETAIL_CHARACTERS])
-    texts = []
-    num_cut = 0
-    for name, value in (("query", raw.query), ("document", raw.document)):
-        text, is_cut = _cut(value, max_characters)
-        reason = _fault(text)
-        if reason is not None:
+
+    query, document = _cut(raw.query, max_characters), _cut(raw.document, max_characters)
+    for name, text in (("query", query), ("document", document)):
+        if reason := _fault(text):
             return CleanRow(reason=reason, detail=f"{name}: {text!r:.{_DETAIL_CHARACTERS}}")
-        num_cut += is_cut
-        texts.append(text)
-    if texts[0] == texts[1]:
-        return CleanRow(reason="query_equals_document", detail=texts[0][:_DETAIL_CHARACTERS])
+    if query == document:
+        return CleanRow(reason="query_equals_document", detail=query[:_DETAIL_CHARACTERS])
+
+    # Hard negatives are optional: one that cannot be used is dropped, and the row stays.
     given = raw.negatives if isinstance(raw.negatives, list) else [] if raw.negatives is None else [raw.negatives]
-    negatives = []
-    for value in given:
-        text, is_cut = _cut(value, max_characters)
-        if _fault(text) is None:
-            negatives.append(text)
-            num_cut += is_cut
+    negatives = [text for text in given if _fault(_cut(text, max_characters)) is None]
     return CleanRow(
-        query=texts[0],
-        document=texts[1],
-        negatives=negatives,
-        num_cut=num_cut,
+        query=query,
+        document=document,
+        negatives=[_cut(text, max_characters) for text in negatives],
+        num_cut=sum(len(text) > max_characters for text in (raw.query, raw.document, *negatives)),
         num_negatives_dropped=len(given) - len(negatives),
     )
 
@@ -86,57 +81,61 @@ def clean_row(raw: RawRow, max_characters: int) -> CleanRow:
 def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> StageResult:
     """Builds the `pairs` artifact of one domain; see `docs/artifacts.md` for its files.
 
-    Raises InputError where the source gives no row at all, QuarantineError where more than
-    `max_quarantined_fraction` of the rows are broken.
+    Raises:
+        InputError: The source has no row at all.
+        QuarantineError: More than `max_quarantined_fraction` of the rows are broken.
     """
+    runtime, config = step.runtime, step.config
     files = [
         SourceFile(
             source["name"],
-            step.runtime["files"][source["name"]],
+            runtime["files"][source["name"]],
             source["format"],
             source["bytes"],
             source["sha256"],
-            step.runtime["modified_ns"][source["name"]],
+            runtime["modified_ns"][source["name"]],
         )
         for source in step.sources
     ]
-    units = _staging_units(files, step.config["limit"])
-    work = _Staging(
-        path=builder.path,
-        files=tuple(files),
-        columns=Columns(**step.config["columns"]),
-        limit=step.config["limit"],
-        max_characters=step.config["max_characters"],
-        decontaminate=tuple(Path(step.runtime["decontaminate"][name]) for name in step.config["decontaminate"]),
-    )
+    units = _staging_units(files, config["limit"])
     if not builder.committed("assembled"):
+        work = _Staging(
+            path=builder.path,
+            files=tuple(files),
+            columns=Columns(**config["columns"]),
+            limit=config["limit"],
+            max_characters=config["max_characters"],
+            decontaminate=tuple(Path(runtime["decontaminate"][name]) for name in config["decontaminate"]),
+        )
         run_pending(builder, executor, work, units, progress, f"ingest {step.domain}")
         counts = Counter[str]()
         for unit in units:
             counts.update(builder.unit_record(unit.name).counts)
-        _refuse_if_broken(step, counts, files, [unit.name for unit in units])
+        quarantined = [builder.path / "staged" / f"{unit.name}.quarantine.parquet" for unit in units]
+        _refuse_if_broken(step, counts, files, quarantined)
         assemble(
             builder.path,
             [builder.path / "staged" / f"{unit.name}.parquet" for unit in units],
-            [builder.path / "staged" / f"{unit.name}.quarantine.parquet" for unit in units],
+            quarantined,
             counts,
-            holdout=step.config["holdout"],
-            holdout_seed=step.config["holdout_seed"],
+            holdout=config["holdout"],
+            holdout_seed=config["holdout_seed"],
         )
-    for unit in units:  # their records first: none ever stands without its files
+
+    # The records of the staged units go first, so that no record ever stands without its files.
+    for unit in units:
         (builder.path / "units" / f"{unit.name}.json").unlink(missing_ok=True)
     for folder in ("staged", "scratch"):
         shutil.rmtree(builder.path / folder, ignore_errors=True)
     return StageResult(units=["assembled"], counts=builder.unit_record("assembled").counts)
 
 
-def _cut(value: Any, max_characters: int) -> tuple[Any, bool]:
-    if isinstance(value, str | bytes) and len(value) > max_characters:
-        return value[:max_characters], True
-    return value, False
+def _cut(value: Any, max_characters: int) -> Any:
+    return value[:max_characters] if isinstance(value, str | bytes) else value
 
 
 def _fault(value: Any) -> str | None:
+    """The reason why `value` cannot be used as a text, or None if it can."""
     if value is None:
         return "null"
     if isinstance(value, bytes):
@@ -147,17 +146,17 @@ def _fault(value: Any) -> str | None:
         return "empty"
     if "\0" in value:
         return "nul_character"
-    if all(char.isspace() or unicodedata.category(char) in _UNSEEN for char in value):
-        return "empty"  # zero-width signs and marks of direction alone
+    if all(char.isspace() or unicodedata.category(char) in _INVISIBLE for char in value):
+        return "empty"  # nothing but zero-width characters and direction marks
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        return "invalid_utf8"  # lone surrogates, from JSON escapes or from bytes that were no UTF-8
+        return "invalid_utf8"  # lone surrogates, from JSON escapes or from bytes that were not UTF-8
     return None
 
 
 def _staging_units(files: list[SourceFile], limit: int | None) -> list[Unit]:
-    """Groups of files of about 64 MiB; one group where a row limit counts over all of them."""
+    """Groups of files of about 64 MiB; a single group if there is a limit, which counts over all of them."""
     units: list[Unit] = []
     start = size = 0
     for i, file in enumerate(files):
@@ -191,73 +190,69 @@ class _StagingWorker:
         return None
 
     def commit(self, unit: Unit, prepared: None) -> None:
+        counts = Counter[str]()
         with write_unit(self._work.path, unit.name) as writer:
-            counts = Counter[str]()
-            rows = self._rows(unit, counts)
             staged = writer.add_file(f"staged/{unit.name}.parquet")
             quarantine = writer.add_file(f"staged/{unit.name}.quarantine.parquet")
             with (
                 pq.ParquetWriter(staged, schemas.STAGED, compression="zstd", use_dictionary=False) as staged_writer,
                 pq.ParquetWriter(quarantine, schemas.QUARANTINE, compression="zstd") as quarantine_writer,
             ):
-                for kept, dropped in _chunks(rows):
+                for kept, dropped in _chunks(self._rows(unit, counts)):
                     staged_writer.write_table(pa.Table.from_pylist(kept, schemas.STAGED))
                     quarantine_writer.write_table(pa.Table.from_pylist(dropped, schemas.QUARANTINE))
             writer.counts = dict(counts)
 
     def _rows(self, unit: Unit, counts: Counter[str]) -> Iterator[tuple[dict[str, Any], bool]]:
-        """(row, kept) for each source row: a row of STAGED where it is kept, of QUARANTINE where not."""
-        for file_number in range(unit.start, unit.stop):
-            if counts["rows"] == self._work.limit:
-                return
-            for raw in read_rows(self._work.files[file_number], self._work.columns, self._work.path / "scratch"):
-                counts["rows"] += 1
-                row = {"source_file": file_number, "source_row": raw.row}
-                clean = clean_row(raw, self._work.max_characters)
-                reason, detail = clean.reason, clean.detail
-                hashes = [_hash(text) for text in (clean.query, clean.document)] if reason is None else []
-                if self._contaminated.intersection(hashes):
-                    reason = "contaminated"
-                if reason is not None:
-                    counts[reason] += 1
-                    yield {**row, "reason": reason, "detail": detail.encode(errors="replace").decode()}, False
-                else:
-                    yield {**row, **self._staged(clean, hashes, counts)}, True
-                if counts["rows"] == self._work.limit:
-                    return
+        """(row, whether it is kept) for each source row: a row of STAGED if it is kept, else one of QUARANTINE."""
+        for row, raw in islice(self._source_rows(unit), self._work.limit):
+            counts["rows"] += 1
+            clean = clean_row(raw, self._work.max_characters)
+            reason = clean.reason
+            hashes = [_hash(text) for text in (clean.query, clean.document)] if reason is None else []
+            if self._contaminated.intersection(hashes):
+                reason = "contaminated"
+            if reason is None:
+                yield row | self._staged(clean, hashes, counts), True
+            else:
+                counts[reason] += 1
+                yield row | {"reason": reason, "detail": clean.detail.encode(errors="replace").decode()}, False
+
+    def _source_rows(self, unit: Unit) -> Iterator[tuple[dict[str, Any], RawRow]]:
+        for number in range(unit.start, unit.stop):
+            for raw in read_rows(self._work.files[number], self._work.columns, self._work.path / "scratch"):
+                yield {"source_file": number, "source_row": raw.row}, raw
 
     def _staged(self, clean: CleanRow, hashes: list[bytes], counts: Counter[str]) -> dict[str, Any]:
-        negatives = [(text, _hash(text)) for text in clean.negatives]
-        negatives = [(text, code) for text, code in negatives if code not in self._contaminated]
+        negatives = {text: _hash(text) for text in clean.negatives}
+        kept = [text for text in clean.negatives if negatives[text] not in self._contaminated]
         counts["texts_cut"] += clean.num_cut
-        counts["negatives"] += len(negatives)
-        counts["negatives_dropped"] += clean.num_negatives_dropped + len(clean.negatives) - len(negatives)
+        counts["negatives"] += len(kept)
+        counts["negatives_dropped"] += clean.num_negatives_dropped + len(clean.negatives) - len(kept)
         return {
             "query": clean.query,
             "document": clean.document,
-            "negatives": [text for text, _ in negatives],
+            "negatives": kept,
             "query_hash": hashes[0],
             "document_hash": hashes[1],
-            "negative_hashes": [code for _, code in negatives],
+            "negative_hashes": [negatives[text] for text in kept],
         }
 
 
-def _chunks(rows: Iterable[tuple[dict[str, Any], bool]]) -> Iterator[tuple[list[Any], list[Any]]]:
-    kept: list[Any] = []
-    dropped: list[Any] = []
-    for row, is_kept in rows:
-        (kept if is_kept else dropped).append(row)
-        if len(kept) + len(dropped) >= STAGED_ROWS:
-            yield kept, dropped
-            kept, dropped = [], []
-    yield kept, dropped
+def _chunks(rows: Iterator[tuple[dict[str, Any], bool]]) -> Iterator[tuple[list[Any], list[Any]]]:
+    """(kept, dropped) of every `STAGED_ROWS` rows; at least once, also if there are no rows."""
+    while True:
+        chunk = list(islice(rows, STAGED_ROWS))
+        yield [row for row, is_kept in chunk if is_kept], [row for row, is_kept in chunk if not is_kept]
+        if len(chunk) < STAGED_ROWS:
+            return
 
 
 def _hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def _refuse_if_broken(step: Step, counts: Counter[str], files: list[SourceFile], units: list[str]) -> None:
+def _refuse_if_broken(step: Step, counts: Counter[str], files: list[SourceFile], quarantined: list[Path]) -> None:
     if counts["rows"] == 0:
         names = ", ".join(file.name for file in files[:5])
         raise InputError(f"dataset '{step.domain}': no rows in {names}; check the source, or remove the dataset")
@@ -267,14 +262,15 @@ def _refuse_if_broken(step: Step, counts: Counter[str], files: list[SourceFile],
         raise QuarantineError(
             f"dataset '{step.domain}': {sum(broken.values())} of {counts['rows']} rows are broken "
             f"({', '.join(f'{reason} {count}' for reason, count in broken.items())}), "
-            f"allowed is a fraction of {allowed}; the first: {_first_broken(step, files, units)}; look at "
-            f"{step.path / 'staged'}/*.quarantine.parquet, mend the source or raise ingest.max_quarantined_fraction"
+            f"the limit is a fraction of {allowed}; the first: {_first_broken(files, quarantined)}; look at "
+            f"{step.path / 'staged'}/*.quarantine.parquet, fix the source or raise ingest.max_quarantined_fraction"
         )
 
 
-def _first_broken(step: Step, files: list[SourceFile], units: list[str]) -> str:
-    tables = (pq.ParquetFile(step.path / "staged" / f"{unit}.quarantine.parquet") for unit in units)
-    rows = (row for table in tables for batch in table.iter_batches() for row in batch.to_pylist())
+def _first_broken(files: list[SourceFile], quarantined: list[Path]) -> str:
+    """The first broken row, as a message names it."""
+    batches = (batch for path in quarantined for batch in pq.ParquetFile(path).iter_batches())
+    rows = (row for batch in batches for row in batch.to_pylist())
     row = next(row for row in rows if row["reason"] in BROKEN_REASONS)
     detail = f": {row['detail']}" if row["detail"] else ""
     return f"{files[row['source_file']].name} row {row['source_row']} ({row['reason']}{detail})"

@@ -1,11 +1,19 @@
-"""The counts of a corpus: of each domain, from source rows to batches, its hardness, and how its packings differ."""
+"""The counts of a corpus: from source rows to batches, how hard these are, and how far packings differ.
+
+Shape letters: M batches of a packing, B slots of a batch.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hardbatch.pipeline import schemas
@@ -13,132 +21,171 @@ from hardbatch.pipeline.arrays import Array
 from hardbatch.pipeline.artifacts.artifact import read_artifact
 from hardbatch.pipeline.batching.hardness import Bounds
 from hardbatch.pipeline.errors import InputError
-from hardbatch.pipeline.stages.card import CLUSTER_SIZES
+from hardbatch.pipeline.stages.card import CLUSTER_SIZES, DomainSummary, Hardness, Summary
 from hardbatch.pipeline.step import Step
 
-_READ_COUNTS = ("rows", "pairs", "held_out", "holdout_target", "quarantined", "texts_cut", "negatives_dropped")
+_SOURCE_COUNTS = ("rows", "pairs", "held_out", "holdout_target", "quarantined", "texts_cut", "negatives_dropped")
 _BLOCK_BATCHES = 1_024
 
 
-def count_packings(packed: dict[str, dict[str, Any]]) -> int:
-    """E, from the counts of each domain's `batches`; those made before there were several do not say 1."""
-    found = {counts.get("packings", 1) for counts in packed.values()}
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """What a `batches` artifact counts: its packings, and the batches and leftover pairs of each of them."""
+
+    batches: int
+    leftover: dict[str, int]
+    packings: int
+
+
+def read_packed(path: Path) -> Packed:
+    """The counts of the `batches` artifact at `path`."""
+    counts = read_artifact(path).manifest.counts
+    # Artifacts made before there could be several packings do not count them.
+    return Packed(batches=counts["batches"], leftover=counts["leftover"], packings=counts.get("packings", 1))
+
+
+def count_packings(packed: Mapping[str, Packed]) -> int:
+    """The number of packings E, which is the same for every domain."""
+    found = {counts.packings for counts in packed.values()}
     assert len(found) == 1, f"domains differ in their number of packings: {found}"
-    return int(found.pop())
+    return found.pop()
 
 
-def summarise(step: Step, index: pa.Table, packed: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Counts of the corpus, and of each domain: from source rows to batches, and its hardness.
+def summarise(step: Step, index: pa.Table, packed: Mapping[str, Packed]) -> Summary:
+    """Counts the corpus that `step` has written.
 
-    A domain's batches and leftover are those of each packing, its hardness that of all packings together. Where there
-    are several, `by_packing` has the hardness of each, and `shared_batch_mates` says how much they have in common.
+    Args:
+        step: The step of the shards.
+        index: Their index, a row per batch.
+        packed: The counts of each domain's `batches`.
+
+    Returns:
+        The counts. A domain's batches and leftover are those of each packing, its hardness that of all packings.
     """
     num_packings = count_packings(packed)
-    summary: dict[str, Any] = {
-        "batch_size": step.config["batch_size"],
-        "batches": len(index),
-        "packings": num_packings,
-        "domains": {},
-    }
+    domains = {}
     for domain, counts in packed.items():
-        rows = index.filter(pa.compute.equal(index["domain"], domain))
-        figures: dict[str, Any] = {"batches": counts["batches"], "leftover": counts["leftover"]}
-        bounds = None
-        if domain != schemas.MIXED_DOMAIN:
-            read = read_artifact(step.inputs[f"pairs/{domain}"]).manifest.counts
-            figures.update({name: read[name] for name in _READ_COUNTS})
-            clusters = read_artifact(step.inputs[f"clusters/{domain}"]).manifest.counts
-            figures.update({name: clusters[name] for name in ("clusters", *CLUSTER_SIZES) if name in clusters})
-            if counts["batches"]:
-                bounds = Bounds(**read_artifact(step.inputs[f"hardness/{domain}"]).manifest.counts)
-        if counts["batches"]:
-            figures.update(_hardness(rows, bounds))
-            if bounds is not None:
-                figures["hardness_random"], figures["hardness_knn"] = bounds.random, bounds.knn
-        if counts["batches"] and num_packings > 1:
-            figures["shared_batch_mates"] = _shared_batch_mates(step, domain, num_packings)
-            figures["by_packing"] = [
-                _hardness(rows.filter(pa.compute.equal(rows["packing"], packing)), bounds)
-                for packing in range(num_packings)
-            ]
-        summary["domains"][domain] = figures
-    return summary
+        is_mixed = domain == schemas.MIXED_DOMAIN
+        source = {} if is_mixed else _source_counts(step, domain)
+        if counts.batches == 0:
+            domains[domain] = DomainSummary(batches=0, leftover=counts.leftover, source=source)
+            continue
+
+        bounds = None if is_mixed else Bounds(**_counts(step, f"hardness/{domain}"))
+        rows = index.filter(pc.equal(index["domain"], domain))
+        of_packing = [rows.filter(pc.equal(rows["packing"], packing)) for packing in range(num_packings)]
+        several = num_packings > 1
+        domains[domain] = DomainSummary(
+            batches=counts.batches,
+            leftover=counts.leftover,
+            source=source,
+            hardness=_hardness(rows, bounds),
+            bounds=None if bounds is None else (bounds.random, bounds.knn),
+            by_packing=tuple(_hardness(rows, bounds) for rows in of_packing) if several else (),
+            shared_batch_mates=_shared_batch_mates(step, domain, num_packings) if several else None,
+        )
+    return Summary(batch_size=step.config["batch_size"], batches=len(index), packings=num_packings, domains=domains)
 
 
-def _hardness(rows: pa.Table, bounds: Bounds | None) -> dict[str, float | None]:
-    """Figures of the batches in `rows` of the index; shares where there are bounds to compare with."""
+def _counts(step: Step, name: str) -> dict[str, Any]:
+    return read_artifact(step.inputs[name]).manifest.counts
+
+
+def _source_counts(step: Step, domain: str) -> dict[str, Any]:
+    pairs, clusters = _counts(step, f"pairs/{domain}"), _counts(step, f"clusters/{domain}")
+    # Artifacts of older versions do not know the sizes of their clusters.
+    sizes = {name: clusters[name] for name in ("clusters", *CLUSTER_SIZES) if name in clusters}
+    return {name: pairs[name] for name in _SOURCE_COUNTS} | sizes
+
+
+def _hardness(rows: pa.Table, bounds: Bounds | None) -> Hardness:
+    """How hard the batches in `rows` of the index are; with shares if there are bounds to compare with."""
     hardness = float(np.mean(rows["hardness"].to_numpy()))
+
+    # The mean over all unmasked negatives, so each batch weighs as much as it has of them.
     unmasked = 1 - rows["mask_rate"].to_numpy()
     masked_values = np.nan_to_num(rows["masked_hardness"].to_numpy().astype(np.float64))
     masked = float((masked_values * unmasked).sum() / unmasked.sum()) if unmasked.any() else None
-    figures: dict[str, float | None] = {
-        "hardness": hardness,
-        "masked_hardness": masked,
-        "mask_rate": float(np.mean(rows["mask_rate"].to_numpy())),
-        "surrogate_loss": float(np.mean(rows["surrogate_loss"].to_numpy())),
-    }
-    if bounds is not None:
-        figures["share"] = bounds.share(hardness)
-        figures["masked_share"] = None if masked is None else bounds.share(masked)
-    return {name: None if value is None else round(value, 4) for name, value in figures.items()}
+    return Hardness(
+        hardness=hardness,
+        masked_hardness=masked,
+        share=None if bounds is None else bounds.share(hardness),
+        masked_share=None if bounds is None or masked is None else bounds.share(masked),
+        mask_rate=float(np.mean(rows["mask_rate"].to_numpy())),
+        surrogate_loss=float(np.mean(rows["surrogate_loss"].to_numpy())),
+    )
 
 
 def shared_batch_mates(first_MB: Array, second_MB: Array) -> float | None:
     """The fraction of a pair's B−1 batch-mates in one packing that are its batch-mates in another one too.
 
-    The mean over the pairs that are in a batch of both; None where there is none. `first_MB` and `second_MB` are the
-    pairs of M batches each, as integers from 0, none twice. Where c pairs of a batch of the first lie in one batch of
-    the second, each of them shares c−1 mates: Σ c(c−1) / (n·(B−1)). Memory: 4 bytes for each number up to the largest.
+    If c pairs of a batch of the first packing are in one batch of the second, each of them shares c−1 batch-mates
+    there: Σ c(c−1) / (n·(B−1)) over the n pairs that are in a batch of both. Needs 4 bytes of memory for each number
+    up to the largest one.
+
+    Example: batches {0, 1, 2} and {3, 4, 5} against {0, 1, 3} and {2, 4, 5}. Pairs 0 and 1 stay together, and so do
+    4 and 5, so the cells have c = 2, 1, 1, 2 and the result is (2 + 0 + 0 + 2) / (6 · 2) = 1/3.
+
+    Args:
+        first_MB: The pairs of each batch of one packing, as integers from 0, each at most once.
+        second_MB: The same for another packing; the number of batches may differ.
+
+    Returns:
+        The mean over those n pairs, or None if there are none.
     """
     num_batches, batch_size = first_MB.shape
     batch_of = np.zeros(int(first_MB.max(initial=0)) + 1, dtype=np.int32)  # in the first, from 1; 0: in none
     batch_of[first_MB] = np.arange(1, num_batches + 1, dtype=np.int32)[:, None]
+
     num_pairs = num_shared = 0
     for start in range(0, len(second_MB), _BLOCK_BATCHES):
+        # Sorted within each batch of the second, so that pairs of one batch of the first are next to each other.
         block = second_MB[start : start + _BLOCK_BATCHES]
         found = np.sort(np.where(block < len(batch_of), batch_of[np.minimum(block, len(batch_of) - 1)], 0), axis=1)
+
+        # The lengths of the runs of equal numbers are the c of the cells.
         begins = np.ones(found.shape, dtype=bool)
         begins[:, 1:] = found[:, 1:] != found[:, :-1]
         starts = np.flatnonzero(begins)
-        together = np.diff(starts, append=found.size)[found.ravel()[starts] > 0]  # c of each cell
+        together = np.diff(starts, append=found.size)[found.ravel()[starts] > 0]
         num_pairs += int(together.sum())
         num_shared += int((together * (together - 1)).sum())
     return num_shared / (num_pairs * (batch_size - 1)) if num_pairs else None
 
 
 def _shared_batch_mates(step: Step, domain: str, num_packings: int) -> float | None:
-    """The mean over all pairs of packings; two of them are held at a time."""
-    found = []
-    for first in range(num_packings - 1):
-        first_MB = _pair_numbers(step, domain, first)
-        for second in range(first + 1, num_packings):
-            found.append(shared_batch_mates(first_MB, _pair_numbers(step, domain, second)))
+    """The mean over all pairs of packings; two packings are in memory at a time."""
+    found = [
+        shared_batch_mates(_pair_numbers(step, domain, first), _pair_numbers(step, domain, second))
+        for first, second in combinations(range(num_packings), 2)
+    ]
     shares = [share for share in found if share is not None]
     return round(float(np.mean(shares)), 4) if shares else None
 
 
 def _pair_numbers(step: Step, domain: str, packing: int) -> Array:
     """Numbers that tell the pairs of a packing apart, by batch and slot."""
-    columns = ["pair_id", "domain"] if domain == schemas.MIXED_DOMAIN else ["pair_id"]
+    is_mixed = domain == schemas.MIXED_DOMAIN
     path = step.inputs[f"batches/{domain}"] / "batches.parquet"
+    columns = ["pair_id"] + ["domain"] * is_mixed
     table = pq.read_table(path, columns=columns, filters=[("packing", "==", packing)])
     numbers: Array = table["pair_id"].to_numpy()
-    if domain == schemas.MIXED_DOMAIN:  # pairs of all domains, one domain after the other
+
+    # Ids are given per domain: those of a domain are moved behind all of the domains before it.
+    if is_mixed:
         names = step.config["domains"]
-        sizes = [read_artifact(step.inputs[f"pairs/{name}"]).manifest.counts["pairs"] for name in names]
+        sizes = [_counts(step, f"pairs/{name}")["pairs"] for name in names]
         starts = dict(zip(names, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
         numbers = numbers + np.array([starts[name] for name in table["domain"].to_pylist()])
     return numbers.reshape(-1, step.config["batch_size"])
 
 
-def refuse_empty(step: Step, counts: dict[str, dict[str, Any]]) -> None:
-    """Raises InputError: no domain fills a batch, and what to change."""
+def refuse_empty(step: Step, packed: Mapping[str, Packed]) -> None:
+    """Raises InputError, which says that no domain fills a batch, and what to change."""
     size = step.config["batch_size"]
-    left = {
-        domain: sum(count["leftover"].values()) for domain, count in counts.items() if domain in step.config["domains"]
-    }
+    left = {domain: sum(packed[domain].leftover.values()) for domain in step.config["domains"]}
     found = ", ".join(f"{domain} {number}" for domain, number in left.items())
-    mix = " or set pack.remainder to mix" if schemas.MIXED_DOMAIN not in counts and sum(left.values()) >= size else ""
+    mix = " or set pack.remainder to mix" if schemas.MIXED_DOMAIN not in packed and sum(left.values()) >= size else ""
     raise InputError(
         f"no domain fills a batch of {size} pairs (pairs that came through: {found}); lower pack.batch_size, "
         f"add data{',' + mix if mix else ''}"

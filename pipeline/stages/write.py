@@ -1,15 +1,18 @@
 """write: batches → shards. One row group is one batch, one row is one slot; texts, prompts and equivalence sets inside.
 
 A unit is a part file of at most 1,024 batches of one domain and one packing. Packings come one after the other, and
-domains in each. Beside `data/` lie `index.parquet` (a row per batch: where its row group and that one's record in the
-footer lie, digests of both), the manifest and the data card.
+within each packing its domains. Next to `data/` are `index.parquet` (a row per batch: the byte ranges of its row group
+and of that group's record in the footer, with digests of both), the manifest and the data card.
+
+Shape letters: M batches of a packing, B slots of a batch, D dimension.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,60 +28,55 @@ from hardbatch.pipeline.artifacts.files import sha256_outside
 from hardbatch.pipeline.artifacts.footer import record_ranges, row_group_ranges
 from hardbatch.pipeline.artifacts.vectors import Texts, load_pairs, open_vectors
 from hardbatch.pipeline.batching.equivalence import equal_texts, keeps_negative, surrogate_mask
-from hardbatch.pipeline.batching.hardness import measure_batch
+from hardbatch.pipeline.batching.hardness import BatchHardness, measure_batch
 from hardbatch.pipeline.stages.card import data_card
-from hardbatch.pipeline.stages.summary import count_packings, refuse_empty, summarise
+from hardbatch.pipeline.stages.summary import count_packings, read_packed, refuse_empty, summarise
 from hardbatch.pipeline.step import Executor, Progress, StageResult, Step, Unit, run_pending
 
-# Only texts are compressed: to set up zstd takes longer than to read a page of packed integers, which is no larger.
+# Only texts are compressed: packed integers do not shrink further, and setting up zstd takes longer than reading them.
 _TEXTS = ("query", "document", "negatives.list.element")
 _INTEGERS = (
-    "batch_id",
-    "slot",
-    "pair_id",
-    "cluster_id",
-    "query_id",
-    "document_id",
-    "equivalent_slots.list.element",
-)
+    "batch_id", "slot", "pair_id", "cluster_id", "query_id", "document_id", "equivalent_slots.list.element",
+)  # fmt: skip
 _NEGATIVE_COUNTS = (
-    "negatives_kept",
-    "negatives_removed_known",
-    "negatives_removed_equivalent",
-    "negatives_removed_no_vector",
-)
+    "negatives_kept", "negatives_removed_known", "negatives_removed_equivalent", "negatives_removed_no_vector",
+)  # fmt: skip
 
 
 def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> StageResult:
-    """Builds the `shards` artifact of a corpus. Raises InputError where no domain fills a batch."""
-    domains = step.config["domains"]
-    packed = [*domains, schemas.MIXED_DOMAIN] if f"batches/{schemas.MIXED_DOMAIN}" in step.inputs else domains
-    counts = {domain: read_artifact(step.inputs[f"batches/{domain}"]).manifest.counts for domain in packed}
-    num_batches = {domain: count["batches"] for domain, count in counts.items()}
-    if sum(num_batches.values()) == 0:
-        refuse_empty(step, counts)
+    """Builds the `shards` artifact of a corpus; see `docs/artifacts.md` for its files.
+
+    Raises:
+        InputError: No domain fills a batch.
+    """
+    domains, datasets = step.config["domains"], step.config["datasets"]
+    mixed = [schemas.MIXED_DOMAIN] if f"batches/{schemas.MIXED_DOMAIN}" in step.inputs else []
+    packed = {domain: read_packed(step.inputs[f"batches/{domain}"]) for domain in [*domains, *mixed]}
+    if not any(counts.batches for counts in packed.values()):
+        refuse_empty(step, packed)
+
+    pairs = [read_artifact(step.inputs[f"pairs/{domain}"]) for domain in domains]
     work = _Writing(
         path=builder.path,
         inputs=step.inputs,
-        datasets=step.config["datasets"],
+        datasets=datasets,
         margin=step.config["margin"],
         batch_size=step.config["batch_size"],
-        num_batches=num_batches,
-        with_negatives=any(
-            read_artifact(step.inputs[f"pairs/{domain}"]).manifest.counts["negatives"] for domain in domains
-        ),
+        num_batches={domain: counts.batches for domain, counts in packed.items()},
+        with_negatives=any(artifact.manifest.counts["negatives"] for artifact in pairs),
     )
-    units = _units(num_batches, count_packings(counts), step.config["batches_per_part"])
+    units = _units(work.num_batches, count_packings(packed), step.config["batches_per_part"])
     names = run_pending(builder, executor, work, units, progress, "write shards")
+
     index = pa.concat_tables([pq.read_table(_index_piece(builder.path, name)) for name in names])
-    summary = summarise(step, index, counts)
-    for name in _NEGATIVE_COUNTS:
-        summary[name] = sum(builder.unit_record(unit).counts[name] for unit in names)
+    summary = summarise(step, index, packed)
+    negatives = {name: sum(builder.unit_record(unit).counts[name] for unit in names) for name in _NEGATIVE_COUNTS}
     with write_unit(builder.path, "index") as writer:
         pq.write_table(index, writer.add_file("index.parquet", rows=len(index)), compression="zstd")
-        card = data_card(step.domain, step.key, step.config["datasets"], summary, work.with_negatives)
+        licences = {domain: dataset["licence"] for domain, dataset in datasets.items()}
+        card = data_card(step.domain, step.key, licences, summary, work.with_negatives)
         writer.add_file("README.md").write_text(card, encoding="utf-8")
-    return StageResult(units=[*names, "index"], counts=summary)
+    return StageResult(units=[*names, "index"], counts=summary.counts() | negatives)
 
 
 def _units(num_batches: dict[str, int], num_packings: int, batches_per_part: int) -> list[Unit]:
@@ -106,8 +104,8 @@ class _Writing:
     def open(self) -> _WritingWorker:
         return _WritingWorker(self)
 
-    def place(self, unit: Unit) -> tuple[int, int, int]:
-        """Of a unit's first batch: its packing, its number there, its batch id."""
+    def locate(self, unit: Unit) -> tuple[int, int, int]:
+        """The packing of a unit's first batch, the batch's number in that packing and domain, and its batch id."""
         packing, number = divmod(unit.start, self.num_batches[unit.group])
         domains = list(self.num_batches)
         before = sum(self.num_batches[domain] for domain in domains[: domains.index(unit.group)])
@@ -115,49 +113,122 @@ class _Writing:
 
 
 class _Domain:
-    """What writing needs of one domain, by memory map where it is large."""
+    """What writing needs of one domain; texts and vectors are memory-mapped."""
 
-    def __init__(self, inputs: dict[str, Path], domain: str) -> None:
-        pairs = read_artifact(inputs[f"pairs/{domain}"])
+    def __init__(self, work: _Writing, name: str) -> None:
+        pairs = read_artifact(work.inputs[f"pairs/{name}"])
+        self.name = name
+        self.query_prompt: str = work.datasets[name]["query_prompt"]
+        self.document_prompt: str = work.datasets[name]["document_prompt"]
         self.pairs = load_pairs(pairs)
-        self.texts = {side: Texts(pairs, side) for side in schemas.SIDES}
-        self.vectors = open_vectors(inputs[f"vectors/{domain}"])
-        self.surrogate = open_vectors(inputs[f"surrogate/{domain}"])
+        self.queries, self.documents = (Texts(pairs, side) for side in schemas.SIDES)
+        self.vectors = open_vectors(work.inputs[f"vectors/{name}"])
+        self.surrogate = open_vectors(work.inputs[f"surrogate/{name}"])
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Batch:
-    """Columns of one batch, by slot, and the vectors of both models (B × D)."""
+class _Packing:
+    """The batches of one packing of a domain, or of the batches that mix domains."""
 
-    columns: dict[str, Any]
-    vectors: tuple[Array, Array]
-    surrogate: tuple[Array, Array]
+    domain: str
+    pair_id_MB: Array
+    cluster_id_MB: Array
+    domains_MB: Array | None  # names, only if batches mix domains
+
+    def slots_by_domain(self, batch: int) -> list[tuple[str, Array]]:
+        """The domains of a batch, each with the slots that hold its pairs."""
+        if self.domains_MB is None:
+            return [(self.domain, np.arange(self.pair_id_MB.shape[1]))]
+        names = self.domains_MB[batch]
+        return [(str(name), np.flatnonzero(names == name)) for name in np.unique(names)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slots:
+    """The pairs of one batch, by slot: columns of the shards, vectors of both models, and which pairs are known."""
+
+    pair_id: Array
+    cluster_id: Array
+    domain: Array
+    query_id: Array
+    document_id: Array
+    query: Array
+    document: Array
+    query_prompt: Array
+    document_prompt: Array
+    queries_BD: Array
+    documents_BD: Array
+    surrogate_queries_BD: Array
+    surrogate_documents_BD: Array
+    known_BB: Array  # whether the document of slot j is that of a pair of the query of slot i, at [i, j]
+
+    @classmethod
+    def empty(cls, pair_id: Array, cluster_id: Array, domain: _Domain) -> Slots:
+        """Slots for these pairs, to be filled; any of the batch's domains gives the dimensions of the vectors."""
+        size = len(pair_id)
+        texts = ("domain", "query", "document", "query_prompt", "document_prompt")
+        vectors_BD = np.zeros((2, size, domain.vectors.dimension), dtype=np.float32)
+        surrogate_BD = np.zeros((2, size, domain.surrogate.dimension), dtype=np.float32)
+        return cls(
+            pair_id=pair_id,
+            cluster_id=cluster_id,
+            query_id=np.empty(size, dtype=np.int64),
+            document_id=np.empty(size, dtype=np.int64),
+            queries_BD=vectors_BD[0],
+            documents_BD=vectors_BD[1],
+            surrogate_queries_BD=surrogate_BD[0],
+            surrogate_documents_BD=surrogate_BD[1],
+            known_BB=np.zeros((size, size), dtype=bool),
+            **{name: np.full(size, "", dtype=object) for name in texts},
+        )
+
+    def fill(self, at: Array, domain: _Domain) -> None:
+        """Fills the slots `at`, whose pairs are of `domain`."""
+        query_rows = domain.pairs.query_row[self.pair_id[at]]
+        document_rows = domain.pairs.document_row[self.pair_id[at]]
+        self.domain[at] = domain.name
+        self.query_id[at] = query_rows
+        self.document_id[at] = document_rows
+        self.query[at] = domain.queries.take(query_rows)
+        self.document[at] = domain.documents.take(document_rows)
+        self.query_prompt[at] = domain.query_prompt
+        self.document_prompt[at] = domain.document_prompt
+        self.queries_BD[at] = domain.vectors.queries.take(query_rows)
+        self.documents_BD[at] = domain.vectors.documents.take(document_rows)
+        self.surrogate_queries_BD[at] = domain.surrogate.queries.take(query_rows)
+        self.surrogate_documents_BD[at] = domain.surrogate.documents.take(document_rows)
+
+        # A query with a single document has no other known pair in the batch, so most queries need no look-up.
+        several = domain.pairs.documents_per_query[query_rows] > 1
+        if several.any():
+            is_known = domain.pairs.is_known(query_rows[several][:, None], document_rows[None, :])
+            self.known_BB[np.ix_(at[several], at)] = is_known
 
 
 class _WritingWorker:
     def __init__(self, work: _Writing) -> None:
         self._work = work
         self._schema = schemas.SHARDS_WITH_NEGATIVES if work.with_negatives else schemas.SHARDS
-        self._domain = lru_cache(maxsize=len(work.datasets))(lambda name: _Domain(work.inputs, name))
         self._group = ""
-        self._batches = lru_cache(maxsize=1)(
-            lambda name, packing: _read_batches(work.inputs[f"batches/{name}"], packing, work.batch_size)
-        )
+        self._domain = lru_cache(maxsize=len(work.datasets))(partial(_Domain, work))
+        self._packing = lru_cache(maxsize=1)(partial(_read_packing, work))
 
     def prepare(self, unit: Unit) -> None:
         return None
 
     def commit(self, unit: Unit, prepared: None) -> None:
+        # Domains come one after the other, so one is held at a time. Mixed batches need them all.
         if unit.group not in (self._group, schemas.MIXED_DOMAIN):
-            self._domain.cache_clear()  # domains come one after the other: hold one
+            self._domain.cache_clear()
             self._group = unit.group
+
+        packing, first, first_batch_id = self._work.locate(unit)
+        batches = self._packing(unit.group, packing)
+        num_batches = unit.stop - unit.start
         name = f"data/{unit.name}.parquet"
         with write_unit(self._work.path, unit.name) as writer:
-            num_batches = unit.stop - unit.start
-            packing, first, first_batch_id = self._work.place(unit)
-            batches, domains = self._batches(unit.group, packing)
-            path = writer.add_file(name, rows=num_batches * batches.shape[1])
-            counts = dict.fromkeys(_NEGATIVE_COUNTS, 0)
+            path = writer.add_file(name, rows=num_batches * self._work.batch_size)
+            counts = Counter[str]()
             measured = []
             with pq.ParquetWriter(
                 path,
@@ -168,116 +239,88 @@ class _WritingWorker:
                 write_statistics=["batch_id", "pair_id"],
             ) as parquet:
                 for i in range(num_batches):
-                    parts = [(unit.group, np.arange(batches.shape[1]))]
-                    if domains is not None:
-                        found = domains[first + i]
-                        parts = [(str(name), np.flatnonzero(found == name)) for name in np.unique(found)]
-                    table, figures = self._batch(first_batch_id + i, batches[first + i], parts, counts)
+                    table, hardness = self._batch(first_batch_id + i, batches, first + i, counts)
                     parquet.write_table(table, row_group_size=len(table))
-                    measured.append({"packing": packing, "domain": unit.group, **figures})
-            index = _index_rows(path, name, first_batch_id, measured)
+                    measured.append(hardness)
+            shared = {"packing": packing, "domain": unit.group, "file": name}
+            index = _index(path, first_batch_id, measured, shared)
             piece = writer.add_file(_index_piece(Path(), unit.name).as_posix(), rows=num_batches)
-            pq.write_table(pa.Table.from_pylist(index, schemas.INDEX), piece, compression="zstd")
-            writer.counts = counts
+            pq.write_table(index, piece, compression="zstd")
+            writer.counts = {name: counts[name] for name in _NEGATIVE_COUNTS}
 
     def _batch(
-        self, batch_id: int, rows: Array, parts: list[tuple[str, Array]], counts: dict[str, int]
-    ) -> tuple[pa.Table, dict[str, Any]]:
-        batch, known = self._gather(rows, parts)
-        queries, documents = batch.surrogate
-        mask = surrogate_mask(queries, documents, margin=self._work.margin) | known
-        mask |= equal_texts(batch.columns["document"])
-        mask |= equal_texts(batch.columns["query"])  # across domains; within one, a known pair says the same
-        np.fill_diagonal(mask, False)
-        columns = batch.columns
-        columns["batch_id"] = np.full(len(rows), batch_id)
-        columns["slot"] = np.arange(len(rows), dtype=np.int32)
-        columns["equivalent_slots"] = [np.flatnonzero(row).astype(np.uint16) for row in mask]
+        self, batch_id: int, packing: _Packing, number: int, counts: Counter[str]
+    ) -> tuple[pa.Table, BatchHardness]:
+        """The rows of one batch and how hard it is; adds to `counts` what became of its hard negatives."""
+        parts = [(self._domain(name), slots) for name, slots in packing.slots_by_domain(number)]
+        slots = Slots.empty(packing.pair_id_MB[number], packing.cluster_id_MB[number], parts[0][0])
+        for domain, at in parts:
+            slots.fill(at, domain)
+
+        mask_BB = surrogate_mask(slots.surrogate_queries_BD, slots.surrogate_documents_BD, margin=self._work.margin)
+        mask_BB |= slots.known_BB
+        mask_BB |= equal_texts(slots.document.tolist())
+        mask_BB |= equal_texts(slots.query.tolist())  # across domains; within one, a known pair says the same
+        np.fill_diagonal(mask_BB, False)
+
+        columns = vars(slots) | {
+            "batch_id": np.full(self._work.batch_size, batch_id),
+            "slot": np.arange(self._work.batch_size, dtype=np.int32),
+            "equivalent_slots": [np.flatnonzero(row).astype(np.uint16) for row in mask_BB],
+        }
         if self._work.with_negatives:
-            columns["negatives"] = self._negatives(rows, parts, queries, documents, counts)
-        figures = measure_batch(*batch.vectors, mask, queries, documents)
+            columns["negatives"] = [None] * self._work.batch_size
+            for domain, at in parts:
+                for slot in at:
+                    columns["negatives"][slot] = self._negatives(slots, slot, domain, counts)
         table = pa.table({name: columns[name] for name in self._schema.names}, schema=self._schema)
-        return table, vars(figures)
-
-    def _gather(self, rows: Array, parts: list[tuple[str, Array]]) -> tuple[_Batch, Array]:
-        size = len(rows)
-        columns: dict[str, Any] = {"cluster_id": rows["cluster_id"], "pair_id": rows["pair_id"]}
-        for name in ("query", "document", "query_prompt", "document_prompt", "domain"):
-            columns[name] = [""] * size
-        for name in ("query_id", "document_id"):
-            columns[name] = np.empty(size, dtype=np.int64)
-        known = np.zeros((size, size), dtype=bool)
-        found: dict[str, Array] = {}
-        for name, slots in parts:
-            domain: _Domain = self._domain(name)
-            query_rows = domain.pairs.query_row[rows["pair_id"][slots]]
-            document_rows = domain.pairs.document_row[rows["pair_id"][slots]]
-            columns["query_id"][slots], columns["document_id"][slots] = query_rows, document_rows
-            texts = domain.texts["queries"].take(query_rows), domain.texts["documents"].take(document_rows)
-            prompts = self._work.datasets[name]
-            for slot, query, document in zip(slots, *texts, strict=True):
-                columns["domain"][slot] = name
-                columns["query"][slot], columns["document"][slot] = query, document
-                columns["query_prompt"][slot] = prompts["query_prompt"]
-                columns["document_prompt"][slot] = prompts["document_prompt"]
-            several = domain.pairs.documents_per_query[query_rows] > 1  # else its only document is its own
-            if several.any():
-                pairs_of = domain.pairs.is_known(query_rows[several][:, None], document_rows[None, :])
-                known[np.ix_(slots[several], slots)] = pairs_of
-            for role, vectors in (("vectors", domain.vectors), ("surrogate", domain.surrogate)):
-                for side, row in (("queries", query_rows), ("documents", document_rows)):
-                    into = found.setdefault(f"{role}/{side}", np.zeros((size, vectors.dimension), dtype=np.float32))
-                    into[slots] = getattr(vectors, side).take(row)
-        batch = _Batch(
-            columns=columns,
-            vectors=(found["vectors/queries"], found["vectors/documents"]),
-            surrogate=(found["surrogate/queries"], found["surrogate/documents"]),
+        hardness = measure_batch(
+            slots.queries_BD, slots.documents_BD, mask_BB, slots.surrogate_queries_BD, slots.surrogate_documents_BD
         )
-        return batch, known
+        return table, hardness
 
-    def _negatives(
-        self, rows: Array, parts: list[tuple[str, Array]], queries: Array, documents: Array, counts: dict[str, int]
-    ) -> list[list[str]]:
-        """Hard negatives of each slot, without known pairs of its query and without likely answers."""
-        kept: list[list[str]] = [[] for _ in range(len(rows))]
-        for name, slots in parts:
-            domain: _Domain = self._domain(name)
-            for slot in slots:
-                pair_id = rows["pair_id"][slot]
-                negative_rows = domain.pairs.negatives_of(pair_id)
-                if len(negative_rows) == 0:
-                    continue
-                without_vector = ~domain.surrogate.has_document[negative_rows]
-                counts["negatives_removed_no_vector"] += int(without_vector.sum())
-                negative_rows = negative_rows[~without_vector]
-                is_known = domain.pairs.is_known(domain.pairs.query_row[pair_id], negative_rows)
-                counts["negatives_removed_known"] += int(is_known.sum())
-                negative_rows = negative_rows[~is_known]
-                vectors = domain.surrogate.documents.take(negative_rows)
-                keeps = keeps_negative(queries[slot], documents[slot], vectors, margin=self._work.margin)
-                counts["negatives_removed_equivalent"] += int((~keeps).sum())
-                counts["negatives_kept"] += int(keeps.sum())
-                kept[slot] = domain.texts["documents"].take(negative_rows[keeps])
-        return kept
+    def _negatives(self, slots: Slots, slot: int, domain: _Domain, counts: Counter[str]) -> list[str]:
+        """The hard negatives of a slot, without known pairs of its query and without likely answers."""
+        rows = domain.pairs.negatives_of(slots.pair_id[slot])
+        if len(rows) == 0:
+            return []
+        has_vector = domain.surrogate.has_document[rows]
+        counts["negatives_removed_no_vector"] += int((~has_vector).sum())
+        rows = rows[has_vector]
+
+        is_known = domain.pairs.is_known(slots.query_id[slot], rows)
+        counts["negatives_removed_known"] += int(is_known.sum())
+        rows = rows[~is_known]
+
+        query_D, document_D = slots.surrogate_queries_BD[slot], slots.surrogate_documents_BD[slot]
+        vectors = domain.surrogate.documents.take(rows)
+        keeps = keeps_negative(query_D, document_D, vectors, margin=self._work.margin)
+        counts["negatives_removed_equivalent"] += int((~keeps).sum())
+        counts["negatives_kept"] += int(keeps.sum())
+        return domain.documents.take(rows[keeps])
 
 
-def _read_batches(path: Path, packing: int, batch_size: int) -> tuple[Array, Array | None]:
-    """(pair_id, cluster_id) of a packing by batch and slot, and the domains where there are several."""
+def _read_packing(work: _Writing, domain: str, packing: int) -> _Packing:
+    path = work.inputs[f"batches/{domain}"]
     read_artifact(path)
-    is_mixed = path.parent.name == schemas.MIXED_DOMAIN
-    columns = ["pair_id", "cluster_id", "domain"] if is_mixed else ["pair_id", "cluster_id"]
+    is_mixed = domain == schemas.MIXED_DOMAIN
+    columns = ["pair_id", "cluster_id"] + ["domain"] * is_mixed
     table = pq.read_table(path / "batches.parquet", columns=columns, filters=[("packing", "==", packing)])
-    rows = np.empty(len(table), dtype=[("pair_id", np.int64), ("cluster_id", np.int32)])
-    rows["pair_id"], rows["cluster_id"] = table["pair_id"].to_numpy(), table["cluster_id"].to_numpy()
-    domains = np.array(table["domain"].to_pylist()).reshape(-1, batch_size) if is_mixed else None
-    return rows.reshape(-1, batch_size), domains
+    shape = (-1, work.batch_size)
+    return _Packing(
+        domain=domain,
+        pair_id_MB=table["pair_id"].to_numpy().reshape(shape),
+        cluster_id_MB=table["cluster_id"].to_numpy().reshape(shape),
+        domains_MB=np.array(table["domain"].to_pylist()).reshape(shape) if is_mixed else None,
+    )
 
 
 def _index_piece(path: Path, unit: str) -> Path:
     return path / "units" / f"{unit}.index.parquet"
 
 
-def _index_rows(path: Path, name: str, first_batch_id: int, measured: list[dict[str, Any]]) -> list[Any]:
+def _index(path: Path, first_batch_id: int, measured: list[BatchHardness], shared: dict[str, Any]) -> pa.Table:
+    """The rows of the index for the part file at `path`; `shared` holds the columns that are equal in all of them."""
     ranges = row_group_ranges(path)
     footer_sha256 = sha256_outside(path, ranges)
     rows = []
@@ -286,8 +329,8 @@ def _index_rows(path: Path, name: str, first_batch_id: int, measured: list[dict[
             file.seek(offset)
             rows.append(
                 {
+                    **shared,
                     "batch_id": first_batch_id + group,
-                    "file": name,
                     "row_group": group,
                     "byte_offset": offset,
                     "byte_length": length,
@@ -295,7 +338,7 @@ def _index_rows(path: Path, name: str, first_batch_id: int, measured: list[dict[
                     "footer_sha256": footer_sha256,
                     "record_offset": record[0],
                     "record_length": record[1],
-                    **measured[group],
+                    **vars(measured[group]),
                 }
             )
-    return rows
+    return pa.Table.from_pylist(rows, schemas.INDEX)

@@ -150,7 +150,7 @@ FORMATS = [
     file(
         "CSV with CR alone", CSV.replace(b"\n", b"\r"), "pairs.csv: its header line cannot be read", source="pairs.csv"
     ),
-    file("CSV with a column twice", b"query,document,query\na,b,c\n", "is there 2 times", source="pairs.csv"),
+    file("CSV with a column twice", b"query,document,query\na,b,c\n", "occurs 2 times", source="pairs.csv"),
     file(
         "a JSON array over many lines",
         json.dumps(pairs(), indent=1).encode(),
@@ -234,7 +234,7 @@ NAMES = [
     elsewhere("a link that leads out", "link.jsonl", "'link.jsonl' leads out of", "through a link"),
     elsewhere("../ in a source", "../outside.jsonl", "'../outside.jsonl' leads out of"),
     elsewhere("an absolute source", "/etc/passwd", "'/etc/passwd' is absolute"),
-    elsewhere("a source of 5,000 letters", "a" * 5_000, "is no usable path"),
+    elsewhere("a source of 5,000 letters", "a" * 5_000, "is not a usable path"),
     elsewhere("a file:// URL", "file:///etc/passwd", "file:///etc/passwd", "https://"),
     elsewhere("a chained URL", "simplecache::file:///etc/passwd", "simplecache::file:///etc/passwd"),
     elsewhere("a zip:// URL", "zip://etc/x.jsonl", "zip://etc/x.jsonl", "https://"),

@@ -37,7 +37,7 @@ def write(path: Path, num_groups: int, **options: object) -> pa.Table:
 
 
 def described(metadata: pq.FileMetaData, group: int) -> dict[str, Any]:
-    """What the record of a row group says but statistics, which pyarrow trusts only by the name of the writer."""
+    """What the record of a row group says, without statistics, which pyarrow trusts only by the name of the writer."""
     record = metadata.row_group(group).to_dict()
     for column in record["columns"]:
         del column["statistics"], column["is_stats_set"]
@@ -69,7 +69,7 @@ def test_the_record_of_a_row_group_reads_it(folder: Path, num_groups: int, optio
         assert found.to_pylist() == table.slice(3 * group, 3).to_pylist()
 
 
-def test_row_groups_lie_one_after_the_other(folder: Path) -> None:
+def test_row_groups_follow_one_another(folder: Path) -> None:
     path = folder / "table.parquet"
     write(path, 7)
     ends = [4, *(offset + length for offset, length in row_group_ranges(path))]
@@ -124,7 +124,7 @@ def test_a_file_without_row_groups_in_its_footer_is_refused(folder: Path, data: 
         (9, b"\x25\x81\x01\x02"),  # two integers
         (9, b"\xf5\x10" + b"\x02" * 16),  # sixteen integers
         (10, b"\x28\x01a\x02bc"),  # a set of two binaries
-        (12, b"\x15\x02\x05\x40\x02\x11\x00"),  # a struct: an integer, field 32 (told in full), a boolean
+        (12, b"\x15\x02\x05\x40\x02\x11\x00"),  # a struct: an integer, field 32 (its number in full), a boolean
     ],
 )
 def test_values_of_every_type_are_stepped_over(folder: Path, kind: int, value: bytes) -> None:

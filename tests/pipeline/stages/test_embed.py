@@ -1,4 +1,4 @@
-"""The vectors artifact: units, resuming, rows without a vector, one artifact for two roles."""
+"""stages.embed: units, resuming, rows without a vector, one artifact for two roles."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from hardbatch.pipeline.artifacts.artifact import read_artifact
 from hardbatch.pipeline.artifacts.vectors import Texts, load_pairs, open_vectors
 from hardbatch.pipeline.run import plan_corpus, run_step
+from hardbatch.pipeline.schemas import SIDES
 from hardbatch.pipeline.stages import embed
 from tests import models
 
@@ -56,6 +57,18 @@ def loaded(monkeypatch):
     return names
 
 
+@pytest.fixture
+def embed_rows(run_corpus, write_jsonl):
+    """`embed_rows(rows, settings)`: embeds the texts of these pairs; returns the step."""
+
+    def run(rows, settings):
+        write_jsonl("pairs.jsonl", rows)
+        (step,) = steps_of(run_corpus(DATASET + settings, stages=("pairs", "vectors")), "vectors")[:1]
+        return step
+
+    return run
+
+
 def steps_of(plan, stage):
     return [step for step in plan.steps if step.stage == stage]
 
@@ -70,66 +83,48 @@ def bytes_of(path):
 
 
 @pytest.mark.parametrize("num_rows", [15, 16, 17, 32, 33])
-def test_units_cover_every_text_once(run_corpus, write_jsonl, rows, num_rows):
-    write_jsonl("pairs.jsonl", rows(num_rows))
-    plan = run_corpus(DATASET + embedding("lexical", unit_rows=16), stages=("pairs", "vectors"))
-    (step,) = steps_of(plan, "vectors")
+def test_units_cover_every_text_once(embed_rows, rows, num_rows):
+    step = embed_rows(rows(num_rows), embedding("lexical", unit_rows=16))
     artifact = read_artifact(step.path)
     sizes = [len(np.load(file)) for file in artifact.files("vectors") if file.name.startswith("queries")]
     assert sizes == [16] * (num_rows // 16) + [num_rows % 16] * (num_rows % 16 > 0)
     assert artifact.manifest.counts["queries"] == artifact.manifest.counts["documents"] == num_rows
     vectors = open_vectors(step.path)
-    for side in ("queries", "documents"):
+    for side in SIDES:
         whole = all_vectors(step.path, side)
         assert whole.dtype == np.float16 and whole.shape == (num_rows, artifact.manifest.counts["dimension"])
         order = np.random.default_rng(0).permutation(num_rows)
         assert np.array_equal(getattr(vectors, side).take(order), whole[order].astype(np.float32))
 
 
-def test_unit_size_changes_no_vector(run_corpus, write_jsonl, rows, gtr):
-    write_jsonl("pairs.jsonl", rows(50))
-    found = []
-    for unit_rows in (16, 17, 50, 8_192):
-        plan = run_corpus(DATASET + embedding(gtr, unit_rows=unit_rows), stages=("pairs", "vectors"))
-        (step,) = steps_of(plan, "vectors")
-        found.append([all_vectors(step.path, side).tobytes() for side in ("queries", "documents")])
-    assert all(other == found[0] for other in found)
+def test_unit_size_changes_no_vector(embed_rows, rows, gtr):
+    steps = [embed_rows(rows(50), embedding(gtr, unit_rows=unit_rows)) for unit_rows in (16, 17, 50, 8_192)]
+    assert len({step.path for step in steps}) == 4
+    for side in SIDES:
+        assert len({all_vectors(step.path, side).tobytes() for step in steps}) == 1
 
 
-def test_vectors_are_of_the_distinct_texts_in_their_order_with_their_prompts(
-    run_corpus, write_jsonl, rows, gtr, folder_of_gtr
-):
+def test_vectors_are_of_the_distinct_texts_in_their_order_with_their_prompts(embed_rows, rows, gtr, folder_of_gtr):
     from sentence_transformers import SentenceTransformer
 
-    texts = rows(20)
-    for row in texts[::2]:
-        row["document"] = "one text for many"
-    write_jsonl("pairs.jsonl", texts)
-    settings = embedding(gtr, query_prompt="ask: ", document_prompt="tell: ", unit_rows=16)
-    plan = run_corpus(DATASET + settings, stages=("pairs", "vectors"))
-    step = steps_of(plan, "vectors")[0]
+    texts = [{**row, "document": "one text for many"} if i % 2 == 0 else row for i, row in enumerate(rows(20))]
+    step = embed_rows(texts, embedding(gtr, query_prompt="ask: ", document_prompt="tell: ", unit_rows=16))
     assert (step.config["query_prompt"], step.config["document_prompt"]) == ("ask: ", "tell: ")
-    pairs = read_artifact(step.inputs["pairs"])
     plain = SentenceTransformer(str(folder_of_gtr), device="cpu")
     for side, prompt, num_texts in (("queries", "ask: ", 20), ("documents", "tell: ", 11)):
-        distinct = Texts(pairs, side).take(np.arange(num_texts))
+        distinct = Texts(read_artifact(step.inputs["pairs"]), side).take(np.arange(num_texts))
         found = all_vectors(step.path, side).astype(np.float32)
         assert len(found) == num_texts
         expected = plain.encode(distinct, prompt=prompt, normalize_embeddings=True)
         assert ((found * expected).sum(1) > 0.9995).all()  # float16
 
 
-def test_it_goes_on_after_units_are_missing(run_corpus, write_jsonl, rows, gtr, loaded, tmp_path, monkeypatch):
-    write_jsonl("pairs.jsonl", rows(80))
-    text = DATASET + embedding(gtr, unit_rows=16)
-    (step,) = steps_of(run_corpus(text, stages=("pairs", "vectors")), "vectors")
+def test_only_missing_units_are_computed_again(embed_rows, rows, gtr, monkeypatch):
+    step = embed_rows(rows(80), embedding(gtr, unit_rows=16))
     before = bytes_of(step.path)
-    (step.path / "manifest.json").unlink()
-    (step.path / "units" / "queries-0000001.json").unlink()
-    (step.path / "vectors" / "documents-0000003.npy").write_bytes(
-        b"cut"
-    )  # committed, but its file is not there in full
-    (step.path / "units" / "invalid.json").unlink()
+    for name in ("manifest.json", "units/queries-0000001.json", "units/invalid.json"):
+        (step.path / name).unlink()
+    (step.path / "vectors" / "documents-0000003.npy").write_bytes(b"cut")  # its record is there, its file is not whole
     done, inner = [], embed._EmbeddingWorker.commit
 
     def commit(worker, unit, prepared):
@@ -142,14 +137,13 @@ def test_it_goes_on_after_units_are_missing(run_corpus, write_jsonl, rows, gtr, 
     assert bytes_of(step.path) == before
 
 
-def test_no_model_is_loaded_where_all_units_are_there(run_corpus, write_jsonl, rows, gtr, loaded):
-    write_jsonl("pairs.jsonl", rows(20))
-    (step,) = steps_of(run_corpus(DATASET + embedding(gtr), stages=("pairs", "vectors")), "vectors")
-    loaded.clear()
+def test_no_model_is_loaded_if_all_units_are_there(embed_rows, rows, gtr, loaded):
+    step = embed_rows(rows(20), embedding(gtr))
+    assert loaded == ["tiny-gtr"]
     embed._cached_encoder.cache_clear()
     (step.path / "manifest.json").unlink()
     assert run_step(step)
-    assert loaded == []
+    assert loaded == ["tiny-gtr"]
 
 
 def test_nan_and_zero_vectors_leave_with_their_pairs(run_corpus, write_jsonl, rows, poisoned):

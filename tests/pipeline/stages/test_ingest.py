@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 from hardbatch.pipeline import schemas
 from hardbatch.pipeline.artifacts.artifact import Artifact, read_artifact
 from hardbatch.pipeline.artifacts.vectors import Texts, load_pairs
-from hardbatch.pipeline.errors import ConfigError, HardbatchError, InputError, QuarantineError
+from hardbatch.pipeline.errors import ConfigError, InputError, QuarantineError
 from hardbatch.pipeline.sources.files import RawRow
 from hardbatch.pipeline.stages.assemble import cut_holdout
 from hardbatch.pipeline.stages.ingest import clean_row
 
 Row = dict[str, Any]
+NEGATIVES = 'columns = {negatives = "neg"}'
 
 
 @dataclass
@@ -71,8 +72,11 @@ class Ingested:
         assert [row["pair_id"] for row in self.pairs] == list(range(len(self.pairs)))
 
 
+Ingest = Callable[..., Ingested]
+
+
 @pytest.fixture
-def ingest(tmp_path: Path, run_corpus: Callable[..., Any]) -> Callable[..., Ingested]:
+def ingest(tmp_path: Path, run_corpus: Callable[..., Any]) -> Ingest:
     """`ingest({name: rows or bytes}, dataset="toml lines", source="toml")`: the pairs of one dataset of these files."""
 
     def ingest(
@@ -86,11 +90,9 @@ def ingest(tmp_path: Path, run_corpus: Callable[..., Any]) -> Callable[..., Inge
         for name, content in files.items():
             raw = content if isinstance(content, bytes) else "".join(json.dumps(row) + "\n" for row in content).encode()
             (tmp_path / name).write_bytes(raw)
-        source = source or json.dumps(list(files))
         text = f'corpus = "c"\n[ingest]\nmax_quarantined_fraction = {allowed}\n{settings}\n'
-        text += f'[[dataset]]\nname = "n"\nsource = {source}\n{dataset}\n'
-        plan = run_corpus(text, stages=("pairs",))
-        return Ingested(read_artifact(plan.steps[0].path))
+        text += f'[[dataset]]\nname = "n"\nsource = {source or json.dumps(list(files))}\n{dataset}\n'
+        return Ingested(read_artifact(run_corpus(text, stages=("pairs",)).steps[0].path))
 
     return ingest
 
@@ -99,7 +101,7 @@ def make(num_rows: int, start: int = 0) -> list[Row]:
     return [{"query": f"q{i}", "document": f"d{i}"} for i in range(start, start + num_rows)]
 
 
-def test_every_poisoned_row_is_quarantined_with_its_reason(ingest: Callable[..., Ingested]) -> None:
+def test_every_poisoned_row_is_quarantined_with_its_reason(ingest: Ingest) -> None:
     poison = [
         (b'{"query": "fine", "document": "and good"}', None),
         (b'{"query": null, "document": "a"}', "null"),
@@ -129,7 +131,7 @@ def test_every_poisoned_row_is_quarantined_with_its_reason(ingest: Callable[...,
     assert [row["source_row"] for row in made.pairs] == [0, 18]
 
 
-def test_poisoned_csv_and_parquet(ingest: Callable[..., Ingested], tmp_path: Path) -> None:
+def test_poisoned_csv_and_parquet(ingest: Ingest, tmp_path: Path) -> None:
     made = ingest(
         {"x.csv": b'\xef\xbb\xbfquery,document\r\n"a\r\nb",c\r\n\r\nd\r\n\xff,e\r\nf,g,h\r\n" ",i\r\nj,\0\r\n'}
     )
@@ -166,7 +168,7 @@ def test_a_clean_row_keeps_its_texts_or_has_a_reason(query: Any, document: Any, 
         assert clean.reason in {"null", "wrong_type", "invalid_utf8", "nul_character", "empty", "query_equals_document"}
 
 
-def test_texts_come_back_byte_for_byte_numbered_by_first_appearance(ingest: Callable[..., Ingested]) -> None:
+def test_texts_come_back_byte_for_byte_numbered_by_first_appearance(ingest: Ingest) -> None:
     odd = ["é", "e\u0301", " lead", "trail \n", "a\r\nb", "\ufeffmark", "a\u2028", "\U0001f600", "'\"\\", "A", "a"]
     numbers = random.Random(1)
     rows = [{"query": numbers.choice(odd), "document": numbers.choice(odd) + "!"} for _ in range(60)]
@@ -182,7 +184,7 @@ def test_texts_come_back_byte_for_byte_numbered_by_first_appearance(ingest: Call
     )
 
 
-def test_negatives_share_the_numbers_of_documents(ingest: Callable[..., Ingested]) -> None:
+def test_negatives_share_the_numbers_of_documents(ingest: Ingest) -> None:
     rows: list[Row] = [
         {"query": "q0", "document": "d0", "neg": ["n0", "d1", None, "", 3, "n0"]},
         {"query": "q1", "document": "d1", "neg": "one text"},
@@ -190,7 +192,7 @@ def test_negatives_share_the_numbers_of_documents(ingest: Callable[..., Ingested
         {"query": "q3", "document": "d3", "neg": []},
         {"query": "q4", "document": "d4", "neg": {"a": 1}},
     ]
-    made = ingest({"x.jsonl": rows}, dataset='columns = {negatives = "neg"}')
+    made = ingest({"x.jsonl": rows}, dataset=NEGATIVES)
     made.check_accounts(5)
     assert made.texts("documents") == ["d0", "n0", "d1", "one text", "d3", "d4"]
     assert [row["document_row"] for row in made.pairs] == [0, 2, 1, 4, 5]
@@ -200,7 +202,7 @@ def test_negatives_share_the_numbers_of_documents(ingest: Callable[..., Ingested
     assert [pairs.negatives_of(i).tolist() for i in range(5)] == [[1, 2, 1], [3], [], [], []]
 
 
-def test_several_files_keep_their_numbers(ingest: Callable[..., Ingested]) -> None:
+def test_several_files_keep_their_numbers(ingest: Ingest) -> None:
     made = ingest({"a.jsonl": make(3), "b.jsonl": [*make(1), {"query": None, "document": "x"}, *make(2, start=9)]})
     made.check_accounts(7)
     assert [(row["source_file"], row["source_row"]) for row in made.pairs] == [(0, 0), (0, 1), (0, 2), (1, 2), (1, 3)]
@@ -211,7 +213,7 @@ def test_several_files_keep_their_numbers(ingest: Callable[..., Ingested]) -> No
 
 
 def test_units_of_staging_do_not_shape_the_result(
-    ingest: Callable[..., Ingested], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ingest: Ingest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     files: dict[str, list[Row] | bytes] = {"a.jsonl": make(5), "b.jsonl": make(5, 3), "c.jsonl": make(4, 9)}
     one = ingest(files)
@@ -226,7 +228,7 @@ def test_units_of_staging_do_not_shape_the_result(
     assert not (several.artifact.path / "staged").exists()
 
 
-def test_texts_are_cut_into_files(ingest: Callable[..., Ingested], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_are_cut_into_files(ingest: Ingest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schemas, "TEXT_ROWS_PER_FILE", 4)
     made = ingest({"x.jsonl": [*make(9), {"query": "q0", "document": "other"}]})
     assert [path.name for path in made.artifact.files("texts")] == [
@@ -239,22 +241,19 @@ def test_texts_are_cut_into_files(ingest: Callable[..., Ingested], monkeypatch: 
     assert Texts(made.artifact, "queries").take(rows) == ["q8", "q0", "q3", "q4", "q3"]
 
 
-def test_limit_reads_the_first_rows_over_all_files(ingest: Callable[..., Ingested]) -> None:
+def test_limit_reads_the_first_rows_over_all_files(ingest: Ingest) -> None:
     files: dict[str, list[Row] | bytes] = {"a.jsonl": make(3), "b.jsonl": make(5, 3)}
     made = ingest(files, dataset="limit = 4")
     made.check_accounts(4)
     assert made.texts("queries") == ["q0", "q1", "q2", "q3"]
     assert ingest(files, dataset="limit = 100").counts["rows"] == 8
-
-
-def test_limit_does_not_open_a_file_it_does_not_need(ingest: Callable[..., Ingested]) -> None:
-    assert ingest({"a.jsonl": make(3), "b.jsonl": b""}, dataset="limit = 3").counts["rows"] == 3
+    assert ingest({"a.jsonl": make(3), "b.jsonl": b""}, dataset="limit = 3").counts["rows"] == 3  # b is not opened
 
 
 # long texts
 
 
-def test_a_text_of_100_megabytes_is_cut_and_counted(ingest: Callable[..., Ingested]) -> None:
+def test_a_text_of_100_megabytes_is_cut_and_counted(ingest: Ingest) -> None:
     long = b"x" * (100 * 2**20)
     lines = [b'{"query": "q", "document": "' + long + b'"}', b'{"query": "\\u0000' + long + b'", "document": "d"}']
     made = ingest({"x.jsonl": b"\n".join(lines)}, settings="max_characters = 1000")
@@ -265,24 +264,19 @@ def test_a_text_of_100_megabytes_is_cut_and_counted(ingest: Callable[..., Ingest
     assert len(made.quarantine[0]["detail"]) < 200
 
 
-def test_cutting_counts_characters_not_bytes(ingest: Callable[..., Ingested]) -> None:
-    made = ingest({"x.jsonl": [{"query": "é" * 11, "document": "b" * 10}]}, settings="max_characters = 10")
-    assert (made.texts("queries"), made.counts["texts_cut"]) == (["é" * 10], 1)
+def test_texts_are_cut_by_characters_and_counted(ingest: Ingest) -> None:
+    rows: list[Row] = [
+        {"query": "é" * 11, "document": "b" * 10, "neg": ["n" * 11, "n"]},
+        {"query": "          a", "document": "b"},  # empty once it is cut
+    ]
+    made = ingest({"x.jsonl": rows}, dataset=NEGATIVES, settings="max_characters = 10")
+    assert made.texts("queries") == ["é" * 10]
+    assert made.texts("documents") == ["b" * 10, "n" * 10, "n"]
+    assert made.counts["texts_cut"] == 2
+    assert made.reasons == {1: "empty"}
 
 
-def test_a_text_that_is_empty_once_cut_is_quarantined(ingest: Callable[..., Ingested]) -> None:
-    rows = [{"query": "          a", "document": "b"}, *make(1)]
-    assert ingest({"x.jsonl": rows}, settings="max_characters = 5").reasons == {0: "empty"}
-
-
-def test_cut_negatives_are_counted(ingest: Callable[..., Ingested]) -> None:
-    rows = [{"query": "q", "document": "d", "neg": ["n" * 11]}]
-    made = ingest({"x.jsonl": rows}, dataset='columns = {negatives = "neg"}', settings="max_characters = 10")
-    assert made.texts("documents") == ["d", "n" * 10]
-    assert made.counts["texts_cut"] == 1
-
-
-def test_many_copies_of_one_text(ingest: Callable[..., Ingested]) -> None:
+def test_many_copies_of_one_text(ingest: Ingest) -> None:
     same = [{"query": "the same", "document": "of all"}] * 10_000
     made = ingest({"x.jsonl": [*same, *({"query": "the same", "document": f"d{i}"} for i in range(500))]})
     made.check_accounts(10_500)
@@ -303,7 +297,7 @@ def kept_texts(made: Ingested) -> set[str]:
     return {*made.texts("queries"), *made.texts("documents")}
 
 
-def test_the_holdout_leaks_no_text_and_respects_the_fraction(ingest: Callable[..., Ingested]) -> None:
+def test_the_holdout_leaks_no_text_and_respects_the_fraction(ingest: Ingest) -> None:
     numbers = random.Random(2)
     rows = [{"query": f"q{numbers.randrange(150)}", "document": f"d{numbers.randrange(150)}"} for _ in range(120)]
     made = ingest({"x.jsonl": rows}, dataset="holdout = 0.2")
@@ -322,16 +316,22 @@ def test_the_holdout_leaks_no_text_and_respects_the_fraction(ingest: Callable[..
     assert held_out_texts(again) != held_out_texts(made)
 
 
-def test_the_holdout_leaks_no_text_through_negatives(ingest: Callable[..., Ingested]) -> None:
-    rows = [{"query": f"q{i}", "document": f"d{i}", "neg": [f"d{(i + 1) % 40}"]} for i in range(40)]
-    made = ingest({"x.jsonl": rows}, dataset='holdout = 0.2\ncolumns = {negatives = "neg"}')
-    assert not held_out_texts(made) & kept_texts(made)
+CHAIN = [{"query": f"t{i}", "document": f"t{i + 1}"} for i in range(40)]
+NEIGHBOURS = [{"query": f"q{i}", "document": f"d{i}", "neg": [f"d{(i + 1) % 40}"]} for i in range(40)]
 
 
-def test_the_holdout_leaks_no_text_from_one_side_to_the_other(ingest: Callable[..., Ingested]) -> None:
-    rows = [{"query": f"t{i}", "document": f"t{i + 1}"} for i in range(40)]
-    made = ingest({"x.jsonl": [*rows, *make(40)]}, dataset="holdout = 0.2")
+@pytest.mark.parametrize(
+    ("rows", "dataset"),
+    [
+        (NEIGHBOURS, NEGATIVES),
+        ([*NEIGHBOURS, *({**row, "neg": []} for row in make(40, 100))], NEGATIVES),
+        ([*CHAIN, *make(40)], ""),  # from one side to the other
+    ],
+)
+def test_the_holdout_leaks_no_text(ingest: Ingest, rows: list[Row], dataset: str) -> None:
+    made = ingest({"x.jsonl": rows}, dataset=f"holdout = 0.2\n{dataset}")
     assert not held_out_texts(made) & kept_texts(made)
+    assert bool(held_out_texts(made)) == (len(rows) > 40)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.001, 0.3, 0.999])
@@ -367,59 +367,51 @@ def evaluation(tmp_path: Path) -> Callable[..., Path]:
 CLEAN = 'decontaminate = ["eval"]'
 
 
-def test_texts_of_an_evaluation_are_quarantined(
-    ingest: Callable[..., Ingested], evaluation: Callable[..., Path]
-) -> None:
+def test_texts_of_an_evaluation_are_quarantined(ingest: Ingest, evaluation: Callable[..., Path]) -> None:
     corpus = pa.table({"text": ["d1", "body"], "title": ["", "head"]})
-    evaluation(corpus, pa.table({"text": ["q4", "d2"]}))
+    folder = evaluation(corpus, pa.table({"text": ["q4", "d2"]}))
     rows = [*make(6), {"query": "x", "document": "head body"}, {"query": "body", "document": "y"}, *make(1, 1)]
     made = ingest({"x.jsonl": rows}, settings=CLEAN)
     made.check_accounts(9)
-    contaminated = {row for row, reason in made.reasons.items() if reason == "contaminated"}
-    assert contaminated == {1, 2, 4, 6, 7, 8}
+    assert {row for row, reason in made.reasons.items() if reason == "contaminated"} == {1, 2, 4, 6, 7, 8}
 
-
-def test_a_changed_evaluation_is_another_artifact(
-    ingest: Callable[..., Ingested], evaluation: Callable[..., Path]
-) -> None:
-    folder = evaluation(pa.table({"text": ["d1"]}))
-    assert ingest({"x.jsonl": make(4)}, settings=CLEAN).reasons == {1: "contaminated"}
-    pq.write_table(pa.table({"text": ["d1", "d3"]}), folder / "corpus.parquet")
-    assert set(ingest({"x.jsonl": make(4)}, settings=CLEAN).reasons) == {1, 3}
+    pq.write_table(pa.table({"text": ["d3"]}), folder / "corpus.parquet")  # a changed evaluation is another artifact
+    reasons = ingest({"x.jsonl": rows}, settings=CLEAN).reasons
+    assert {row for row, reason in reasons.items() if reason == "contaminated"} == {2, 3, 4}
 
 
 @pytest.mark.parametrize("folder", ["../eval", "/eval", "no_such"])
-def test_an_evaluation_that_is_not_there_or_leads_out_is_refused(ingest: Callable[..., Ingested], folder: str) -> None:
+def test_an_evaluation_that_is_not_there_or_leads_out_is_refused(ingest: Ingest, folder: str) -> None:
     with pytest.raises(ConfigError, match=r"ingest\.decontaminate"):
         ingest({"x.jsonl": make(4)}, settings=f'decontaminate = ["{folder}"]')
 
 
 @pytest.mark.parametrize(
-    "corpus",
-    [b"garbage", pa.table({"body": ["x"]}), pa.table({"text": [1]})],
-    ids=["no parquet", "no column", "numbers"],
+    ("corpus", "message"),
+    [
+        (b"garbage", "cannot be read as Parquet"),
+        (pa.table({"body": ["x"]}), "no column 'text'; it has: body"),
+        (pa.table({"text": [1]}), "column 'text' is int64, expected text"),
+    ],
 )
-def test_a_broken_evaluation_is_told(
-    ingest: Callable[..., Ingested], evaluation: Callable[..., Path], corpus: pa.Table | bytes
+def test_a_broken_evaluation_is_refused(
+    ingest: Ingest, evaluation: Callable[..., Path], corpus: pa.Table | bytes, message: str
 ) -> None:
     evaluation(corpus)
-    with pytest.raises(HardbatchError, match=r"eval.corpus\.parquet"):
+    with pytest.raises(InputError, match=rf"eval.corpus\.parquet: {message}"):
         ingest({"x.jsonl": make(4)}, settings=CLEAN)
 
 
-def test_texts_of_an_evaluation_are_no_negatives(
-    ingest: Callable[..., Ingested], evaluation: Callable[..., Path]
-) -> None:
+def test_texts_of_an_evaluation_are_not_kept_as_negatives(ingest: Ingest, evaluation: Callable[..., Path]) -> None:
     evaluation(pa.table({"text": ["secret"]}))
     rows = [{"query": "q", "document": "d", "neg": ["secret", "n"]}]
-    made = ingest({"x.jsonl": rows}, settings=CLEAN, dataset='columns = {negatives = "neg"}')
-    assert "secret" not in made.texts("documents")
+    assert ingest({"x.jsonl": rows}, settings=CLEAN, dataset=NEGATIVES).texts("documents") == ["d", "n"]
 
 
 # refusals
 
 
-def test_too_many_broken_rows_stop_with_exit_code_7(ingest: Callable[..., Ingested], tmp_path: Path) -> None:
+def test_too_many_broken_rows_stop_with_exit_code_7(ingest: Ingest, tmp_path: Path) -> None:
     rows = [*make(8), {"query": None, "document": "x"}, {"query": 3, "document": "x"}]
     with pytest.raises(QuarantineError, match=r"dataset 'n': 2 of 10 rows.*null 1, wrong_type 1.*0\.1[^0-9]") as caught:
         ingest({"x.jsonl": rows}, allowed=0.1)
@@ -430,17 +422,17 @@ def test_too_many_broken_rows_stop_with_exit_code_7(ingest: Callable[..., Ingest
     ingest({"x.jsonl": rows}, allowed=0.2).check_accounts(10)
 
 
-def test_duplicates_do_not_count_as_broken(ingest: Callable[..., Ingested]) -> None:
+def test_duplicates_do_not_count_as_broken(ingest: Ingest) -> None:
     ingest({"x.jsonl": make(1) * 20}, allowed=0.0).check_accounts(20)
 
 
 @pytest.mark.parametrize("content", [b"\n\n", b""])
-def test_a_source_without_rows_is_named(ingest: Callable[..., Ingested], content: bytes) -> None:
+def test_a_source_without_rows_is_named(ingest: Ingest, content: bytes) -> None:
     with pytest.raises(InputError, match=r"x\.jsonl"):
         ingest({"x.jsonl": content})
 
 
-def test_a_python_package_is_a_source(ingest: Callable[..., Ingested]) -> None:
+def test_a_python_package_is_a_source(ingest: Ingest) -> None:
     made = ingest({}, source='"python:json"', dataset="holdout = 0.1")
     made.check_accounts(made.counts["rows"])
     assert len(made.pairs) > 5

@@ -1,42 +1,41 @@
-"""stages.summary: figures of a corpus, and what its packings have in common, against a count by hand."""
+"""stages.summary: the counts of a corpus, and what its packings have in common, against a count by hand."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hardbatch.pipeline.artifacts.artifact import read_artifact
-from hardbatch.pipeline.artifacts.commit import open_builder
-from hardbatch.pipeline.run import Plan, plan_corpus, run_step
-from hardbatch.pipeline.stages.summary import count_packings, shared_batch_mates
-from hardbatch.pipeline.step import Step
-from tests.packings import join_packings
-from tests.samples import LEXICAL, make_rows
+from hardbatch.pipeline.stages.summary import Packed, count_packings, read_packed, shared_batch_mates
+from tests.artifacts import Domain, Packing, Written, make_artifact, run_write, write_corpus
 
-B = 8
-MANIFEST = f"""
-corpus = "three"
-[[dataset]]
-name = "alpha"
-source = "alpha.jsonl"
-[[dataset]]
-name = "beta"
-source = "beta.jsonl"
-[pack]
-batch_size = {B}
-remainder = "mix"
-"""
-PACKINGS = ((), ("pack.seed=1",), ("pack.order=random",))
+B = 4
+PAIRS = {"alpha": 30, "beta": 17}
+DOMAINS = {
+    name: Domain(pairs=[(f"{name} {i}", f"answer {i} of {name}") for i in range(num_pairs)])
+    for name, num_pairs in PAIRS.items()
+}
+
+
+def make_packing(seed: int) -> Packing:
+    """Seven and four batches of the domains, and a mixed one that shares some pairs with that of the next seed."""
+    cut = {}
+    for name, num_pairs in PAIRS.items():
+        order = np.random.default_rng(seed).permutation(num_pairs)
+        slots = [(name, int(pair)) for pair in order]
+        cut[name] = [slots[i : i + B] for i in range(0, len(slots) - B + 1, B)]
+    mixed = [("alpha", seed), ("alpha", seed + 1), ("beta", 0), ("beta", seed)]
+    return {**cut, "mixed": [mixed]}
+
+
+PACKINGS = [make_packing(seed) for seed in (1, 2, 3)]
 
 
 def shared_by_hand(first: Sequence[Sequence[Hashable]], second: Sequence[Sequence[Hashable]]) -> float | None:
@@ -87,88 +86,85 @@ def test_packings_without_a_common_pair_have_no_share() -> None:
 
 
 @pytest.fixture(scope="module")
-def several(tmp_path_factory: pytest.TempPathFactory) -> tuple[Step, list[Plan]]:
-    """The step that has written shards of three packings of two domains, and the run of each packing."""
-    root = tmp_path_factory.mktemp("several")
-    for name, rows in (("alpha", make_rows(101)), ("beta", make_rows(45, start=500))):
-        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (root / "three.toml").write_text(MANIFEST + LEXICAL)
-    plans = [plan_corpus(root / "three.toml", root / "workspace", overrides=overrides) for overrides in PACKINGS]
-    for plan in plans:
-        for step in plan.steps:
-            run_step(step)
-    step = join_packings(plans)
-    run_step(step)
-    return step, plans
+def several(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    return write_corpus(tmp_path_factory.mktemp("several"), DOMAINS, PACKINGS)
 
 
-def figures_of(path: Path) -> dict[str, Any]:
-    return read_artifact(path).manifest.counts["domains"]
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[Written]:
+    """Shards of each packing alone."""
+    return [write_corpus(tmp_path_factory.mktemp("alone"), DOMAINS, [packing]) for packing in PACKINGS]
 
 
-def test_batches_and_ledger_are_counted_per_packing(several: tuple[Step, list[Plan]]) -> None:
-    counts = read_artifact(several[0].path).manifest.counts
-    assert (counts["packings"], counts["batches"]) == (3, 3 * (12 + 5 + 1))
-    for name, pairs, batches, leftover in (("alpha", 101, 12, 5), ("beta", 45, 5, 5)):
-        figures = counts["domains"][name]
-        assert (figures["pairs"], figures["batches"], figures["leftover"]) == (pairs, batches, {"mixed": leftover})
-    assert (counts["domains"]["mixed"]["batches"], counts["domains"]["mixed"]["leftover"]) == (1, {"remainder": 2})
+def test_rows_batches_and_leftover_are_counted_per_packing(several: Written) -> None:
+    counts = several.counts
+    assert (counts["batch_size"], counts["packings"], counts["batches"]) == (B, 3, 3 * (7 + 4 + 1))
+    for name, num_pairs, batches, left in (("alpha", 30, 7, 2), ("beta", 17, 4, 1)):
+        domain = counts["domains"][name]
+        assert (domain["rows"], domain["pairs"], domain["quarantined"]) == (num_pairs + 1, num_pairs, {"empty": 1})
+        assert (domain["batches"], domain["leftover"]) == (batches, {"remainder": left})
+    assert (counts["domains"]["mixed"]["batches"], counts["domains"]["mixed"]["leftover"]) == (1, {})
+    assert "pairs" not in counts["domains"]["mixed"]
 
 
-def test_figures_of_each_packing_are_those_of_its_own_shards(several: tuple[Step, list[Plan]]) -> None:
-    step, plans = several
-    for name, figures in figures_of(step.path).items():
-        assert len(figures["by_packing"]) == 3
-        for packing, plan in zip(figures["by_packing"], plans, strict=True):
-            alone = figures_of(plan.shards)[name]
-            assert packing == {key: alone[key] for key in packing}
+def test_hardness_is_the_mean_of_the_batches_and_relative_to_the_bounds(several: Written) -> None:
+    for name, domain in several.counts["domains"].items():
+        rows = several.index.filter(several.index["domain"] == name)
+        unmasked = 1 - rows["mask_rate"]
+        masked = (rows["masked_hardness"].fill_null(0) * unmasked).sum() / unmasked.sum()
+        assert domain["hardness"] == pytest.approx(rows["hardness"].mean(), abs=1e-4)
+        assert domain["mask_rate"] == pytest.approx(rows["mask_rate"].mean(), abs=1e-4)
+        assert domain["surrogate_loss"] == pytest.approx(rows["surrogate_loss"].mean(), abs=1e-4)
+        assert domain["masked_hardness"] == pytest.approx(masked, abs=1e-4)
+        assert ("share" in domain) == ("hardness_knn" in domain) == (name != "mixed")
+        if name != "mixed":
+            assert (domain["hardness_random"], domain["hardness_knn"]) == (-0.1, 0.7)
+            assert domain["share"] == pytest.approx((domain["hardness"] + 0.1) / 0.8, abs=2e-4)
+            assert domain["masked_share"] == pytest.approx((masked + 0.1) / 0.8, abs=2e-4)
+
+
+def test_hardness_of_each_packing_is_that_of_its_own_shards(several: Written, alone: list[Written]) -> None:
+    for name, domain in several.counts["domains"].items():
+        assert len(domain["by_packing"]) == 3
+        for packing, shards in zip(domain["by_packing"], alone, strict=True):
+            assert packing == {key: shards.counts["domains"][name][key] for key in packing}
             assert ("share" in packing) == (name != "mixed") and "hardness" in packing
-        for key in ("hardness", "mask_rate", "surrogate_loss"):
-            assert figures[key] == pytest.approx(np.mean([part[key] for part in figures["by_packing"]]), abs=1e-4)
-    shares = [part["share"] for part in figures_of(step.path)["alpha"]["by_packing"]]
-    assert shares[2] < min(shares[:2])  # the packing of random batches
+    hardness = {packing["hardness"] for packing in several.counts["domains"]["alpha"]["by_packing"]}
+    assert len(hardness) == 3
 
 
-def test_shared_batch_mates_of_a_corpus(several: tuple[Step, list[Plan]]) -> None:
-    step, plans = several
-    found = figures_of(step.path)
-    for name, figures in found.items():
-        packings = []
-        for plan in plans:
-            rows = pl.read_parquet(plan.steps[-1].inputs[f"batches/{name}"] / "batches.parquet").sort("batch", "slot")
-            pairs = rows.select("domain", "pair_id").rows()
-            packings.append([pairs[start : start + B] for start in range(0, len(pairs), B)])
-        shared = [shared_by_hand(*both) for both in combinations(packings, 2)]
+def test_shared_batch_mates_of_a_corpus(several: Written) -> None:
+    found = several.counts["domains"]
+    for name, domain in found.items():
+        shared = [shared_by_hand(*(packing[name] for packing in both)) for both in combinations(PACKINGS, 2)]
         known = [share for share in shared if share is not None]
-        assert figures["shared_batch_mates"] == (pytest.approx(np.mean(known), abs=1e-4) if known else None)
+        assert domain["shared_batch_mates"] == pytest.approx(np.mean(known), abs=1e-4)
     assert 0 < found["alpha"]["shared_batch_mates"] < 1
+    assert found["mixed"]["shared_batch_mates"] > 0
 
 
-def test_one_packing_says_nothing_of_others(several: tuple[Step, list[Plan]]) -> None:
-    for plan in several[1]:
-        assert read_artifact(plan.shards).manifest.counts["packings"] == 1
-        for figures in figures_of(plan.shards).values():
-            assert not {"shared_batch_mates", "by_packing"} & figures.keys()
+def test_one_packing_has_nothing_to_share(alone: list[Written]) -> None:
+    for shards in alone:
+        assert shards.counts["packings"] == 1
+        for domain in shards.counts["domains"].values():
+            assert not {"shared_batch_mates", "by_packing"} & domain.keys()
 
 
-def test_domains_have_as_many_packings_as_each_other() -> None:
-    assert count_packings({"old": {"batches": 3}, "new": {"packings": 1}}) == 1
+def test_domains_have_as_many_packings_as_each_other(tmp_path: Path) -> None:
+    old = read_packed(make_artifact(tmp_path / "d" / "k", {}, counts={"batches": 3, "leftover": {}}))
+    assert count_packings({"old": old, "new": replace(old, batches=5)}) == 1
     with pytest.raises(AssertionError, match="differ in their number of packings"):
-        count_packings({"one": {"packings": 1}, "two": {"packings": 2}})
+        count_packings({"one": old, "two": Packed(batches=3, leftover={}, packings=2)})
 
 
-def test_sizes_of_clusters_are_told_where_they_are_known(run_corpus: Callable[..., Plan], small_manifest: Path) -> None:
-    plan = run_corpus(small_manifest.read_text())
-    last = plan.steps[-1]
-    sizes = {"cluster_size_q05": 2, "cluster_size_q50": 8.5, "cluster_size_q95": 13}
-    for name, known in (("with", sizes), ("without", {})):
-        path = last.inputs["clusters/numbers"].parent / name
-        with open_builder(path) as builder:
-            builder.finish(
-                units=[], stage="clusters", stage_version=0, domain="numbers", key=name, config={}, inputs={},
-                counts={"clusters": 6, **known},
-            )  # fmt: skip
-        step = replace(last, path=last.path.parent / name, inputs={**last.inputs, "clusters/numbers": path})
-        run_step(step)
-        figures = figures_of(step.path)["numbers"]
-        assert {key: value for key, value in figures.items() if key.startswith("cluster_size")} == known
+@pytest.mark.parametrize("sizes", [{}, {"cluster_size_q05": 2, "cluster_size_q50": 8.5, "cluster_size_q95": 13}])
+def test_sizes_of_clusters_are_shown_if_they_are_known(
+    alone: list[Written], tmp_path: Path, sizes: dict[str, Any]
+) -> None:
+    step = alone[0].step
+    clusters = make_artifact(tmp_path / "alpha" / "key", {}, counts={"clusters": 6, **sizes})
+    inputs = {**step.inputs, "clusters/alpha": clusters}
+    shards = Written(run_write(replace(step, path=tmp_path / "shards", inputs=inputs)))
+    counts = shards.counts["domains"]["alpha"]
+    assert {key: value for key, value in counts.items() if key.startswith("cluster")} == {"clusters": 6, **sizes}
+    assert ("| 2, 8.5, 13 |" in (shards.path / "README.md").read_text()) == bool(sizes)

@@ -16,12 +16,11 @@ import pytest
 
 from hardbatch.pipeline.artifacts.artifact import MANIFEST
 from hardbatch.pipeline.errors import ConfigError, HardbatchError, InputError, IntegrityError
-from hardbatch.pipeline.run import Plan, plan_corpus, run_step
+from hardbatch.pipeline.run import Plan, plan_corpus, run_corpus, run_step
 from hardbatch.pipeline.stages.card import figure_rows
 from hardbatch.pipeline.views.plan import explain_plan, plan_text
 from hardbatch.pipeline.views.report import batch_text, batches_text, summary_markdown, summary_text, table
 from tests.models import require_minilm
-from tests.packings import join_packings
 
 Finished = tuple[Path, Path, Path]
 
@@ -112,13 +111,7 @@ def two_packings(finished_run: Finished, tmp_path_factory: pytest.TempPathFactor
     """Shards of two packings, in a copy of the finished run."""
     folder = shutil.copytree(finished_run[0].parent, tmp_path_factory.mktemp("two") / "copy")
     manifest, workspace = folder / finished_run[0].name, folder / "workspace"
-    plans = [plan_corpus(manifest, workspace, overrides=[f"pack.order={order}"]) for order in ("tour", "random")]
-    for plan in plans:
-        for step in plan.steps:
-            run_step(step)
-    step = join_packings(plans, "two")
-    run_step(step)
-    return step.path
+    return run_corpus(manifest, workspace=workspace, overrides=["pack.num_packings=2"])
 
 
 def test_figures_are_shown_over_all_packings_and_of_each(two_packings: Path) -> None:
