@@ -1,17 +1,26 @@
-"""Refine: near batches trade pairs as long as Eq. 2 rises; the sizes of batches never change.
+"""Refine: near batches trade pairs while Eq. 2 rises; the sizes of batches never change.
 
-Eq. 2 of a batch is Σ_ij d_i·q_j = D·Q with D = Σd and Q = Σq, so no matrix of pairs is needed. With x = d⊕q of a pair,
-X = D⊕Q of a batch and X' = Q⊕D, taking a pair from batch A to batch B gains x·(X'_B − X'_A), to first order. If A
-receives what sums to Δ more than it gives, and B gives it, Eq. 2 of the two changes by exactly
+Eq. 2 of a batch, with i = j included, is Σ_ij d_i·q_j = D·Q with D = Σd and Q = Σq, so no matrix of pairs is
+needed. Write x = d⊕q for a pair, X = D⊕Q for a batch, and X' = Q⊕D for X with its halves swapped. To first
+order, taking a pair from batch A to batch B gains x·(X'_B − X'_A). If A receives what sums to Δ more than it
+gives, and B gives it, Eq. 2 of the two changes by exactly
 
     Δ·(X'_A − X'_B) + Δ·Δ'.
 
-A round asks of every pair what it would gain in each of the batches nearest to its own, and ranks for each two near
-batches what they would best exchange. In several matchings, in which a batch takes part once, the best exchange of
-each length is taken where it gains in float64: the value never falls.
+An example with d = q (so x·x' = 2d·d) and two topics, u and v, orthogonal unit vectors. A holds the pairs
+u, u, v and B holds v, v, u:
 
-Shape letters: b batches, B slots, L near batches, M candidates, P exchanging pairs of batches,
-N = M + 1, F = 2·dimension.
+    D_A = 2u + v, D_B = u + 2v        Eq. 2 is 5 + 5; without the three d·q of each batch, 2 + 2
+    A gives its v and receives B's u: Δ = (u−v)⊕(u−v), and X'_A − X'_B = (u−v)⊕(u−v)
+    Δ·(X'_A − X'_B) + Δ·Δ' = 4 + 4    Eq. 2 is 9 + 9: D_A = 3u and D_B = 3v
+
+A round asks of every pair what it would gain in each of the batches nearest to its own, and ranks, for
+every two near batches, what they would best exchange. Then it makes several matchings, in which a batch
+takes part at most once. Each two matched batches exchange their best pairs, as many as gain most, if that
+gains in float64: Eq. 2 never falls.
+
+Shape letters: b batches, B slots, L near batches, M candidates, P exchanging pairs of batches, N = M + 1,
+F = 2·dimension.
 """
 
 from __future__ import annotations
@@ -24,32 +33,39 @@ import torch
 from hardbatch.pipeline.arrays import Array
 from hardbatch.pipeline.batching.nearest import fast_products
 
-_NUM_NEAR = 32  # batches that a batch may trade with: more gain more, in seconds that grow with them
+_NUM_NEAR = 32  # batches that a batch may trade with: more gain more, and take proportionally longer
 _NUM_CANDIDATES = 8  # pairs that a batch may give to another at once
-_NUM_MATCHINGS = 6  # of a round: gains are asked for once, which is most of the work
+_NUM_MATCHINGS = 6  # per round: they share the gains, which are most of the work
 _GAINS_HELD = 2**22  # float32 gains of a block of batches: 16 MiB
-_EXCHANGING = 128  # pairs of batches at once
+_EXCHANGING = 128  # pairs of batches that exchange at once
 _VALUES_READ = 2**18  # float32 values of x summed at a time: 1 MiB
-_LEAST_GAIN = 1e-6  # cosines, of a sum over B² of them
+_LEAST_GAIN = 1e-6  # of Eq. 2, a sum over B² cosines
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refined:
-    """Places (int64, b × B) of the pairs after trading, and Eq. 2 over all batches before and after each round."""
+    """Batches after trading (int64, b × B), and Eq. 2 over all of them before and after each round."""
 
     batches: Array
     objective: list[float]
 
 
 def refine(vectors: torch.Tensor, batches: Array, *, rounds: int, tolerance: float, device: str = "cpu") -> Refined:
-    """Trades pairs between `batches` (int64, b × B) with `vectors` = d⊕q (float32, b·B × F), slot by slot.
+    """Trades pairs between batches while Eq. 2 (summed over i ≠ j) rises.
 
-    On the CPU `vectors` follow the trade: they come out in the order of the refined batches. Stops after `rounds`, or
-    when a round gains no more than `tolerance` of Eq. 2 (summed over i ≠ j). Holds, beside them, 16 MiB of gains,
-    20·M·F bytes for each of 128 exchanges, and b × b cosines of batches.
+    Holds, beside the vectors, 16 MiB of gains, 20·M·F bytes for each of 128 exchanges, and b × b cosines.
+
+    Args:
+        vectors: x = d⊕q of the pairs, slot by slot (float32, b·B × F). On the CPU they are traded too: they
+            come out in the order of the refined batches.
+        batches: The pairs, by any number (int64, b × B).
+        rounds: At most so many.
+        tolerance: Ends after a round that gains no more than this part of Eq. 2.
+        device: Where to trade, as torch names it.
     """
     if len(batches) == 0:
         return Refined(batches=batches, objective=[0.0])
+
     trade = _Trade(vectors.to(device).view(*batches.shape, -1), torch.tensor(batches, device=device))
     objective = [trade.value()]
     for _ in range(rounds if len(batches) > 1 else 0):
@@ -57,7 +73,7 @@ def refine(vectors: torch.Tensor, batches: Array, *, rounds: int, tolerance: flo
         objective.append(objective[-1] + gained)
         if gained <= tolerance * abs(objective[-2]):
             break
-    return Refined(batches=trade.places.cpu().numpy(), objective=objective)
+    return Refined(batches=trade.pairs.cpu().numpy(), objective=objective)
 
 
 class _Trade:
