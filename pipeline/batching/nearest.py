@@ -27,9 +27,9 @@ _SCORES_HELD = 2**21  # float32 scores of a block of points: 8 MiB
 _SCORES_HELD_ON_GPU = 2**26
 _ROWS, _COLUMNS = 512, 32  # shapes of products are padded to multiples of these
 
-# Error of a low-precision product, as a part of |c||s|: bfloat16 rounds either factor by up to 2^-9 of itself, and
-# float32 adds much less.
-_LOW_PRECISION_ERROR = 1.1 * 2**-8
+# Error of a low-precision product, as a part of |c||s|: bfloat16 rounds either factor by up to 2^-8 of itself, and
+# float32 sums add much less.
+_LOW_PRECISION_ERROR = 1.05 * 2**-7
 
 
 @contextmanager
