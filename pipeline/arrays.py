@@ -1,4 +1,19 @@
-"""Arrays: their type, large ones that give their memory back, and giving back what malloc keeps."""
+"""The array type, and how large arrays give their memory back.
+
+A stage holds hundreds of MiB for a moment and should not keep them. Four habits of the libraries
+below stand in the way. This is the one place that explains what the code does about each; what it
+saves is in docs/benchmarks.md.
+
+- glibc returns freed memory to the system only from the top of its heap, so one small live block
+  keeps everything below it. `empty` takes large arrays from `mmap`, which returns them when they
+  are freed; `trim_heap` returns the rest, and is called where many blocks have just been freed.
+- torch aligns its buffers on the CPU, and glibc often cannot reuse a freed aligned piece. Large
+  buffers that come and go are therefore numpy arrays that torch writes into.
+- oneDNN, which computes torch's products on the CPU, keeps the code it generated for every shape
+  it has met. `pad_rows` rounds shapes up, so that there are few of them.
+- A float64 reduction of a float32 tensor first converts the whole tensor. Such sums are computed
+  a slice at a time.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +27,29 @@ Array = np.ndarray[Any, Any]
 
 
 def empty(shape: tuple[int, int], dtype: type[np.floating[Any]]) -> Array:
-    """As `np.empty`, for large arrays: their memory goes back to the system when they are freed, unlike malloc's.
+    """Like `np.empty`, for large arrays: their memory is returned when they are freed.
 
-    New pages are cleared each time, which is too dear for blocks that come and go.
+    The system clears new pages each time, which is too slow for blocks that come and go.
     """
     num_bytes = shape[0] * shape[1] * np.dtype(dtype).itemsize
     if num_bytes == 0:
         return np.empty(shape, dtype=dtype)
-    room = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return np.frombuffer(room, dtype=dtype).reshape(shape)
+
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, dtype=dtype).reshape(shape)
+
+
+def pad_rows(vectors: Array, multiple: int) -> Array:
+    """Appends rows of zeros up to a multiple of rows; returns the array itself if none is missing."""
+    missing = -len(vectors) % multiple
+    if missing == 0:
+        return vectors
+    return np.concatenate([vectors, np.zeros((missing, vectors.shape[1]), dtype=vectors.dtype)])
 
 
 def trim_heap() -> None:
-    """Gives back what was freed: glibc else keeps all of it that lies below anything still in use."""
+    """Returns freed memory of the heap to the system, if the C library is glibc."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):
-        pass  # another C library
+        pass

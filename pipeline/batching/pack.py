@@ -1,8 +1,11 @@
 """Batches of exactly B pairs from clusters.
 
-Clusters follow each other on a greedy tour over their centroids. Stretch by stretch of the tour, batches are filled
-from its clusters (fill.py) and then trade pairs with near batches as long as Eq. 2 rises (refine.py). What fits no
-batch of a stretch goes on to the next; what the last one leaves is the remainder.
+Clusters follow each other on a greedy tour over their centroids (tour.py). The tour is cut into
+stretches whose vectors fit into memory. The clusters of a stretch fill batches (fill.py), which then
+trade pairs with near batches while Eq. 2 rises (refine.py). Pairs that are left over join the next
+stretch; those of the last stretch are the remainder.
+
+Shape letters: n pairs, m pairs of a stretch, k clusters, B slots, D dimension.
 """
 
 from __future__ import annotations
@@ -19,13 +22,13 @@ from hardbatch.pipeline.batching.points import PairPoints
 from hardbatch.pipeline.batching.refine import refine
 from hardbatch.pipeline.batching.tour import greedy_tour
 
-_STRETCH_VALUES = 2**26  # float32 values of d⊕q held of a stretch of the tour: 256 MiB
+_STRETCH_VALUES = 2**26  # float32 values of d⊕q in a stretch: 256 MiB
 _STRETCH_SCORES = 2**26  # pairs of a stretch times its batches
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """Places of points: `batches` (int64, number of batches × B) and the `remainder` (int64) that fills none."""
+    """Points, by index: `batches` (int64, ⌊n/B⌋ × B), and the `remainder` (int64) that is in none."""
 
     batches: Array
     remainder: Array
@@ -33,7 +36,7 @@ class Packing:
 
 @dataclass(frozen=True, kw_only=True)
 class PackSettings:
-    """How to pack; fields as in `config.PackConfig`, `seed` of this packing."""
+    """How to pack. The fields are those of `config.PackConfig`; `seed` is that of this packing."""
 
     batch_size: int
     seed: int = 0
@@ -44,27 +47,36 @@ class PackSettings:
 
 
 def pack(points: PairPoints, labels: Array, centroids: Array, settings: PackSettings) -> Packing:
-    """Packs n points with `labels` (int, n) and `centroids` (k × D) into ⌊n/B⌋ batches.
+    """Packs clustered pairs into ⌊n/B⌋ batches; every index 0..n-1 is in a batch or in the remainder.
 
-    The tour starts at a random cluster drawn by the seed. Every place 0..n-1 comes out exactly once. Holds what the
-    tour does, some 60 bytes a pair, and the vectors of a stretch of the tour, at most 256 MiB whatever n is.
+    Holds what the tour does, some 60 bytes per pair, and the vectors of a stretch: 256 MiB at most,
+    whatever n is.
+
+    Args:
+        points: The pairs.
+        labels: The cluster of each (int, n).
+        centroids: Of the clusters (float32, k × D).
+        settings: Among them the seed, which draws the cluster that the tour begins at.
     """
     if len(labels) == 0:
         return pack_randomly(0, batch_size=settings.batch_size, seed=settings.seed)
+
     start = int(np.random.default_rng(settings.seed).integers(len(centroids)))
     tour = greedy_tour(centroids, start, exact_below=settings.exact_tour_below)
     left = np.empty(0, dtype=np.int64)
     batches = [np.empty((0, settings.batch_size), dtype=np.int64)]
     for stretch in _stretches(labels, centroids, tour, settings.batch_size, 2 * points.dimension):
-        places = np.concatenate([*stretch.members, left])
-        trim_heap()  # what filling and refining freed in small pieces: here, and where vectors are read again below
-        folded = points.take(places)
+        trim_heap()  # of what the previous stretch freed
+        index = np.concatenate([*stretch.members, left])
+        folded = points.take(index)
         row = lay_out(folded, stretch)
         lengths = np.array([len(members) for members in stretch.members])
         filled, rest = fill_batches(folded, row, lengths, settings.batch_size)
+        left, batched = index[rest], index[filled]
+
+        # Refining reads d⊕q, twice the size of d + q: both are never held at once.
         del folded
         trim_heap()
-        batched = places[filled]
         refined = refine(
             torch.from_numpy(points.joined(batched.ravel())),
             batched,
@@ -73,58 +85,71 @@ def pack(points: PairPoints, labels: Array, centroids: Array, settings: PackSett
             device=settings.device,
         )
         batches.append(refined.batches)
-        left = places[rest]
     return Packing(batches=np.concatenate(batches), remainder=left)
 
 
 def pack_randomly(num_points: int, *, batch_size: int, seed: int) -> Packing:
-    """Packs the places 0..num_points-1 in an order drawn by `seed`: what hard batches are compared with."""
-    return _cut(np.random.default_rng(seed).permutation(num_points), batch_size)
-
-
-def _cut(row: Array, batch_size: int) -> Packing:
-    cut = len(row) // batch_size * batch_size
+    """Packs 0..num_points-1 in an order drawn by `seed`: what hard batches are compared with."""
+    row = np.random.default_rng(seed).permutation(num_points)
+    cut = num_points // batch_size * batch_size
     return Packing(batches=row[:cut].reshape(-1, batch_size), remainder=row[cut:])
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Stretch:
-    """Clusters that follow each other on the tour: their members (places, int64), and the way on at each (k × D)."""
+    """Clusters that follow each other on the tour.
+
+    Attributes:
+        members: The points of each cluster, by index (int64).
+        directions: From the cluster before to the one after (one row per cluster, × D).
+    """
 
     members: list[Array]
     directions: Array
 
 
 def _stretches(labels: Array, centroids: Array, tour: Array, batch_size: int, width: int) -> Iterator[_Stretch]:
+    """Cuts the tour into stretches of at most about as many pairs as fit into memory."""
     limit = int(min(_STRETCH_VALUES // width, (_STRETCH_SCORES * batch_size) ** 0.5))
-    limit = -(-len(labels) // -(-len(labels) // max(limit, batch_size)))  # stretches of about the same length
+    num_stretches = -(-len(labels) // max(limit, batch_size))
+    limit = -(-len(labels) // num_stretches)  # so that all are of about the same length
+
     order = np.argsort(labels, kind="stable")
     starts = np.searchsorted(labels[order], np.arange(len(centroids) + 1))
     norms = np.linalg.norm(centroids, axis=1, keepdims=True)
     unit = np.divide(centroids, norms, out=np.zeros_like(centroids), where=norms > 0)
-    ways = unit[np.append(tour[1:], tour[-1])] - unit[np.append(tour[0], tour[:-1])]
+    directions_kD = unit[np.append(tour[1:], tour[-1])] - unit[np.append(tour[0], tour[:-1])]
+
     members: list[Array] = []
     directions: list[Array] = []
     held = 0
-    for cluster, way in zip(tour, ways, strict=True):
+    for cluster, direction in zip(tour, directions_kD, strict=True):
         own = order[starts[cluster] : starts[cluster + 1]]
-        for piece in np.array_split(own, max(1, -(-len(own) // limit))):  # one, or the cluster is larger than a stretch
+        for piece in np.array_split(own, max(1, -(-len(own) // limit))):  # more than one if it exceeds a stretch
             if members and held + len(piece) > limit:
                 yield _Stretch(members=members, directions=np.stack(directions))
                 members, directions, held = [], [], 0
             members.append(piece)
             held += len(piece)
-            directions.append(way)
+            directions.append(direction)
     yield _Stretch(members=members, directions=np.stack(directions))
 
 
 def lay_out(points_mD: Array, stretch: _Stretch) -> Array:
-    """The places in `points_mD` (rows: the members one after the other), each cluster along the way on the tour."""
+    """Lays each cluster along the direction of the tour, so that its ends are near its neighbours.
+
+    Args:
+        points_mD: The members of the stretch, one cluster after another.
+        stretch: Its clusters.
+
+    Returns:
+        The row: indices into `points_mD` (int64).
+    """
     row = np.empty(sum(len(members) for members in stretch.members), dtype=np.int64)
     filled = 0
     for members, direction in zip(stretch.members, stretch.directions, strict=True):
         cluster = slice(filled, filled + len(members))
-        if len(stretch.members) == 1:
+        if len(stretch.members) == 1:  # there are no neighbours
             direction = _widest(points_mD[cluster])
         along = np.einsum("md,d->m", points_mD[cluster], direction, dtype=np.float64)
         row[cluster] = filled + np.argsort(along, kind="stable")
@@ -133,6 +158,6 @@ def lay_out(points_mD: Array, stretch: _Stretch) -> Array:
 
 
 def _widest(points_nD: Array) -> Array:
-    """From the mean of the points to the one farthest from it: a line to lay them along where there is no other."""
+    """The direction from the mean of the points to the point farthest from it."""
     apart_nD = points_nD - points_nD.mean(0)
     return np.asarray(apart_nD[np.argmax(np.einsum("nd,nd->n", apart_nD, apart_nD))])

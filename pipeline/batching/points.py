@@ -1,6 +1,7 @@
-"""Points to cluster, held or read by row, and their sums in fixed partitions.
+"""Points to cluster, in memory or read by row, and their sums in fixed partitions.
 
-Sums are float32 within a partition, float64 over them, added in a fixed order: the same for any number of threads.
+Sums are float32 within a partition, and float64 over partitions, added in a fixed order. So they are the same
+for any number of threads.
 
 Shape letters: n points, k clusters, D dimension.
 """
@@ -16,7 +17,7 @@ import torch
 from hardbatch.pipeline.arrays import Array, empty
 
 _PARTITION_ROWS = 4_096
-_VALUES_HELD = 2**26  # float32 values of points that are held rather than read in each iteration: 256 MiB
+_VALUES_HELD = 2**26  # float32 values: up to so many, 256 MiB, points are held rather than read again and again
 
 
 class Points(Protocol):
@@ -32,7 +33,7 @@ class Points(Protocol):
 
 
 class PairPoints(Points, Protocol):
-    """Folded points s = d + q of pairs, whose two sides can be read too."""
+    """Folded points s = d + q of pairs, whose two sides can be read as well."""
 
     def sides(self, rows: Array) -> tuple[Array, Array]:
         """d and q of the pairs at `rows`, each float32 (len(rows), D)."""
@@ -42,7 +43,7 @@ class PairPoints(Points, Protocol):
 
 
 class InMemory:
-    """Points that are held, float32 (n, D)."""
+    """Points in memory, float32 (n, D)."""
 
     def __init__(self, points_nD: Array) -> None:
         self._points_nD = points_nD
@@ -55,12 +56,15 @@ class InMemory:
         return int(self._points_nD.shape[1])
 
     def take(self, rows: Array) -> Array:
+        """The points at `rows`; a view if these are consecutive."""
         if len(rows) > 1 and rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all():
             return self._points_nD[rows[0] : rows[-1] + 1]
         return np.asarray(self._points_nD[rows])
 
 
 class Subset:
+    """The points at `rows` of others."""
+
     def __init__(self, points: Points, rows: Array) -> None:
         self._points, self._rows = points, rows
 
@@ -76,6 +80,7 @@ class Subset:
 
 
 def cache_in_memory(points: Points) -> Points:
+    """Reads the points once for all, unless they are too many to hold."""
     if len(points) * points.dimension > _VALUES_HELD:
         return points
     held = empty((len(points), points.dimension), np.float32)
@@ -85,12 +90,13 @@ def cache_in_memory(points: Points) -> Points:
 
 
 def partitions(num_rows: int) -> Iterator[Array]:
+    """The rows of each partition."""
     for start in range(0, num_rows, _PARTITION_ROWS):
         yield np.arange(start, min(start + _PARTITION_ROWS, num_rows))
 
 
 def cluster_sums(points_nD: Array, labels: Array, num_clusters: int) -> Array:
-    """Sum of the points of each cluster, float64 (k, D): float32 within a partition, added in the order of the rows."""
+    """Sums of the points of each cluster, float64 (k, D)."""
     sums = np.zeros((num_clusters, points_nD.shape[1]))
     for rows in partitions(len(points_nD)):
         part = np.zeros(sums.shape, dtype=np.float32)
@@ -101,7 +107,7 @@ def cluster_sums(points_nD: Array, labels: Array, num_clusters: int) -> Array:
 
 
 def means_of_labels(points: Points, labels: Array, num_clusters: int) -> Array:
-    """Mean of the points of each cluster, float32 (k, D); every cluster must have a member."""
+    """Means of the points of each cluster, float32 (k, D); every cluster must have a member."""
     sums = np.zeros((num_clusters, points.dimension))
     for rows in partitions(len(points)):
         sums += cluster_sums(points.take(rows), labels[rows], num_clusters)
@@ -109,7 +115,7 @@ def means_of_labels(points: Points, labels: Array, num_clusters: int) -> Array:
 
 
 def within_cluster_squares(points: Points, labels: Array, centroids: Array) -> float:
-    """Σ‖s − c‖² over all points, in float64 and in a fixed order."""
+    """Σ‖s − c‖² over all points, in float64."""
     total = 0.0
     for rows in partitions(len(points)):
         apart = points.take(rows).astype(np.float64) - centroids[labels[rows]]

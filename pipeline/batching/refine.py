@@ -1,17 +1,26 @@
-"""Refine: near batches trade pairs as long as Eq. 2 rises; the sizes of batches never change.
+"""Refine: near batches trade pairs while Eq. 2 rises; the sizes of batches never change.
 
-Eq. 2 of a batch is Σ_ij d_i·q_j = D·Q with D = Σd and Q = Σq, so no matrix of pairs is needed. With x = d⊕q of a pair,
-X = D⊕Q of a batch and X' = Q⊕D, taking a pair from batch A to batch B gains x·(X'_B − X'_A), to first order. If A
-receives what sums to Δ more than it gives, and B gives it, Eq. 2 of the two changes by exactly
+Eq. 2 of a batch, with i = j included, is Σ_ij d_i·q_j = D·Q with D = Σd and Q = Σq, so no matrix of pairs is
+needed. Write x = d⊕q for a pair, X = D⊕Q for a batch, and X' = Q⊕D for X with its halves swapped. To first
+order, taking a pair from batch A to batch B gains x·(X'_B − X'_A). If A receives what sums to Δ more than it
+gives, and B gives it, Eq. 2 of the two changes by exactly
 
     Δ·(X'_A − X'_B) + Δ·Δ'.
 
-A round asks of every pair what it would gain in each of the batches nearest to its own, and ranks for each two near
-batches what they would best exchange. In several matchings, in which a batch takes part once, the best exchange of
-each length is taken where it gains in float64: the value never falls.
+An example with d = q (so x·x' = 2d·d) and two topics, u and v, orthogonal unit vectors. A holds the pairs
+u, u, v and B holds v, v, u:
 
-Shape letters: b batches, B slots, L near batches, M candidates, P exchanging pairs of batches,
-N = M + 1, F = 2·dimension.
+    D_A = 2u + v, D_B = u + 2v        Eq. 2 is 5 + 5; without the three d·q of each batch, 2 + 2
+    A gives its v and receives B's u: Δ = (u−v)⊕(u−v), and X'_A − X'_B = (u−v)⊕(u−v)
+    Δ·(X'_A − X'_B) + Δ·Δ' = 4 + 4    Eq. 2 is 9 + 9: D_A = 3u and D_B = 3v
+
+A round asks of every pair what it would gain in each of the batches nearest to its own, and ranks, for
+every two near batches, what they would best exchange. Then it makes several matchings, in which a batch
+takes part at most once. Each two matched batches exchange their best pairs, as many as gain most, if that
+gains in float64: Eq. 2 never falls.
+
+Shape letters: b batches, B slots, L near batches, M candidates, P exchanging pairs of batches, N = M + 1,
+F = 2·dimension.
 """
 
 from __future__ import annotations
@@ -24,32 +33,39 @@ import torch
 from hardbatch.pipeline.arrays import Array
 from hardbatch.pipeline.batching.nearest import fast_products
 
-_NUM_NEAR = 32  # batches that a batch may trade with: more gain more, in seconds that grow with them
+_NUM_NEAR = 32  # batches that a batch may trade with: more gain more, and take proportionally longer
 _NUM_CANDIDATES = 8  # pairs that a batch may give to another at once
-_NUM_MATCHINGS = 6  # of a round: gains are asked for once, which is most of the work
+_NUM_MATCHINGS = 6  # per round: they share the gains, which are most of the work
 _GAINS_HELD = 2**22  # float32 gains of a block of batches: 16 MiB
-_EXCHANGING = 128  # pairs of batches at once
+_EXCHANGING = 128  # pairs of batches that exchange at once
 _VALUES_READ = 2**18  # float32 values of x summed at a time: 1 MiB
-_LEAST_GAIN = 1e-6  # cosines, of a sum over B² of them
+_LEAST_GAIN = 1e-6  # of Eq. 2, a sum over B² cosines
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refined:
-    """Places (int64, b × B) of the pairs after trading, and Eq. 2 over all batches before and after each round."""
+    """Batches after trading (int64, b × B), and Eq. 2 over all of them before and after each round."""
 
     batches: Array
     objective: list[float]
 
 
 def refine(vectors: torch.Tensor, batches: Array, *, rounds: int, tolerance: float, device: str = "cpu") -> Refined:
-    """Trades pairs between `batches` (int64, b × B) with `vectors` = d⊕q (float32, b·B × F), slot by slot.
+    """Trades pairs between batches while Eq. 2 (summed over i ≠ j) rises.
 
-    On the CPU `vectors` follow the trade: they come out in the order of the refined batches. Stops after `rounds`, or
-    when a round gains no more than `tolerance` of Eq. 2 (summed over i ≠ j). Holds, beside them, 16 MiB of gains,
-    20·M·F bytes for each of 128 exchanges, and b × b cosines of batches.
+    Holds, beside the vectors, 16 MiB of gains, 20·M·F bytes for each of 128 exchanges, and b × b cosines.
+
+    Args:
+        vectors: x = d⊕q of the pairs, slot by slot (float32, b·B × F). On the CPU they are traded too: they
+            come out in the order of the refined batches.
+        batches: The pairs, by any number (int64, b × B).
+        rounds: At most so many.
+        tolerance: Ends after a round that gains no more than this part of Eq. 2.
+        device: Where to trade, as torch names it.
     """
     if len(batches) == 0:
         return Refined(batches=batches, objective=[0.0])
+
     trade = _Trade(vectors.to(device).view(*batches.shape, -1), torch.tensor(batches, device=device))
     objective = [trade.value()]
     for _ in range(rounds if len(batches) > 1 else 0):
@@ -57,20 +73,22 @@ def refine(vectors: torch.Tensor, batches: Array, *, rounds: int, tolerance: flo
         objective.append(objective[-1] + gained)
         if gained <= tolerance * abs(objective[-2]):
             break
-    return Refined(batches=trade.places.cpu().numpy(), objective=objective)
+    return Refined(batches=trade.pairs.cpu().numpy(), objective=objective)
 
 
 class _Trade:
-    def __init__(self, x_bBF: torch.Tensor, places_bB: torch.Tensor) -> None:
-        self.places = places_bB
+    """Batches that trade, with the sums of their pairs kept up to date."""
+
+    def __init__(self, x_bBF: torch.Tensor, pairs_bB: torch.Tensor) -> None:
+        self.pairs = pairs_bB
         self._x_bBF = x_bBF
         self._half = x_bBF.shape[2] // 2
         self._sum_bF = x_bBF.new_empty((len(x_bBF), x_bBF.shape[2]), dtype=torch.float64)
-        self._own_bB = x_bBF.new_empty(x_bBF.shape[:2])
-        for own in _blocks(len(x_bBF), _VALUES_READ // (x_bBF.shape[1] * x_bBF.shape[2])):
-            x = x_bBF[own]
-            self._sum_bF[own] = x.sum(1, dtype=torch.float64)  # which writes all of x as float64 first
-            self._own_bB[own] = (x[..., : self._half] * x[..., self._half :]).sum(2)
+        self._own_bB = x_bBF.new_empty(x_bBF.shape[:2])  # d·q of each pair
+        for block in _blocks(len(x_bBF), _VALUES_READ // (x_bBF.shape[1] * x_bBF.shape[2])):
+            x = x_bBF[block]
+            self._sum_bF[block] = x.sum(1, dtype=torch.float64)
+            self._own_bB[block] = (x[..., : self._half] * x[..., self._half :]).sum(2)
 
     def value(self) -> float:
         """Σ_b Σ_{i≠j} d_i·q_j, in float64."""
@@ -78,92 +96,123 @@ class _Trade:
         return float((documents_bD * queries_bD).sum() - self._own_bB.double().sum())
 
     def round(self) -> float:
-        """One round of trading; returns by how much Eq. 2 rose."""
+        """Runs one round of trading; returns by how much Eq. 2 rose."""
         near_bL, back_bL, alike_bL = self._near_batches()
         gain_bLM, slot_bLM = self._best_to_give(near_bL)
-        crossing_bL = 2 * alike_bL / self.places.shape[1] ** 2  # exchanged, the two are no batch-mates after all
+
+        # What two near batches promise: both give their best pairs, as many as add up to most. The two pairs that
+        # cross each time do not become batch-mates, as their gains assume; this takes back the mean of that.
+        crossing_bL = 2 * alike_bL / self.pairs.shape[1] ** 2
         both_bLM = gain_bLM + gain_bLM[near_bL, back_bL.clamp_min(0)] - crossing_bL[..., None]
         promise_bL = both_bLM.cumsum(2).amax(2).masked_fill(back_bL < 0, -torch.inf)
+
         gained = 0.0
         for _ in range(_NUM_MATCHINGS):
-            one_P, place_P = _match(promise_bL, near_bL)
+            one_P, index_P = _match(promise_bL, near_bL)
             if len(one_P) == 0:
                 break
-            two_P, back_P = near_bL[one_P, place_P], back_bL[one_P, place_P]
-            promise_bL[one_P, place_P] = promise_bL[two_P, back_P] = -torch.inf
-            slot_PM, back_slot_PM = slot_bLM[one_P, place_P], slot_bLM[two_P, back_P]
+            two_P, back_P = near_bL[one_P, index_P], back_bL[one_P, index_P]
+            promise_bL[one_P, index_P] = promise_bL[two_P, back_P] = -torch.inf  # once per round
+            slot_PM, back_slot_PM = slot_bLM[one_P, index_P], slot_bLM[two_P, back_P]
             for part in _blocks(len(one_P), _EXCHANGING):
                 gained += self._exchange(one_P[part], two_P[part], slot_PM[part], back_slot_PM[part])
         return gained
 
-    def _row(self, batch: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-        return batch * self.places.shape[1] + slot
-
-    def _pairs(self, batch_P: torch.Tensor, slot_PM: torch.Tensor) -> torch.Tensor:
-        """d⊕q of the pairs in these slots (P × M × F)."""
-        rows = self._row(batch_P[:, None], slot_PM)
-        return self._x_bBF.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, -1)
-
-    def _swapped(self, vectors: torch.Tensor) -> torch.Tensor:
-        return vectors.roll(self._half, dims=-1)
-
     def _near_batches(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The batches (b × L) nearest to each, where in their lists it is itself (-1: it is not), and X·X' of both."""
-        num_batches = len(self.places)
+        """The nearest batches of each.
+
+        Returns:
+            `near_bL`, the batches by falling X·X'; `back_bL`, the index of a batch in the list of its near
+            batch, -1 if it is not in that; `alike_bL`, X·X' of the two.
+        """
+        num_batches = len(self.pairs)
         sums_bF = self._sum_bF.float()
         with fast_products():
             alike_bb = sums_bF @ self._swapped(sums_bF).T
         alike_bb.fill_diagonal_(-torch.inf)
         alike_bL, near_bL = alike_bb.topk(min(_NUM_NEAR, num_batches - 1), dim=1)
-        position_bb = torch.full_like(alike_bb, -1, dtype=torch.int32)
+
+        index_bb = torch.full_like(alike_bb, -1, dtype=torch.int32)
         order_L = torch.arange(near_bL.shape[1], dtype=torch.int32, device=near_bL.device)
-        position_bb.scatter_(1, near_bL, order_L.expand(num_batches, -1))
+        index_bb.scatter_(1, near_bL, order_L.expand(num_batches, -1))
         own_b1 = torch.arange(num_batches, device=near_bL.device)[:, None]
-        return near_bL, position_bb[near_bL, own_b1].long(), alike_bL
+        return near_bL, index_bb[near_bL, own_b1].long(), alike_bL
 
     def _best_to_give(self, near_bL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """For each batch and near batch the slots (b × L × M) that gain most by going there, and the gains."""
+        """For each batch and near batch, the gains of the pairs that gain most by going there, and their slots.
+
+        Both are b × L × M, by falling gain.
+        """
         toward_bF = self._swapped(self._sum_bF).float()
         num_slots, width = self._x_bBF.shape[1:]
         own_b1 = torch.arange(len(near_bL), device=near_bL.device)[:, None]
-        either_bL = torch.cat([own_b1, near_bL], dim=1)  # its own batch, then those near it
-        block = max(1, _GAINS_HELD // (either_bL.shape[1] * max(num_slots, width)))
-        held_F = toward_bF.new_empty((min(block, len(near_bL)) * either_bL.shape[1], width))
+        either_bL = torch.cat([own_b1, near_bL], dim=1)  # the batch itself first
+
+        block_size = max(1, _GAINS_HELD // (either_bL.shape[1] * max(num_slots, width)))
+        target_F = toward_bF.new_empty((min(block_size, len(near_bL)) * either_bL.shape[1], width))
         best = []
-        for own in _blocks(len(near_bL), block):
-            rows = either_bL[own].flatten()
-            target_F = torch.index_select(toward_bF, 0, rows, out=held_F[: len(rows)])
-            target_bLF = target_F.view(-1, either_bL.shape[1], width)
+        for block in _blocks(len(near_bL), block_size):
+            rows = either_bL[block].flatten()
+            torch.index_select(toward_bF, 0, rows, out=target_F[: len(rows)])
+            target_bLF = target_F[: len(rows)].view(-1, either_bL.shape[1], width)
             with fast_products():
-                score_bLB = torch.bmm(target_bLF, self._x_bBF[own].transpose(1, 2))
+                score_bLB = torch.bmm(target_bLF, self._x_bBF[block].transpose(1, 2))
             gain_bLB = score_bLB[:, 1:] - score_bLB[:, :1]
-            gain_bLB += 2 * self._own_bB[own, None]  # a pair is no negative of itself: it lost that by leaving
+
+            # The score in its own batch counts d·q and q·d of the pair itself, which it does not lose by leaving.
+            gain_bLB += 2 * self._own_bB[block, None]
             best.append(gain_bLB.topk(min(_NUM_CANDIDATES, num_slots), dim=2))
         return torch.cat([top.values for top in best]), torch.cat([top.indices for top in best])
 
     def _exchange(
         self, one_P: torch.Tensor, two_P: torch.Tensor, slot_PM: torch.Tensor, back_slot_PM: torch.Tensor
     ) -> float:
-        """Exchanges the first m candidates of each two batches, m where Eq. 2 gains most; returns the gain."""
-        change_PMF = self._pairs(two_P, back_slot_PM) - self._pairs(one_P, slot_PM)
+        """Exchanges the best first m candidates of each two batches, if Eq. 2 rises; returns by how much."""
+        change_PMF = self._pairs_in(two_P, back_slot_PM) - self._pairs_in(one_P, slot_PM)
         apart_PF = self._swapped(self._sum_bF[one_P] - self._sum_bF[two_P])
-        against_PNF = torch.cat([apart_PF.float()[:, None], self._swapped(change_PMF)], dim=1)
-        product_PMN = torch.bmm(change_PMF, against_PNF.transpose(1, 2))
-        promise_PM = product_PMN[..., 0].cumsum(1)
-        promise_PM += product_PMN[..., 1:].cumsum(1).cumsum(2).diagonal(dim1=1, dim2=2)  # Δ·Δ'
-        last_P = promise_PM.argmax(1)
-        is_given_PM = torch.arange(slot_PM.shape[1], device=last_P.device) <= last_P[:, None]
+        is_given_PM = self._best_prefix(change_PMF, apart_PF.float())
+
+        # The prefix was chosen in float32; whether it gains is decided in float64.
         change_PF = torch.bmm(is_given_PM[:, None].double(), change_PMF.double())[:, 0]
         gain_P = (change_PF * (apart_PF + self._swapped(change_PF))).sum(1)
         gains = gain_P > _LEAST_GAIN
+
         self._sum_bF[one_P[gains]] += change_PF[gains]
         self._sum_bF[two_P[gains]] -= change_PF[gains]
         which, candidate = (is_given_PM & gains[:, None]).nonzero(as_tuple=True)
-        here = self._row(one_P[which], slot_PM[which, candidate])
-        there = self._row(two_P[which], back_slot_PM[which, candidate])
-        for values in (self._x_bBF.flatten(0, 1), self.places.flatten(), self._own_bB.flatten()):
-            values[here], values[there] = values[there], values[here]
+        self._swap_slots(
+            self._row(one_P[which], slot_PM[which, candidate]), self._row(two_P[which], back_slot_PM[which, candidate])
+        )
         return float(gain_P[gains].sum())
+
+    def _best_prefix(self, change_PMF: torch.Tensor, apart_PF: torch.Tensor) -> torch.Tensor:
+        """Marks (bool, P × M) the first m changes, with m where Δ·(X'_A − X'_B) + Δ·Δ' is largest.
+
+        Δ is the sum of the first m changes. So the first term is a running sum of products, and the second
+        is the sum of the leading m × m block of a matrix of products.
+        """
+        against_PNF = torch.cat([apart_PF[:, None], self._swapped(change_PMF)], dim=1)
+        product_PMN = torch.bmm(change_PMF, against_PNF.transpose(1, 2))
+        gain_PM = product_PMN[..., 0].cumsum(1)
+        gain_PM += product_PMN[..., 1:].cumsum(1).cumsum(2).diagonal(dim1=1, dim2=2)
+        order_M = torch.arange(change_PMF.shape[1], device=change_PMF.device)
+        return order_M <= gain_PM.argmax(1)[:, None]
+
+    def _swap_slots(self, here: torch.Tensor, there: torch.Tensor) -> None:
+        for values in (self._x_bBF.flatten(0, 1), self.pairs.flatten(), self._own_bB.flatten()):
+            values[here], values[there] = values[there], values[here]
+
+    def _pairs_in(self, batch_P: torch.Tensor, slot_PM: torch.Tensor) -> torch.Tensor:
+        """d⊕q of the pairs in these slots (P × M × F)."""
+        rows = self._row(batch_P[:, None], slot_PM)
+        return self._x_bBF.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, -1)
+
+    def _row(self, batch: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+        return batch * self.pairs.shape[1] + slot
+
+    def _swapped(self, vectors: torch.Tensor) -> torch.Tensor:
+        """d⊕q → q⊕d."""
+        return vectors.roll(self._half, dims=-1)
 
 
 def _blocks(total: int, size: int) -> Iterator[slice]:
@@ -172,22 +221,25 @@ def _blocks(total: int, size: int) -> Iterator[slice]:
 
 
 def _match(promise_bL: torch.Tensor, near_bL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pairs of batches that promise a gain, each batch in one at most: (batch, place of the other in its list).
+    """Pairs of batches that promise a gain, each batch in one at most: (batch, index of the other in its list).
 
-    Again and again all that are each other's best are taken, which ends as a walk over all by promise would.
+    Takes all pairs that are each other's best, again and again. That is the matching that a walk over all
+    pairs by falling promise would find.
     """
     promise_bL = promise_bL.clone()
     every_b = torch.arange(len(near_bL), device=near_bL.device)
     taken_b = torch.zeros(len(near_bL), dtype=torch.bool, device=near_bL.device)
-    ones, places = [every_b[:0]], [every_b[:0]]
+    ones, indices = [every_b[:0]], [every_b[:0]]
     while True:
-        best_b, place_b = promise_bL.max(1)
-        other_b = near_bL[every_b, place_b]
-        mutual_b = (best_b > 0) & (best_b[other_b] > 0) & (other_b[other_b] == every_b) & (every_b < other_b)
+        best_b, index_b = promise_bL.max(1)
+        other_b = near_bL[every_b, index_b]
+        promises_b = (best_b > 0) & (best_b[other_b] > 0)
+        mutual_b = promises_b & (other_b[other_b] == every_b) & (every_b < other_b)
         one = every_b[mutual_b]
         if len(one) == 0:
-            return torch.cat(ones), torch.cat(places)
+            return torch.cat(ones), torch.cat(indices)
+
         ones.append(one)
-        places.append(place_b[one])
+        indices.append(index_b[one])
         taken_b[one] = taken_b[other_b[one]] = True
         promise_bL.masked_fill_(taken_b[:, None] | taken_b[near_bL], -torch.inf)

@@ -1,12 +1,18 @@
-"""Two-level K-Means for many clusters: n·√k·D work an iteration instead of n·k·D.
+"""Two-level K-Means for many clusters: n·√k·D work per iteration instead of n·k·D.
 
-Shape letters: n points, k clusters, D dimension.
+    coarse   √k cells from a sample, and the cell of every point
+    fine     K-Means within each cell
+    wide     a few iterations over all points, each choosing among the clusters of the nearest cells
+
+The wide iterations are most of the work. They remove the borders of the cells: a point near one may end
+in a cluster of the cell beyond.
+
+Shape letters: n points, k clusters, C cells, D dimension.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,15 +24,15 @@ from hardbatch.pipeline.batching.kmeans import (
     OnIteration,
     State,
     apportion,
+    check_num_clusters,
     compact,
-    keep_nothing,
     kmeans,
 )
 from hardbatch.pipeline.batching.nearest import Nearest
 from hardbatch.pipeline.batching.points import Points, Subset, partitions
 
-_SAMPLE_PER_CELL = 256  # points that a cell of the coarse level is found from
-_CELLS_SEARCHED = 12  # cells whose clusters a point chooses from at last
+_SAMPLE_PER_CELL = 256  # points that the coarse level sees
+_CELLS_SEARCHED = 12  # cells whose clusters a point chooses from, in the wide iterations
 _WIDE_ITERATIONS = 4
 
 
@@ -40,114 +46,109 @@ def two_level_kmeans(
     seed: int,
     device: str = "cpu",
     on_iteration: OnIteration | None = None,
-    resume_from: Mapping[str, State] | None = None,
+    resume_from: State | None = None,
 ) -> Clustering:
-    """K-Means within the cells of a coarse K-Means of √k cells: n·√k·D work an iteration instead of n·k·D.
+    """Clusters by K-Means within the cells of a coarse K-Means, then across the borders of the cells.
 
-    The coarse level is found from a sample. At last, in a few iterations over all, each point chooses among the
-    clusters of the cells nearest to its own: the borders of the cells leave no trace. Raises as `kmeans`.
+    Arguments and errors are those of `kmeans`; `iterations` and `tolerance` hold for the coarse level and for
+    each cell. `on_iteration` is called after each cell, and after each wide iteration but the last. A call that
+    resumes computes the coarse level again, a few percent of the work.
     """
-    n = len(points)
-    if not 1 <= num_clusters <= n:
-        raise ValueError(f"num_clusters is {num_clusters}, allowed is 1 to the number of points, {n}")
-    settings: dict[str, Any] = {
-        "iterations": iterations,
-        "tolerance": tolerance,
-        "balance": balance,
-        "device": device,
+    check_num_clusters(points, num_clusters)
+    settings = {"iterations": iterations, "tolerance": tolerance, "balance": balance, "device": device}
+    on_iteration = on_iteration or (lambda state: None)
+
+    coarse, members = _coarse(points, num_clusters, seed, settings)
+    state = resume_from or {
+        "num_found": np.full(len(members), -1),
+        "centroids": np.zeros((num_clusters, points.dimension), dtype=np.float32),
+        "prices": np.zeros(num_clusters, dtype=np.float32),
+        "objective_within": np.zeros(len(members)),
     }
-    on_iteration, resume_from = on_iteration or keep_nothing, resume_from or {}
-    num_cells = max(1, round(num_clusters**0.5))
-    sample = np.sort(np.random.default_rng(seed).permutation(n)[: num_cells * _SAMPLE_PER_CELL])
-    coarse = kmeans(
-        Subset(points, sample), num_cells, seed=seed, on_iteration=on_iteration, resume_from=resume_from, **settings
-    )
-    if "cells" in resume_from:
-        cell_of = resume_from["cells"]["cell_of"]
-    else:
-        cell_of = _nearest_cell(points, coarse, device)
-        on_iteration("cells", lambda: {"cell_of": cell_of})
-    members = _by_label(cell_of, len(coarse.centroids))
-    shares = apportion(np.array([len(rows) for rows in members]), num_clusters)
-    fine = _Fine.restored(resume_from.get("fine"))
-    for number in range(len(fine.found), len(members)):
-        rows, share = members[number], int(shares[number])
-        fine.add(kmeans(Subset(points, rows), share, seed=seed + 1 + number, **settings) if share > 0 else None)
-        on_iteration("fine", fine.state)
+    _fine(points, members, num_clusters, seed, settings, state, on_iteration)
     trim_heap()
-    owned = np.split(np.arange(sum(fine.found)), np.cumsum(fine.found)[:-1])
-    lloyd = Lloyd(np.concatenate(fine.centroids), balance, device)
-    lloyd.prices = np.concatenate(fine.prices)
-    lloyd.objective, lloyd.levels = [*coarse.objective, float(np.sum(fine.objective))], [*coarse.levels, 2]
-    del fine
-    lloyd.restore(resume_from.get("wide"))
-    near = _nearest_cells(coarse.centroids)
-    choices = [
-        (rows, np.concatenate([owned[cell] for cell in near[number]]))
-        for number, rows in enumerate(members)
-        if len(rows) > 0
-    ]
-    for iteration in range(lloyd.levels.count(2) - 1, _WIDE_ITERATIONS):
-        labels = lloyd.iterate(points, choices, level=2, exact=iteration == _WIDE_ITERATIONS - 1)
-        if iteration < _WIDE_ITERATIONS - 1:
-            on_iteration("wide", lloyd.state)
+
+    num_found = state["num_found"]
+    lloyd = Lloyd(state["centroids"][: num_found.sum()], balance, device)
+    if "levels" in state:
+        lloyd.restore(state)
+    else:
+        lloyd.prices, lloyd.levels = state["prices"][: num_found.sum()], [*coarse.levels, 2]
+        lloyd.objective = [*coarse.objective, float(np.sum(state["objective_within"][num_found > 0]))]
+    labels = _wide(points, members, coarse.centroids, lloyd, num_found, on_iteration)
     return compact(labels, lloyd)
 
 
-@dataclass(kw_only=True)
-class _Fine:
-    """What was found in the cells so far: how many clusters in each, their centroids and prices, the objective."""
+def _coarse(
+    points: Points, num_clusters: int, seed: int, settings: Mapping[str, Any]
+) -> tuple[Clustering, list[Array]]:
+    """Clusters a sample into √k cells, and returns these and the points (rows, ascending) of each cell."""
+    num_cells = max(1, round(num_clusters**0.5))
+    sample = np.sort(np.random.default_rng(seed).permutation(len(points))[: num_cells * _SAMPLE_PER_CELL])
+    coarse = kmeans(Subset(points, sample), num_cells, seed=seed, **settings)
 
-    found: list[int] = field(default_factory=list)
-    centroids: list[Array] = field(default_factory=list)
-    prices: list[Array] = field(default_factory=list)
-    objective: list[float] = field(default_factory=list)
-
-    def add(self, clustering: Clustering | None) -> None:
-        """Adds those of the next cell; None: it has no points."""
-        self.found.append(len(clustering.centroids) if clustering else 0)
-        if clustering is not None and clustering.prices is not None:
-            self.centroids.append(clustering.centroids)
-            self.prices.append(clustering.prices)
-            self.objective.append(clustering.objective[-1])
-
-    def state(self) -> State:
-        return {
-            "found": np.array(self.found),
-            "centroids": np.concatenate(self.centroids),
-            "prices": np.concatenate(self.prices),
-            "objective": np.array(self.objective),
-        }
-
-    @classmethod
-    def restored(cls, state: State | None) -> _Fine:
-        if state is None:
-            return cls()
-        return cls(
-            found=state["found"].tolist(),
-            centroids=[state["centroids"]],
-            prices=[state["prices"]],
-            objective=state["objective"].tolist(),
-        )
-
-
-def _nearest_cell(points: Points, coarse: Clustering, device: str) -> Array:
-    """The cell of each point (int32, n)."""
+    assign = Nearest(coarse.centroids, coarse.prices, device=settings["device"])
     cell_of = np.empty(len(points), dtype=np.int32)
-    assign = Nearest(coarse.centroids, coarse.prices, device=device)
     for rows in partitions(len(points)):
         cell_of[rows] = assign(points.take(rows))
-    return cell_of
+    order = np.argsort(cell_of, kind="stable")
+    return coarse, np.split(order, np.searchsorted(cell_of[order], np.arange(1, len(coarse.centroids))))
 
 
-def _by_label(labels: Array, num_labels: int) -> list[Array]:
-    order = np.argsort(labels, kind="stable")
-    return np.split(order, np.searchsorted(labels[order], np.arange(1, num_labels)))
+def _fine(
+    points: Points,
+    members: list[Array],
+    num_clusters: int,
+    seed: int,
+    settings: Mapping[str, Any],
+    state: State,
+    on_iteration: OnIteration,
+) -> None:
+    """Clusters the points within each cell that `state` does not hold yet, and adds them to it.
+
+    The state is `num_found`, the number of clusters of each cell, -1 for one to come; `centroids` and
+    `prices`, which have the clusters of a cell after those of the cells before; and `objective_within`, of
+    each cell. k is apportioned to cells by their size; one with few distinct points may use less.
+    """
+    num_found = state["num_found"]
+    shares = apportion(np.array([len(rows) for rows in members]), num_clusters)
+    for cell in np.flatnonzero(num_found < 0).tolist():
+        start = stop = int(num_found[:cell].sum())
+        if shares[cell] > 0:
+            found = kmeans(Subset(points, members[cell]), int(shares[cell]), seed=seed + 1 + cell, **settings)
+            stop += len(found.centroids)
+            state["centroids"][start:stop], state["prices"][start:stop] = found.centroids, found.prices
+            state["objective_within"][cell] = found.objective[-1]
+        num_found[cell] = stop - start
+        on_iteration(lambda: state)
 
 
-def _nearest_cells(centroids: Array) -> Array:
-    """The nearest cells of each (int64, k × at most 12), itself first."""
-    squares = (centroids.astype(np.float64) ** 2).sum(1)
-    distances = squares[:, None] + squares - 2 * (centroids.astype(np.float64) @ centroids.T)
+def _wide(
+    points: Points,
+    members: list[Array],
+    cells_CD: Array,
+    lloyd: Lloyd,
+    num_found: Array,
+    on_iteration: OnIteration,
+) -> Array:
+    """Lets all points choose among the clusters of the 12 cells nearest to their own; returns the labels."""
+    clusters_of = np.split(np.arange(len(lloyd.centroids)), np.cumsum(num_found)[:-1])
+    groups = [
+        (rows, np.concatenate([clusters_of[cell] for cell in near]))
+        for rows, near in zip(members, _nearest_cells(cells_CD), strict=True)
+        if len(rows) > 0
+    ]
+    num_done = lloyd.levels.count(2) - 1  # the first value of level 2 is that of the fine level
+    for _ in range(num_done, _WIDE_ITERATIONS - 1):
+        lloyd.iterate(points, groups, level=2, exact=False)
+        on_iteration(lambda: {**lloyd.state(), "num_found": num_found})
+    return lloyd.iterate(points, groups, level=2, exact=True)
+
+
+def _nearest_cells(cells_CD: Array) -> Array:
+    """The nearest cells of each (int64, C × at most 12), itself first."""
+    cells_CD = cells_CD.astype(np.float64)
+    squares = (cells_CD**2).sum(1)
+    distances = squares[:, None] + squares - 2 * (cells_CD @ cells_CD.T)
     np.fill_diagonal(distances, -np.inf)
     return np.argsort(distances, axis=1, kind="stable")[:, :_CELLS_SEARCHED]

@@ -1,4 +1,4 @@
-"""cluster: asymmetric K-Means of the pairs of a domain (Eq. 3), `folded` by default, `doubled` to the letter."""
+"""cluster: asymmetric K-Means of the pairs of a domain (Eq. 3): `folded`, or `doubled` as in the paper."""
 
 from __future__ import annotations
 
@@ -30,12 +30,14 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         vectors = open_vectors(step.inputs["vectors"])
         pair_ids = np.flatnonzero(~vectors.invalid_pairs(pairs))
         points = FoldedPoints(vectors=vectors, pairs=pairs, pair_ids=pair_ids)
-        settings = {**step.config, **step.runtime}  # the number of the GPU is not in the key, so not in the config
-        clustering = cluster(points, settings, snapshots)
+
+        # The index of the GPU is in `runtime`, because keys are made of `config`.
+        clustering = cluster(points, {**step.config, **step.runtime}, snapshots)
         _write(builder, pair_ids, clustering)
         progress.advance(1)
         progress.finish()
     snapshots.clear()
+
     versions = {name: importlib.metadata.version(name) for name in ("numpy", "torch")}
     if step.config["method"] == "doubled":
         versions["faiss"] = _faiss_version()
@@ -43,20 +45,22 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
 
 
 def cluster(points: FoldedPoints, config: dict[str, Any], snapshots: Snapshots | None = None) -> Clustering:
-    """Clusters the pairs behind `points` by the settings of `ClusterConfig`; k = ceil(n / cluster_size).
+    """Clusters the pairs behind `points` by the settings of `ClusterConfig`, with k = ceil(n / cluster_size).
 
-    Goes on from `snapshots` of the same clustering (`folded`), and leaves some there.
+    With `folded`, it resumes from the snapshot of an earlier call and leaves its own there.
     """
     num_clusters = -(-len(points) // config["cluster_size"])
     if num_clusters == 0:
         empty = np.zeros((0, points.dimension), dtype=np.float32)
         return Clustering(labels=np.zeros(0, dtype=np.int32), centroids=empty, objective=[])
+
     settings = {name: config[name] for name in ("iterations", "seed")}
     if config["method"] == "doubled":
         return doubled_kmeans(points, num_clusters, restarts=config["restarts"], backend=config["backend"], **settings)
-    settings.update({name: config[name] for name in ("tolerance", "balance", "device")})
+
     snapshots = snapshots or Snapshots()
-    settings.update(on_iteration=snapshots.save, resume_from=snapshots.load_all())
+    settings.update({name: config[name] for name in ("tolerance", "balance", "device")})
+    settings.update(on_iteration=snapshots.save, resume_from=snapshots.load())
     if num_clusters > config["two_level_above"]:
         return two_level_kmeans(points, num_clusters, **settings)
     return kmeans(points, num_clusters, **settings)

@@ -1,4 +1,4 @@
-"""hardness: what the hardness of a domain's batches is measured against; depends on its vectors and on B alone."""
+"""measure: the bounds that the hardness of batches is measured against; they depend on vectors and B alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from hardbatch.pipeline.step import Executor, Progress, StageResult, Step
 
 
 def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> StageResult:
-    """Builds the `hardness` artifact of one domain: its counts hold `random` and `knn`, or nothing below B pairs."""
+    """Builds the `hardness` artifact of one domain.
+
+    Its counts are `random` and `knn`; there are none if the domain has fewer than B pairs.
+    """
     if not builder.committed("bounds"):
         progress.start(f"measure {step.domain}", 1)
         pairs = load_pairs(read_artifact(step.inputs["pairs"]))

@@ -1,4 +1,4 @@
-"""pack: clusters → batches of exactly B pairs, and a ledger in which every pair is in one batch or left over."""
+"""pack: clusters → batches of exactly B pairs, and a table of the pairs that are left over, with the reason."""
 
 from __future__ import annotations
 
@@ -19,27 +19,31 @@ from hardbatch.pipeline.step import Executor, Progress, StageResult, Step
 
 
 def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> StageResult:
-    """Builds the `batches` artifact of one domain. Pairs without a vector of either model go to the ledger."""
+    """Builds the `batches` artifact of one domain. Pairs that lack a vector of either model are left over."""
     if not builder.committed("batches"):
         progress.start(f"pack {step.domain}", step.config["num_packings"])
         pairs = load_pairs(read_artifact(step.inputs["pairs"]))
         vectors = open_vectors(step.inputs["vectors"])
         invalid = vectors.invalid_pairs(pairs) | open_vectors(step.inputs["surrogate"]).invalid_pairs(pairs)
+
+        # Clusters have the pairs with a vector of the clustering model; those without a surrogate vector go now.
         table = pq.read_table(step.inputs["clusters"] / "clusters.parquet")
         usable = ~invalid[table["pair_id"].to_numpy()]
         pair_ids, labels = table["pair_id"].to_numpy()[usable], table["cluster_id"].to_numpy()[usable]
-        points = FoldedPoints(vectors=vectors, pairs=pairs, pair_ids=pair_ids)
-        centroids = np.load(step.inputs["clusters"] / "centroids.npy")
-        moved = "mixed" if step.config["remainder"] == "mix" else "remainder"
         cluster_of = np.full(len(pairs), -1, dtype=np.int32)
         cluster_of[pair_ids] = labels
+        points = FoldedPoints(vectors=vectors, pairs=pairs, pair_ids=pair_ids)
+        centroids = np.load(step.inputs["clusters"] / "centroids.npy")
+
+        # The index of the GPU is in `runtime`, because keys are made of `config`.
+        settings = {**step.config, **step.runtime}
+        reason = "mixed" if step.config["remainder"] == "mix" else "remainder"
         rows, left = [], []
-        settings = {**step.config, **step.runtime}  # the number of the GPU is not in the key, so not in the config
         for number in range(step.config["num_packings"]):
             packing = _pack_by(settings, points, labels, centroids, number)
             rows.append(_rows(step.domain, number, pair_ids[packing.batches], cluster_of))
-            for ids, reason in ((pair_ids[packing.remainder], moved), (np.flatnonzero(invalid), "invalid_vector")):
-                left.append(_leftover(step.domain, number, ids, cluster_of, reason))
+            left.append(_leftover(step.domain, number, pair_ids[packing.remainder], cluster_of, reason))
+            left.append(_leftover(step.domain, number, np.flatnonzero(invalid), cluster_of, "invalid_vector"))
             progress.advance(1)
         _write(builder, rows, left)
         progress.finish()
@@ -47,6 +51,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
 
 
 def _pack_by(config: dict[str, Any], points: FoldedPoints, labels: Array, centroids: Array, number: int) -> Packing:
+    """Makes one of the packings, each with a seed of its own."""
     seed = config["seed"] + number
     if config["order"] == "random":
         return pack_randomly(len(labels), batch_size=config["batch_size"], seed=seed)
@@ -55,19 +60,22 @@ def _pack_by(config: dict[str, Any], points: FoldedPoints, labels: Array, centro
 
 
 def build_mixed(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> StageResult:
-    """Builds the `batches` of domain `mixed`: the remainders of all domains, one after the other, cut again."""
+    """Builds the `batches` of domain `mixed`: the remainders of all domains, one after another, cut into batches."""
     if not builder.committed("batches"):
         progress.start("pack mixed", 1)
         tables = [pq.read_table(step.inputs[f"batches/{name}"] / "leftover.parquet") for name in step.config["domains"]]
         every = pa.concat_tables(tables).unify_dictionaries()
         every = every.filter(pa.compute.equal(every["reason"], "mixed"))
+
         batch_size = step.config["batch_size"]
         rows, rests = [], []
         for number in range(step.config["num_packings"]):
             left = every.filter(pa.compute.equal(every["packing"], number))
             cut = len(left) // batch_size * batch_size
             columns = {name: left[name].slice(0, cut) for name in ("domain", "pair_id", "cluster_id")}
-            rows.append(pa.table({**_places(number, cut // batch_size, batch_size), **columns}, schema=schemas.BATCHES))
+            slots = _slots(number, cut // batch_size, batch_size)
+            rows.append(pa.table({**slots, **columns}, schema=schemas.BATCHES))
+
             rest = left.slice(cut).drop_columns("reason").append_column("reason", _word("remainder", len(left) - cut))
             rests.append(rest.cast(schemas.LEFTOVER))
         _write(builder, rows, rests)
@@ -76,7 +84,8 @@ def build_mixed(step: Step, builder: ArtifactBuilder, executor: Executor, progre
     return StageResult(units=["batches"], counts=builder.unit_record("batches").counts)
 
 
-def _places(packing: int, num_batches: int, batch_size: int) -> dict[str, Array]:
+def _slots(packing: int, num_batches: int, batch_size: int) -> dict[str, Array]:
+    """The columns that name every slot of a packing, batch by batch."""
     num_rows = num_batches * batch_size
     return {
         "packing": np.full(num_rows, packing, dtype=np.int32),
@@ -88,10 +97,11 @@ def _places(packing: int, num_batches: int, batch_size: int) -> dict[str, Array]
 def _rows(domain: str, packing: int, pair_ids: Array, cluster_of: Array) -> pa.Table:
     flat = pair_ids.ravel()
     columns = {"domain": _word(domain, len(flat)), "pair_id": flat, "cluster_id": cluster_of[flat]}
-    return pa.table({**_places(packing, *pair_ids.shape), **columns}, schema=schemas.BATCHES)
+    return pa.table({**_slots(packing, *pair_ids.shape), **columns}, schema=schemas.BATCHES)
 
 
 def _word(word: str, num_rows: int) -> pa.DictionaryArray:
+    """A column with the same word in each row."""
     return pa.DictionaryArray.from_arrays(np.zeros(num_rows, dtype=np.int32), pa.array([word]))
 
 

@@ -82,6 +82,6 @@ def test_killed_in_every_iteration_of_real_pairs(method, tmp_path, record_row):
     dataset = 'corpus = "c"\n[[dataset]]\nname = "intents"\nsource = "pairs.parquet"\n[cluster]\ntolerance = 0\n'
     manifest.write_text(dataset + LEXICAL)
     settings = ("cluster.cluster_size=256", "cluster.two_level_above=16") if METHODS[method] else ()
-    kills = 9 if method == "one level" else 12
+    kills = 9 if method == "one level" else 7
     iterations = kill_at_each(manifest, tmp_path, settings, [1] * kills)
     record_row(11, f"{method}, real pairs: killed {kills} times of {iterations} iterations, same bytes")

@@ -1,4 +1,4 @@
-"""Snapshots: K-Means goes on from its last iteration to the same clusters; nothing of them is left, or believed."""
+"""Snapshots: K-Means resumes to the same clusters, whenever it was killed; a damaged snapshot is ignored."""
 
 from __future__ import annotations
 
@@ -13,20 +13,11 @@ from hardbatch.pipeline.batching.kmeans import kmeans
 from hardbatch.pipeline.batching.nearest import Nearest
 from hardbatch.pipeline.batching.points import InMemory
 from hardbatch.pipeline.batching.two_level import two_level_kmeans
-
-SETTINGS = {"iterations": 10, "tolerance": 0.0, "balance": 0.02, "seed": 3}
+from tests.pipeline.batching.clusterings import folded_points
 
 
 class KilledError(Exception):
     """Stands for a SIGKILL."""
-
-
-def some_points(num_points=1_500):
-    generator = np.random.default_rng(0)
-    topics = generator.standard_normal((30, 8))
-    return InMemory(
-        (topics[generator.integers(0, 30, num_points)] + generator.standard_normal((num_points, 8))).astype("f4")
-    )
 
 
 @pytest.fixture
@@ -38,97 +29,82 @@ def at_once(monkeypatch):
 
 def test_arrays_come_back_as_they_were(at_once, tmp_path):
     snapshots = Snapshots(tmp_path / "kept")
-    assert snapshots.load("one") is None
-    snapshots.save("one", lambda: {"a": np.arange(3), "b": np.zeros((0, 2), dtype=np.float32)})
-    snapshots.save("one", lambda: {"a": np.arange(4), "b": np.ones((1, 2), dtype=np.float32)})
-    assert list(Snapshots(tmp_path / "kept").load_all()) == ["one"] and Snapshots(None).load_all() == {}
-    found = Snapshots(tmp_path / "kept").load("one")
+    assert snapshots.load() is None
+    snapshots.save(lambda: {"a": np.arange(3), "b": np.zeros((0, 2), dtype=np.float32)})
+    snapshots.save(lambda: {"a": np.arange(4), "b": np.ones((1, 2), dtype=np.float32)})
+    found = Snapshots(tmp_path / "kept").load()
     assert found["a"].tolist() == [0, 1, 2, 3] and found["b"].dtype == np.float32 and found["b"].shape == (1, 2)
-    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["one.npz"]
+    assert len(list((tmp_path / "kept").iterdir())) == 1
     snapshots.clear()
-    assert not (tmp_path / "kept").exists() and snapshots.load("one") is None
+    assert not (tmp_path / "kept").exists() and snapshots.load() is None
 
 
-def test_without_room_the_one_before_stays(at_once, tmp_path, monkeypatch):
+def test_on_a_full_disk_the_previous_one_stays(at_once, tmp_path, monkeypatch):
     snapshots = Snapshots(tmp_path)
-    snapshots.save("one", lambda: {"a": np.arange(3)})
+    snapshots.save(lambda: {"a": np.arange(3)})
 
     def full(file, **arrays):
         file.write(b"half of it")
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    (kept,) = tmp_path.iterdir()
     with monkeypatch.context() as patched:
         patched.setattr(np, "savez", full)
-        snapshots.save("one", lambda: {"a": np.arange(4)})
-        Snapshots(tmp_path / "one.npz").save("two", dict)  # a file where its folder should be
-    assert [path.name for path in tmp_path.iterdir()] == ["one.npz"]
-    assert snapshots.load("one")["a"].tolist() == [0, 1, 2]
-    snapshots.save("one", lambda: {"a": np.arange(4)})
-    assert snapshots.load("one")["a"].tolist() == [0, 1, 2, 3]
+        snapshots.save(lambda: {"a": np.arange(4)})
+        Snapshots(kept).save(dict)  # a file instead of its folder
+    assert list(tmp_path.iterdir()) == [kept] and snapshots.load()["a"].tolist() == [0, 1, 2]
+    snapshots.save(lambda: {"a": np.arange(4)})
+    assert snapshots.load()["a"].tolist() == [0, 1, 2, 3]
 
 
 def test_they_are_kept_only_when_it_is_time(tmp_path):
-    calls = []
-    Snapshots(tmp_path / "kept").save("one", lambda: calls.append(1) or {})
-    Snapshots(None).save("one", lambda: calls.append(1) or {})
-    assert not calls and not (tmp_path / "kept").exists()
+    for folder in (tmp_path / "kept", None):
+        Snapshots(folder).save(lambda: pytest.fail("it is not time"))
+    assert not (tmp_path / "kept").exists()
 
 
 @pytest.mark.parametrize(
     "damage", [lambda raw: raw[: len(raw) // 2], lambda raw: b"", lambda raw: raw[:60] + b"x" * 9 + raw[69:]]
 )
-def test_a_damaged_one_is_not_believed(at_once, tmp_path, damage):
+def test_a_damaged_one_is_ignored(at_once, tmp_path, damage):
     snapshots = Snapshots(tmp_path)
-    snapshots.save("one", lambda: {"a": np.arange(300)})
-    path = tmp_path / "one.npz"
-    path.write_bytes(damage(path.read_bytes()))
-    assert snapshots.load("one") is None and snapshots.load_all() == {}
+    snapshots.save(lambda: {"a": np.arange(300)})
+    (kept,) = tmp_path.iterdir()
+    kept.write_bytes(damage(kept.read_bytes()))
+    assert snapshots.load() is None
 
 
 @pytest.mark.parametrize(("find", "num_clusters"), [(kmeans, 20), (two_level_kmeans, 36)])
-def test_killed_at_any_snapshot_it_ends_with_the_same_clusters(at_once, tmp_path, monkeypatch, find, num_clusters):
-    points = some_points()
-    whole = find(points, num_clusters, **SETTINGS)
-    saved = []
-    monkeypatch.setattr(module, "fault_point", saved.append)
-    find(points, num_clusters, **kept_in(tmp_path / "all"), **SETTINGS)
-    assert len(saved) >= (9 if find is kmeans else 15)  # after each iteration; of two levels also after each cell
-    for last in range(1, len(saved) + 1):
-        passed = []
+def test_killed_after_any_snapshot_it_ends_with_the_same_clusters(at_once, tmp_path, monkeypatch, find, num_clusters):
+    points, passed, assignments, begin = InMemory(folded_points(1_500)), [], [], Nearest.__init__
 
-        def fault_point(name, last=last, passed=passed):
-            passed.append(name)
-            if len(passed) == last:
-                raise KilledError
-
-        monkeypatch.setattr(module, "fault_point", fault_point)
-        folder = tmp_path / str(last)
-        with pytest.raises(KilledError):
-            find(points, num_clusters, **kept_in(folder), **SETTINGS)
-        work = counted_assignments(monkeypatch)
-        again = find(points, num_clusters, **kept_in(folder), **SETTINGS)
-        assert np.array_equal(again.labels, whole.labels) and np.array_equal(again.centroids, whole.centroids)
-        assert np.array_equal(again.prices, whole.prices)
-        assert again.objective == whole.objective and again.levels == whole.levels
-        if find is kmeans:
-            assert len(work) == len(whole.objective) - last  # no iteration is done twice
-    assert len(work) == (1 if find is kmeans else 7)  # after the last: the cells' last, and the last one in 6 cells
-
-
-def kept_in(folder):
-    """The arguments of K-Means that goes on from the snapshots in `folder` and leaves its own there."""
-    snapshots = Snapshots(folder)
-    return {"on_iteration": snapshots.save, "resume_from": snapshots.load_all()}
-
-
-def counted_assignments(monkeypatch):
-    """A list that grows with each iteration (one group of points each) from here on."""
-    made = []
-    begin = Nearest.__init__
-
-    def counted(self, *arguments, **keywords):
-        made.append(1)
+    def count(self, *arguments, **keywords):
+        assignments.append(1)
         begin(self, *arguments, **keywords)
 
-    monkeypatch.setattr(Nearest, "__init__", counted)
-    return made
+    def run(folder, kill_after=None):
+        def fault_point(name):
+            passed.append(name)
+            if len(passed) == kill_after:
+                raise KilledError
+
+        passed.clear()
+        assignments.clear()
+        monkeypatch.setattr(module, "fault_point", fault_point)
+        snapshots = Snapshots(folder)
+        kept = {"on_iteration": snapshots.save, "resume_from": snapshots.load()}
+        return find(points, num_clusters, iterations=10, tolerance=0.0, balance=0.02, seed=3, **kept)
+
+    monkeypatch.setattr(Nearest, "__init__", count)
+    whole = run(tmp_path / "whole")
+    num_snapshots, work = len(passed), len(assignments)
+    assert num_snapshots == (9 if find is kmeans else 6 + 3)  # after each iteration, or each cell and wide iteration
+    for last in range(1, num_snapshots + 1):
+        with pytest.raises(KilledError):
+            run(tmp_path / str(last), last)
+        again = run(tmp_path / str(last))
+        for name in ("labels", "centroids", "prices", "objective", "levels"):
+            assert np.array_equal(getattr(again, name), getattr(whole, name))
+        assert len(passed) == num_snapshots - last  # nothing that was kept is done again
+        assert len(assignments) < work
+        work = len(assignments)

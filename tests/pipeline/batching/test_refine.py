@@ -34,23 +34,24 @@ def equation_2(vectors, batches):
 
 
 def run(vectors, batches, rounds=30, tolerance=0.0):
-    return refine(torch.from_numpy(vectors[batches.ravel()]), batches.copy(), rounds=rounds, tolerance=tolerance)
-
-
-def random_batches(num_pairs, batch_size, seed=0):
-    row = np.random.default_rng(seed).permutation(num_pairs)
-    return row[: num_pairs // batch_size * batch_size].reshape(-1, batch_size)
-
-
-def assert_sound(refined, vectors, batches):
-    """The same places in batches of the same size; the objective is Eq. 2 and never falls."""
+    """Refined batches: the same pairs in batches of the same size, of which Eq. 2 is the objective and never falls."""
+    before, slots = batches.copy(), torch.from_numpy(vectors[batches.ravel()])
+    refined = refine(slots, batches, rounds=rounds, tolerance=tolerance)
+    assert np.array_equal(batches, before) and np.array_equal(slots.numpy(), vectors[refined.batches.ravel()])
     assert refined.batches.shape == batches.shape and refined.batches.dtype == np.int64
     assert sorted(refined.batches.ravel().tolist()) == sorted(batches.ravel().tolist())
+    assert len(refined.objective) <= rounds + 1
     room = 1e-5 * max(1.0, float(np.abs(vectors).max()) ** 2) * batches.size
     assert refined.objective[0] == pytest.approx(equation_2(vectors, batches), abs=room)
     assert refined.objective[-1] == pytest.approx(equation_2(vectors, refined.batches), abs=room)
     assert (np.diff(refined.objective) >= 0).all()
     assert equation_2(vectors, refined.batches) >= equation_2(vectors, batches) - 1e-9
+    return refined
+
+
+def random_batches(num_pairs, batch_size, seed=0):
+    row = np.random.default_rng(seed).permutation(num_pairs)
+    return row[: num_pairs // batch_size * batch_size].reshape(-1, batch_size)
 
 
 @settings(max_examples=200, deadline=None)
@@ -67,10 +68,7 @@ def test_equation_2_never_falls(data):
         "repeated": lambda: generator.standard_normal((3, 2 * dimension))[generator.integers(0, 3, num_pairs)],
     }[kind]().astype(np.float32)
     batches = generator.permutation(num_pairs)[: num_batches * batch_size].reshape(num_batches, batch_size)
-    rounds = data.draw(st.integers(0, 6))
-    refined = run(vectors, batches, rounds)
-    assert_sound(refined, vectors, batches)
-    assert len(refined.objective) <= rounds + 1
+    refined = run(vectors, batches, data.draw(st.integers(0, 6)))
     if kind == "equal":
         assert len(set(refined.objective)) == 1
 
@@ -87,20 +85,20 @@ def test_many_rounds_drift_no_way_from_the_truth():
         assert part.objective[-1] == pytest.approx(equation_2(vectors, part.batches), rel=1e-6)
 
 
-def test_a_pair_in_the_wrong_batch_is_exchanged():
-    """Two topics, of which one pair each lies in the batch of the other."""
-    vectors = topical(np.repeat([0, 1], 8), spread=0.05)
-    batches = np.array([[0, 1, 2, 3, 4, 5, 6, 15], [8, 9, 10, 11, 12, 13, 14, 7]])
-    refined = run(vectors, batches)
-    assert [set(batch) for batch in refined.batches] == [set(range(8)), set(range(8, 16))]
-    assert refined.objective[-1] > 1.3 * refined.objective[0]
-
-
-def test_several_pairs_are_exchanged_at_once():
-    vectors = topical(np.repeat([0, 1], 16), spread=0.05)
-    batches = np.concatenate([np.arange(10), np.arange(26, 32), np.arange(16, 26), np.arange(10, 16)]).reshape(2, 16)
-    refined = run(vectors, batches, rounds=1)
+@pytest.mark.parametrize("num_wrong", [1, 6])
+def test_pairs_in_the_wrong_batch_are_exchanged_at_once(num_wrong):
+    """Two topics, with some pairs of each in the batch of the other."""
+    batches = np.arange(32).reshape(2, 16)
+    batches[:, -num_wrong:] = batches[::-1, -num_wrong:].copy()
+    refined = run(topical(np.repeat([0, 1], 16), spread=0.05), batches, rounds=1)
     assert [set(batch) for batch in refined.batches] == [set(range(16)), set(range(16, 32))]
+
+
+def test_the_example_of_the_docstring():
+    vectors = np.tile(np.eye(2, dtype=np.float32)[[0, 0, 1, 1, 1, 0]], 2)
+    refined = run(vectors, np.arange(6).reshape(2, 3), rounds=1)
+    assert refined.objective == [2 + 2, 6 + 6]
+    assert [set(batch) for batch in refined.batches] == [{0, 1, 5}, {2, 3, 4}]
 
 
 def test_many_topics_come_together():
@@ -133,7 +131,6 @@ def test_batches_of_topical_pairs_become_harder(batch_size):
     vectors = topical(np.arange(1_280) % 20)
     batches = random_batches(1_280, batch_size)
     refined = run(vectors, batches)
-    assert_sound(refined, vectors, batches)
     bounds = measure_bounds(Sides(*np.split(vectors, 2, axis=1)), batch_size, num_anchors=1_280, seed=0)
     terms = batches.size * (batch_size - 1)
     before, after = (bounds.share(value / terms) for value in (refined.objective[0], refined.objective[-1]))
@@ -161,53 +158,28 @@ def test_a_tolerance_ends_it_early():
         assert gains[-1] <= tolerance or len(refined.objective) == 101
 
 
-def test_no_rounds_change_nothing():
-    vectors, batches = topical(np.arange(64) % 4), random_batches(64, 8)
-    refined = run(vectors, batches, rounds=0)
-    assert np.array_equal(refined.batches, batches)
-    assert refined.objective == [pytest.approx(equation_2(vectors, batches), rel=1e-6)]
-
-
-def test_one_batch_has_none_to_trade_with():
-    vectors, batches = topical(np.arange(20) % 4), random_batches(20, 16)
-    refined = run(vectors, batches)
+@pytest.mark.parametrize(("batch_size", "rounds"), [(8, 0), (48, 30)], ids=["no rounds", "a single batch"])
+def test_without_trading_nothing_changes(batch_size, rounds):
+    vectors, batches = topical(np.arange(64) % 4), random_batches(64, batch_size)
+    refined = run(vectors, batches, rounds)
     assert np.array_equal(refined.batches, batches)
     assert refined.objective == [pytest.approx(equation_2(vectors, batches), rel=1e-6)]
 
 
 def test_no_batches():
-    refined = run(topical(np.arange(5)), np.empty((0, 8), dtype=np.int64))
-    assert refined.batches.shape == (0, 8) and refined.objective == [0.0]
-
-
-def test_batches_are_left_as_they_were_and_vectors_follow():
-    vectors, batches = topical(np.arange(320) % 10), random_batches(320, 16)
-    before, slots = batches.copy(), torch.from_numpy(vectors[batches.ravel()])
-    refined = refine(slots, batches, rounds=3, tolerance=0.0)
-    assert not np.array_equal(refined.batches, before) and np.array_equal(batches, before)
-    assert np.array_equal(slots.numpy(), vectors[refined.batches.ravel()])
-
-
-@pytest.fixture
-def restored_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+    assert run(topical(np.arange(5)), np.empty((0, 8), dtype=np.int64)).objective == [0.0]
 
 
 @pytest.mark.parametrize("spread", [2.0, 1e-3])
-def test_threads_and_block_size_change_nothing(monkeypatch, restored_threads, spread):
-    """Also where the pairs of a topic are so alike that float32 cannot tell which of them gains most."""
-    vectors = topical(np.arange(1_600) % 25, dimension=48, spread=spread)
-    batches = random_batches(1_600, 16)
-    found = []
-    for threads, held in ((1, 2**24), (1, 1), (1, 33 * 96 * 7), (2, 2**24)):
-        torch.set_num_threads(threads)
-        monkeypatch.setattr(module, "_GAINS_HELD", held)
-        found.append(run(vectors, batches, rounds=8))
-    for other in found[1:]:
-        assert np.array_equal(other.batches, found[0].batches)
-        assert other.objective == found[0].objective
+def test_threads_and_block_size_change_nothing(same_each_way, spread):
+    """Even if the pairs of a topic are so alike that float32 cannot tell which of them gains most."""
+    vectors, batches = topical(np.arange(1_600) % 25, dimension=48, spread=spread), random_batches(1_600, 16)
+
+    def trade():
+        refined = run(vectors, batches, rounds=8)
+        return refined.batches, refined.objective
+
+    same_each_way(trade, *({"refine._GAINS_HELD": held} for held in (1, 33 * 96 * 7)))
 
 
 def test_gains_are_held_for_a_block_only(monkeypatch):

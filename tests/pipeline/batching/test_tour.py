@@ -6,7 +6,6 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,12 +15,10 @@ from hardbatch.pipeline.batching.tour import greedy_tour
 
 def naive_tour(centroids, start):
     """Greedy in float64, the lowest id on a tie."""
-    unit = centroids.astype(np.float64)
-    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    unit = centroids / np.linalg.norm(centroids.astype(np.float64), axis=1, keepdims=True)
     tour, left = [start], sorted(set(range(len(unit))) - {start})
     while left:
-        scores = [float(unit[c] @ unit[tour[-1]]) for c in left]
-        tour.append(left.pop(int(np.argmax(scores))))
+        tour.append(left.pop(int(np.argmax(unit[left] @ unit[tour[-1]]))))
     return tour
 
 
@@ -39,75 +36,60 @@ def clustered_centroids(num_centroids, dimension=96, seed=0):
     return centres.astype(np.float32)
 
 
-def length(centroids, tour):
+def measure(centroids, tour):
+    """Length of the tour over unit centroids, and the mean cosine of its steps."""
     unit = centroids / np.linalg.norm(centroids, axis=1, keepdims=True)
-    return float(np.linalg.norm(unit[tour[1:]] - unit[tour[:-1]], axis=1).sum())
+    before, after = unit[tour[:-1]], unit[tour[1:]]
+    return float(np.linalg.norm(after - before, axis=1).sum()), float((after * before).sum(1).mean())
 
 
-def mean_cosine(centroids, tour):
-    unit = centroids / np.linalg.norm(centroids, axis=1, keepdims=True)
-    return float((unit[tour[1:]] * unit[tour[:-1]]).sum(1).mean())
+def run(centroids, start, exact_below):
+    """A tour that visits each centroid once and leaves them as they were."""
+    before = centroids.copy()
+    found = greedy_tour(centroids, start, exact_below=exact_below)
+    assert found.dtype == np.int64 and found[0] == start
+    assert sorted(found.tolist()) == list(range(len(centroids)))
+    assert np.array_equal(centroids, before)
+    return found
 
 
 @pytest.mark.parametrize("num_centroids", [1, 2, 3, 40, 150])
 def test_exact_tour_is_the_naive_greedy_one(num_centroids):
     centroids = random_centroids(num_centroids, seed=num_centroids)
     for start in {0, num_centroids // 2, num_centroids - 1}:
-        assert greedy_tour(centroids, start, exact_below=10_000).tolist() == naive_tour(centroids, start)
+        assert run(centroids, start, 10_000).tolist() == naive_tour(centroids, start)
 
 
 def test_length_of_a_centroid_does_not_matter():
     centroids = random_centroids(60)
     scaled = centroids * np.random.default_rng(1).uniform(0.1, 9.0, (60, 1)).astype(np.float32)
-    assert greedy_tour(scaled, 5, exact_below=100).tolist() == greedy_tour(centroids, 5, exact_below=100).tolist()
-
-
-@pytest.mark.parametrize("exact_below", [1_000, 1], ids=["exact", "graph"])
-def test_equal_and_zero_centroids_are_visited_once_each(exact_below):
-    centroids = random_centroids(50)
-    centroids[10:20] = centroids[3]
-    centroids[40:43] = 0
-    tour = greedy_tour(centroids, 3, exact_below=exact_below)
-    assert sorted(tour.tolist()) == list(range(50))
-    assert tour[0] == 3
+    assert np.array_equal(run(scaled, 5, 100), run(centroids, 5, 100))
 
 
 def test_among_equal_centroids_the_lowest_id_comes_first():
     centroids = random_centroids(30)
     centroids[[7, 12, 25]] = centroids[4]
-    assert greedy_tour(centroids, 4, exact_below=100)[:4].tolist() == [4, 7, 12, 25]
+    assert run(centroids, 4, 100)[:4].tolist() == [4, 7, 12, 25]
 
 
-def test_exact_tour_holds_for_centroids_that_are_nearly_the_same():
-    near = np.ones((80, 16)) + np.random.default_rng(2).standard_normal((80, 16)) * 3e-4
-    centroids = near.astype(np.float32)
-    tour = greedy_tour(centroids, 0, exact_below=100)
-    assert sorted(tour.tolist()) == list(range(80))
-    assert tour.tolist() == greedy_tour(centroids, 0, exact_below=100).tolist()
+@pytest.mark.parametrize(("num_centroids", "spread", "exact_below"), [(80, 3e-4, 100), (1_500, 1e-6, 1)])
+def test_directions_that_are_nearly_the_same(num_centroids, spread, exact_below):
+    near = np.ones((num_centroids, 16)) + spread * np.random.default_rng(2).standard_normal((num_centroids, 16))
+    tours = [run(near.astype(np.float32), 0, exact_below) for _ in range(2)]
+    assert np.array_equal(*tours)
 
 
 def test_graph_tour_visits_each_once_and_is_as_good_as_exact():
     centroids = random_centroids(300)
-    graph = greedy_tour(centroids, 17, exact_below=1)
-    exact = greedy_tour(centroids, 17, exact_below=1_000)
-    assert sorted(graph.tolist()) == list(range(300))
-    assert graph[0] == 17
-    assert mean_cosine(centroids, graph) >= 0.98 * mean_cosine(centroids, exact)
-    assert mean_cosine(centroids, graph) > 1.5 * mean_cosine(centroids, np.random.default_rng(0).permutation(300))
+    tours = run(centroids, 17, 1), run(centroids, 17, 1_000), np.random.default_rng(0).permutation(300)
+    graph, exact, random = (measure(centroids, found)[1] for found in tours)
+    assert graph >= 0.98 * exact and graph > 1.5 * random
 
 
 @pytest.mark.parametrize("num_centroids", [1, 2, 10, 32, 33])
 def test_graph_tour_of_fewer_centroids_than_neighbours(num_centroids):
     centroids = random_centroids(num_centroids)
-    assert greedy_tour(centroids, 0, exact_below=1).tolist() == naive_tour(centroids, 0)
-
-
-@pytest.mark.parametrize("exact_below", [1_000, 1], ids=["exact", "graph"])
-def test_centroids_are_left_as_they_were(exact_below):
-    centroids = random_centroids(64)
-    before = centroids.copy()
-    greedy_tour(centroids, 0, exact_below=exact_below)
-    assert np.array_equal(centroids, before)
+    assert run(centroids, 0, 1).tolist() == naive_tour(centroids, 0)
 
 
 @settings(max_examples=60, deadline=None)
@@ -128,11 +110,7 @@ def test_every_centroid_once_and_equal_ones_in_a_row(
     centroids = distinct[place]
     centroids[:num_zeros] = 0
     place[:num_zeros] = num_distinct
-    start = int(generator.integers(num_centroids))
-    tour = greedy_tour(centroids, start, exact_below=exact_below)
-    assert tour.dtype == np.int64
-    assert tour[0] == start
-    assert sorted(tour.tolist()) == list(range(num_centroids))
+    tour = run(centroids, int(generator.integers(num_centroids)), exact_below)
     if dimension > 1:  # in one dimension different centroids have the same direction
         assert np.count_nonzero(np.diff(place[tour])) == len(np.unique(place)) - 1
 
@@ -141,13 +119,7 @@ def test_every_centroid_once_and_equal_ones_in_a_row(
 @pytest.mark.parametrize("value", [0.0, 2.5])
 def test_thousands_of_equal_centroids_take_no_time(exact_below, value):
     centroids = np.full((9_000, 64), value, dtype=np.float32)
-    assert greedy_tour(centroids, 5, exact_below=exact_below).tolist() == [5, *(i for i in range(9_000) if i != 5)]
-
-
-def test_graph_tour_of_directions_that_differ_in_the_last_bits():
-    near = np.ones((1_500, 16)) + np.random.default_rng(3).standard_normal((1_500, 16)) * 1e-6
-    tour = greedy_tour(near.astype(np.float32), 0, exact_below=1)
-    assert sorted(tour.tolist()) == list(range(1_500))
+    assert run(centroids, 5, exact_below).tolist() == [5, *(i for i in range(9_000) if i != 5)]
 
 
 @pytest.mark.parametrize("exact_graph", [True, False], ids=["exact graph", "graph by cells"])
@@ -155,10 +127,8 @@ def test_graph_tour_is_at_most_2_percent_longer_on_clustered_centroids(exact_gra
     monkeypatch.setattr(neighbours, "_EXACT_UP_TO", 8_192 if exact_graph else 0)
     for seed in range(3):
         centroids = clustered_centroids(1_500, seed=seed)
-        graph = greedy_tour(centroids, 17, exact_below=1)
-        exact = greedy_tour(centroids, 17, exact_below=10_000)
-        assert length(centroids, graph) <= 1.02 * length(centroids, exact)
-        assert 1 - mean_cosine(centroids, graph) <= 1.02 * (1 - mean_cosine(centroids, exact))
+        graph, exact = (measure(centroids, run(centroids, 17, exact_below)) for exact_below in (1, 10_000))
+        assert graph[0] <= 1.02 * exact[0] and 1 - graph[1] <= 1.02 * (1 - exact[1])
 
 
 def test_exhausted_neighbours_are_looked_for_near_by():
@@ -173,22 +143,14 @@ def test_exhausted_neighbours_are_looked_for_near_by():
 
 
 @pytest.mark.parametrize("exact_below", [10_000, 1], ids=["exact", "graph"])
-def test_tour_does_not_depend_on_threads(exact_below, monkeypatch):
-    monkeypatch.setattr(neighbours, "_EXACT_UP_TO", 0)
-    monkeypatch.setattr(neighbours, "_CELLS_PER_ROOT", 1)
-    monkeypatch.setattr(neighbours, "_NUM_PROBES", 8)
+def test_tour_does_not_depend_on_threads(exact_below, monkeypatch, same_each_way):
+    for name, value in (("_EXACT_UP_TO", 0), ("_CELLS_PER_ROOT", 1), ("_NUM_PROBES", 8)):
+        monkeypatch.setattr(neighbours, name, value)
     centroids = clustered_centroids(800, dimension=256, seed=5)
-    before = torch.get_num_threads()
-    tours = []
-    for num_threads in (1, 2):
-        torch.set_num_threads(num_threads)
-        tours.append(greedy_tour(centroids, 3, exact_below=exact_below).tolist())
-    torch.set_num_threads(before)
-    assert tours[0] == tours[1]
+    same_each_way(lambda: (run(centroids, 3, exact_below),))
 
 
 def test_many_clusters_need_no_optional_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     monkeypatch.setattr(neighbours, "_EXACT_UP_TO", 0)
-    tour = greedy_tour(random_centroids(400), 0, exact_below=50)
-    assert sorted(tour.tolist()) == list(range(400))
+    run(random_centroids(400), 0, 50)
