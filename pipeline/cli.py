@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from hardbatch.pipeline.errors import ConfigError, HardbatchError, IntegrityError, LeavingError, printable
-from hardbatch.pipeline.threads import spin_briefly
+from hardbatch.pipeline.reproducible import make_reproducible
 
 _EXIT_CODES = """exit codes: 0 done, 1 the disk fails, 2 usage or settings, 3 bad input, 4 integrity, 5 locked by
 another process, 6 no space, 7 too many broken rows, 130 and 143 interrupted"""
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     os.environ.setdefault("DO_NOT_TRACK", "1")
-    spin_briefly(os.environ)
+    make_reproducible()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a sign of a text still gets the rest

@@ -22,11 +22,13 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-class _Table(BaseModel):
+class Table(BaseModel):
+    """A table of settings: frozen, with strict types, refusing unknown keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Columns(_Table):
+class Columns(Table):
     """Which columns (or JSON keys) of the source hold what."""
 
     query: str = "query"
@@ -41,7 +43,7 @@ class Columns(_Table):
         return self
 
 
-class Dataset(_Table):
+class Dataset(Table):
     """One dataset, which is one domain: clusters and batches never mix domains unless asked."""
 
     name: Name = Field(description="the domain's name")
@@ -69,7 +71,7 @@ class Dataset(_Table):
         return [source.replace("{revision}", self.revision or "main") for source in sources]
 
 
-class IngestConfig(_Table):
+class IngestConfig(Table):
     """Reading and cleaning."""
 
     max_characters: int = Field(32_768, ge=1, description="longer texts are cut, and counted")
@@ -80,7 +82,7 @@ class IngestConfig(_Table):
     decontaminate: list[str] = Field([], description="folders of corpus/queries Parquet whose texts are quarantined")
 
 
-class EmbedConfig(_Table):
+class EmbedConfig(Table):
     """Embedding. `model` makes the vectors that are clustered, `surrogate_model` those of the equivalence sets."""
 
     model: str = Field("minilm", description="minilm, lexical, a folder below the data root, or a hub name")
@@ -105,7 +107,7 @@ class EmbedConfig(_Table):
     trust_remote_code: bool = Field(False, description="run code of the model's repository; needs a full commit")
 
 
-class ClusterConfig(_Table):
+class ClusterConfig(Table):
     """Asymmetric K-Means (Eq. 3)."""
 
     method: Literal["folded", "doubled"] = Field(
@@ -122,7 +124,7 @@ class ClusterConfig(_Table):
     seed: int = Field(0, ge=0, description="draws the first centroids")
 
 
-class PackConfig(_Table):
+class PackConfig(Table):
     """Cutting clusters into batches of exactly `batch_size` pairs."""
 
     batch_size: int = Field(64, ge=2, le=MAX_BATCH_SIZE, description="pairs of every batch, B")
@@ -137,14 +139,14 @@ class PackConfig(_Table):
     remainder: Literal["drop", "mix"] = Field("drop", description="pairs that fill no batch: drop, or mix domains")
 
 
-class HardnessConfig(_Table):
+class HardnessConfig(Table):
     """Measuring: the bounds that `share` is relative to."""
 
     anchors: int = Field(4_096, ge=1, description="pairs whose nearest are looked up among all of the domain")
     seed: int = Field(0, ge=0, description="draws the anchors")
 
 
-class WriteConfig(_Table):
+class WriteConfig(Table):
     """Equivalence sets and shards."""
 
     margin: float = Field(0.0, ge=0.0, description="mask d' where f(q,d') >= f(q,d) - margin")
@@ -153,7 +155,7 @@ class WriteConfig(_Table):
     )
 
 
-class CorpusManifest(_Table):
+class CorpusManifest(Table):
     """A corpus: its name, its datasets, the settings of the stages."""
 
     corpus: Name

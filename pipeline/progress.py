@@ -71,3 +71,12 @@ def choose_progress(stream: TextIO | None = None) -> BarProgress | LineProgress:
     """Bars where `stream` (default: standard error) is a terminal, lines where it is not."""
     stream = stream or sys.stderr
     return BarProgress(stream) if stream.isatty() else LineProgress(stream)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: `< 1 s`, `42 s`, `17 min`, `3.5 h`, `2.1 d`."""
+    for unit, length, limit in (("s", 1, 100), ("min", 60, 100), ("h", 3_600, 48)):
+        if seconds / length < limit:
+            digits = 1 if unit == "h" else 0
+            return f"{seconds / length:.{digits}f} {unit}" if seconds >= 0.5 else "< 1 s"
+    return f"{seconds / 86_400:,.1f} d"

@@ -1,7 +1,8 @@
-"""run: from a manifest to the steps that make its shards, and doing them.
+"""run: from a manifest to the steps that make its shards, and running them.
 
-The key of every step follows from settings and digests alone, so the whole plan is known before anything runs. A step
-whose artifact is complete is a look-up. Prefect flows and the command line both come through here.
+The key of every step follows from settings and digests alone, so the whole plan is known before anything
+runs. A step whose artifact is complete is only looked up. Prefect flows, the command line and the Python API
+all come through here.
 """
 
 from __future__ import annotations
@@ -15,19 +16,32 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hardbatch.pipeline.artifacts.artifact import diagnose_damage, find_artifact
 from hardbatch.pipeline.artifacts.commit import clean_up_after_crash, open_builder
 from hardbatch.pipeline.artifacts.files import DIGESTS, DigestCache, as_user_error, content_key, sweep_caches
 from hardbatch.pipeline.config import CorpusManifest, Dataset, load_manifest
 from hardbatch.pipeline.errors import ConfigError
-from hardbatch.pipeline.rates import record_step
+from hardbatch.pipeline.reproducible import make_reproducible
+from hardbatch.pipeline.resolved import (
+    BatchesSettings,
+    DatasetOfShards,
+    DoubledSettings,
+    FoldedSettings,
+    HardnessSettings,
+    MixedSettings,
+    PairsSettings,
+    ShardsSettings,
+)
 from hardbatch.pipeline.runlog import RunLog, open_run_log
 from hardbatch.pipeline.schemas import MIXED_DOMAIN
 from hardbatch.pipeline.step import InlineExecutor, Progress, Stage, Step
 
-_STAGES = {  # stage → the module and function that build it; imported only when the stage runs
+if TYPE_CHECKING:
+    from hardbatch.pipeline.models.resolve import ModelSpec
+
+_STAGES = {  # stage → the module and function that make it, imported only when the stage runs
     "pairs": ("hardbatch.pipeline.stages.ingest", "build"),
     "vectors": ("hardbatch.pipeline.stages.embed", "build"),
     "clusters": ("hardbatch.pipeline.stages.cluster", "build"),
@@ -53,18 +67,27 @@ class Plan:
 
     @property
     def corpus(self) -> Path:
-        """The folder of the corpus, below which all its artifacts lie."""
+        """The folder of the corpus, which holds all its artifacts."""
         return self.shards.parents[1]
 
 
 def plan_corpus(
     manifest: Path, workspace: Path, *, data_root: Path | None = None, overrides: Sequence[str] = ()
 ) -> Plan:
-    """The steps from the manifest at `manifest` to its shards below `workspace`.
+    """Plans the steps from a manifest to its shards, and runs none of them.
 
-    Reads the digests of the sources and the models, cached in the workspace; runs nothing. `overrides` are
-    strings `stage.field=value`. Raises ConfigError or InputError, naming what is wrong.
+    Reads the sources and the models once for their digests, which are cached in the workspace.
+
+    Args:
+        manifest: The TOML file that names the datasets.
+        workspace: The folder that artifacts are written to.
+        data_root: The folder that local paths start from; by default the manifest's own.
+        overrides: Strings `stage.field=value` that replace settings of the manifest.
+
+    Raises:
+        ConfigError, InputError: The manifest, a setting or a source is wrong; the message says which.
     """
+    make_reproducible()
     settings = load_manifest(manifest, overrides)
     root = data_root or manifest.parent
     if not root.is_dir():
@@ -122,10 +145,16 @@ def _as_assignments(overrides: Mapping[str, Any] | Sequence[str]) -> list[str]:
 
 
 def run_step(step: Step, progress: Progress | None = None, log: RunLog | None = None) -> bool:
-    """Makes the artifact of a step; returns False where it was complete already and nothing was done.
+    """Makes the artifact of a step, unless it is complete already.
 
-    Raises LockedError where another process is making it, NoSpaceError where the disk is full; committed units stay
-    and the next run goes on from them. What a step took that was built from nothing is kept for `plan`.
+    Committed units of an earlier run are kept, and the step continues from them.
+
+    Returns:
+        False if the artifact was complete and nothing was done.
+
+    Raises:
+        LockedError: Another process is making the artifact.
+        NoSpaceError: The disk is full.
     """
     log = log or RunLog()
     if find_artifact(step.path) is not None:
@@ -136,56 +165,52 @@ def run_step(step: Step, progress: Progress | None = None, log: RunLog | None = 
 
     module, function = _STAGES["mixed" if (step.stage, step.domain) == ("batches", MIXED_DOMAIN) else step.stage]
     stage: Stage = getattr(import_module(module), function)
-    damaged = diagnose_damage(step.inputs.values())
-    with log.step(step) as records, _user_errors(), open_builder(step.path) as builder, damaged:
-        if find_artifact(step.path) is not None:  # finished by another process while we came to the lock
+    with _user_errors(), open_builder(step.path) as builder:
+        # Another process may have completed the artifact while this one waited for the lock.
+        if find_artifact(step.path) is not None:
             log.reused(step)
             return False
-        committed = {path.stem for path in (step.path / "units").glob("*.json")}
-        if not committed:
-            _load_libraries(step)
-        records.begin(committed)
+
+        log.begin()
         started = time.monotonic()
-        built = stage(step, builder, records.units_by(InlineExecutor()), progress or SilentProgress())
-        records.committed(built.units)
-        artifact = builder.finish(
-            units=built.units,
-            stage=step.stage,
-            stage_version=step.stage_version,
-            domain=step.domain,
-            key=step.key,
-            config=step.config,
-            inputs={name: path.name for name, path in step.inputs.items()},
-            sources=step.sources,
-            counts=built.counts,
-            produced_with=built.produced_with,
-        )
-        records.finish(artifact)
-        if not committed:
-            record_step(step, artifact, time.monotonic() - started)
+        units_before = len(list((step.path / "units").glob("*.json")))
+        try:
+            with diagnose_damage(step.inputs.values()):
+                result = stage(step, builder, InlineExecutor(), progress or SilentProgress())
+                artifact = builder.finish(
+                    units=result.units,
+                    stage=step.stage,
+                    stage_version=step.stage_version,
+                    domain=step.domain,
+                    key=step.key,
+                    config=step.config,
+                    inputs={name: path.name for name, path in step.inputs.items()},
+                    sources=step.sources,
+                    counts=result.counts,
+                    produced_with=result.produced_with,
+                )
+        except BaseException as error:
+            log.failed(step, error, seconds=time.monotonic() - started)
+            raise
+        log.finished(step, artifact, seconds=time.monotonic() - started, units_before=units_before)
     return True
 
 
 @contextmanager
 def _user_errors() -> Iterator[None]:
-    """Tells an OSError of its body that the user can mend as what it means."""
+    """Raises an OSError of its body that the user can fix, such as a full disk, as what it means."""
     try:
         yield
     except OSError as error:
-        told = as_user_error(error)
-        if told is None:
+        user_error = as_user_error(error)
+        if user_error is None:
             raise
-        raise told from None
-
-
-def _load_libraries(step: Step) -> None:
-    """Loads what embedding loads late, before the step's clock starts: it is paid once a run, whatever the rows."""
-    if step.stage == "vectors":
-        is_lexical = step.config["name"] == "lexical"
-        import_module("sklearn.feature_extraction.text" if is_lexical else "sentence_transformers")
+        raise user_error from None
 
 
 class _Planner:
+    """Collects the steps of a corpus; each is added after its inputs, so that their keys are known."""
+
     def __init__(self, settings: CorpusManifest, root: Path, data_root: Path, digests: DigestCache) -> None:
         self._settings = settings
         self._root = root
@@ -194,67 +219,54 @@ class _Planner:
         self._steps: list[Step] = []
 
     def steps(self) -> list[Step]:
+        """All steps of the manifest."""
         from hardbatch.pipeline.models.resolve import resolve_model
 
-        embed = self._settings.embed
-        models = {role: resolve_model(embed, role, self._data_root, self._digests) for role in ("cluster", "surrogate")}
+        settings = self._settings
+        models = {
+            role: resolve_model(settings.embed, role, self._data_root, self._digests)
+            for role in ("cluster", "surrogate")
+        }
         inputs: dict[str, Path] = {}
-        for dataset in self._settings.dataset:
-            inputs.update(self._domain(dataset, {role: asdict(model) for role, model in models.items()}))
-        pack = self._settings.pack
-        names = [dataset.name for dataset in self._settings.dataset]  # in a list: their order numbers the batches
-        if pack.remainder == "mix":
+        for dataset in settings.dataset:
+            inputs.update(self._domain(dataset, models))
+
+        domains = [dataset.name for dataset in settings.dataset]  # a list, as their order numbers the batches
+        size = settings.pack.batch_size
+        if settings.pack.remainder == "mix":
+            mixed = MixedSettings(batch_size=size, num_packings=settings.pack.num_packings, domains=domains)
             packed = {name: path for name, path in inputs.items() if name.startswith("batches/")}
-            mix = {"batch_size": pack.batch_size, "num_packings": pack.num_packings, "domains": names}
-            mixed = self._add("batches", MIXED_DOMAIN, mix, packed)
-            inputs[f"batches/{MIXED_DOMAIN}"] = mixed
+            inputs[f"batches/{MIXED_DOMAIN}"] = self._add("batches", MIXED_DOMAIN, mixed.model_dump(), packed)
+
+        described = set(DatasetOfShards.model_fields)
         datasets = {
-            dataset.name: dataset.model_dump(include={"query_prompt", "document_prompt", "licence", "weight"})
-            for dataset in self._settings.dataset
+            dataset.name: DatasetOfShards(**dataset.model_dump(include=described)) for dataset in settings.dataset
         }
-        write = {
-            **self._settings.write.model_dump(),
-            "batch_size": pack.batch_size,
-            "domains": names,
-            "datasets": datasets,
-        }
-        self._add("shards", self._settings.corpus, write, inputs)
+        write = ShardsSettings(**settings.write.model_dump(), batch_size=size, domains=domains, datasets=datasets)
+        self._add("shards", settings.corpus, write.model_dump(), inputs)
         return self._steps
 
-    def _domain(self, dataset: Dataset, models: dict[str, dict[str, Any]]) -> dict[str, Path]:
+    def _domain(self, dataset: Dataset, models: Mapping[str, ModelSpec]) -> dict[str, Path]:
         """Adds the steps of a domain; returns the inputs that writing needs."""
-        settings = self._settings
         name = dataset.name
+        pack = self._settings.pack
         pairs = self._pairs(dataset)
-        vectors = {}
-        for role, model in models.items():
-            config = {field: value for field, value in model.items() if field not in ("location", "runs_on")}
-            config["unit_rows"] = settings.embed.unit_rows
-            runtime = {"model": model["location"], "device": model["runs_on"]}
-            vectors[role] = self._add("vectors", name, config, {"pairs": pairs}, runtime=runtime)
+        vectors = {role: self._vectors(name, model, pairs) for role, model in models.items()}
+        both = {"pairs": pairs, "vectors": vectors["cluster"]}
 
         # K-Means and refinement follow the clustering model to its GPU. Keys hold the type of the device
         # alone, so that an artifact made on one GPU is found by a run on another.
-        on_gpu = models["cluster"]["device"] == "cuda"
+        on_gpu = models["cluster"].device == "cuda"
         device = "cuda" if on_gpu else "cpu"
-        runs_on = {"device": models["cluster"]["runs_on"] if on_gpu else "cpu"}
+        runs_on = {"device": models["cluster"].runs_on if on_gpu else "cpu"}
 
-        cluster = settings.cluster.model_dump()
-        cluster["cluster_size"] = cluster["cluster_size"] or settings.pack.batch_size
-        cluster["iterations"] = cluster["iterations"] or _ITERATIONS[cluster["method"]]
-        if cluster["method"] == "doubled":
-            cluster["backend"] = _faiss_backend()
-        else:
-            cluster["device"] = device
-        others = ("tolerance", "balance", "two_level_above") if cluster["method"] == "doubled" else ("restarts",)
-        for field in others:
-            del cluster[field]  # the other method's: a change of it changes nothing
-        both = {"pairs": pairs, "vectors": vectors["cluster"]}
+        cluster = self._cluster_settings(device).model_dump()
         clusters = self._add("clusters", name, cluster, both, runtime=runs_on)
-        measure = {**settings.hardness.model_dump(), "batch_size": settings.pack.batch_size}
-        hardness = self._add("hardness", name, measure, both)
+        measure = HardnessSettings(**self._settings.hardness.model_dump(), batch_size=pack.batch_size)
+        hardness = self._add("hardness", name, measure.model_dump(), both)
         packed = {**both, "surrogate": vectors["surrogate"], "clusters": clusters}
-        batches = self._add("batches", name, {**settings.pack.model_dump(), "device": device}, packed, runtime=runs_on)
+        cut = BatchesSettings(**pack.model_dump(), device=device)
+        batches = self._add("batches", name, cut.model_dump(), packed, runtime=runs_on)
         return {
             f"pairs/{name}": pairs,
             f"vectors/{name}": vectors["cluster"],
@@ -264,40 +276,66 @@ class _Planner:
             f"batches/{name}": batches,
         }
 
+    def _cluster_settings(self, device: str) -> FoldedSettings | DoubledSettings:
+        """The settings of the chosen method alone: a change of the other one's changes nothing."""
+        given = self._settings.cluster
+        settings = given.model_dump()
+        settings["cluster_size"] = given.cluster_size or self._settings.pack.batch_size
+        settings["iterations"] = given.iterations or _ITERATIONS[given.method]
+        if given.method == "doubled":
+            return DoubledSettings(**settings, backend=_faiss_backend())
+        return FoldedSettings(**settings, device=device)
+
+    def _vectors(self, domain: str, model: ModelSpec, pairs: Path) -> Path:
+        """Adds the step that embeds a domain; all of the model's spec enters the key but what is of this machine."""
+        config = asdict(model)
+        runtime = {"model": config.pop("location"), "device": config.pop("runs_on")}
+        config["unit_rows"] = self._settings.embed.unit_rows
+        return self._add("vectors", domain, config, {"pairs": pairs}, runtime=runtime)
+
     def _pairs(self, dataset: Dataset) -> Path:
-        from hardbatch.pipeline.sources.files import list_source_files, local_path
+        """Adds the step that reads a dataset."""
+        from hardbatch.pipeline.sources.files import list_source_files
 
         ingest = self._settings.ingest
         files = list_source_files(dataset, self._data_root, self._digests)
-        config: dict[str, Any] = {
-            "columns": dataset.columns.model_dump(),
-            "limit": dataset.limit,
-            "holdout": dataset.holdout,
-            "holdout_seed": ingest.holdout_seed if dataset.holdout else None,
-            "max_characters": ingest.max_characters,
-            "decontaminate": ingest.decontaminate,
-        }
-        runtime: dict[str, Any] = {
+        folders, digests = self._evaluation_folders()
+        settings = PairsSettings(
+            columns=dataset.columns,
+            limit=dataset.limit,
+            holdout=dataset.holdout,
+            holdout_seed=ingest.holdout_seed if dataset.holdout else None,
+            max_characters=ingest.max_characters,
+            decontaminate=ingest.decontaminate,
+            decontaminate_sha256=digests,
+        )
+        runtime = {
             "files": {file.name: file.location for file in files},
             "modified_ns": {file.name: file.modified_ns for file in files},
-            "decontaminate": {},
+            "decontaminate": folders,
             "max_quarantined_fraction": ingest.max_quarantined_fraction,
             "num_pairs": dataset.num_pairs,
         }
-        texts = {}
-        for name in ingest.decontaminate:
-            folder = local_path(name, self._data_root, "ingest.decontaminate")
-            if not (folder / "corpus.parquet").is_file() or not (folder / "queries.parquet").is_file():
-                raise ConfigError(f"ingest.decontaminate: {folder} has no corpus.parquet and queries.parquet")
-            runtime["decontaminate"][name] = str(folder)
-            for part in ("corpus", "queries"):
-                path = local_path(f"{name}/{part}.parquet", self._data_root, "ingest.decontaminate")
-                texts[f"{name}/{part}"] = self._digests.digest(path)
-        config["decontaminate_sha256"] = texts
         sources = tuple(
             {"name": file.name, "format": file.format, "bytes": file.num_bytes, "sha256": file.sha256} for file in files
         )
-        return self._add("pairs", dataset.name, config, {}, sources=sources, runtime=runtime)
+        return self._add("pairs", dataset.name, settings.model_dump(), {}, sources=sources, runtime=runtime)
+
+    def _evaluation_folders(self) -> tuple[dict[str, str], dict[str, str]]:
+        """The folders of `ingest.decontaminate` by name, and the digests of their files."""
+        from hardbatch.pipeline.sources.files import local_path
+
+        setting = "ingest.decontaminate"
+        folders, digests = {}, {}
+        for name in self._settings.ingest.decontaminate:
+            folder = local_path(name, self._data_root, setting)
+            if not (folder / "corpus.parquet").is_file() or not (folder / "queries.parquet").is_file():
+                raise ConfigError(f"{setting}: {folder} has no corpus.parquet and queries.parquet")
+            folders[name] = str(folder)
+            for part in ("corpus", "queries"):
+                path = local_path(f"{name}/{part}.parquet", self._data_root, setting)
+                digests[f"{name}/{part}"] = self._digests.digest(path)
+        return folders, digests
 
     def _add(
         self,
@@ -309,6 +347,7 @@ class _Planner:
         sources: tuple[dict[str, Any], ...] = (),
         runtime: dict[str, Any] | None = None,
     ) -> Path:
+        """Adds a step and returns the folder of its artifact."""
         version = _VERSIONS[stage]
         keys = {name: path.name for name, path in inputs.items()}
         key = content_key(stage=stage, version=version, domain=domain, config=config, inputs=keys, sources=sources)

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 
+from hardbatch.pipeline.reproducible import make_reproducible
 from hardbatch.pipeline.run import Plan, plan_corpus, run_step
 from tests.samples import LEXICAL, make_rows
 
 Row = Mapping[str, Any]
+
+make_reproducible()
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from hardbatch.pipeline.errors import ConfigError, DiskError, HardbatchError, In
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
-DIGESTS, RATES = CACHES = (".digests.json", ".rates.json")  # in the root of a workspace; may be deleted
+DIGESTS = ".digests.json"  # in the root of a workspace; may be deleted
 _CACHES_LOCK = ".caches.lock"
 
 
@@ -110,7 +110,7 @@ def sweep_caches(workspace: Path) -> None:
 @contextmanager
 def _caches_locked(workspace: Path) -> Iterator[None]:
     with lock(workspace / _CACHES_LOCK):
-        for leftover in [path for name in CACHES for path in workspace.glob(f".{name}.*.tmp")]:
+        for leftover in list(workspace.glob(f".{DIGESTS}.*.tmp")):
             leftover.unlink(missing_ok=True)
         yield
 

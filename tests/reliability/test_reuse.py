@@ -78,7 +78,6 @@ def test_a_rerun_reads_no_weights(tmp_path: Path, record_row: Record) -> None:
     settings = [f"embed.model={tmp_path / 'tiny-gtr'}", "embed.surrogate_model=minilm"]
     words = [word for each in settings for word in ("--set", each)]
     assert main(["run", str(manifest), "--workspace", str(tmp_path / "workspace"), *words]) == 0
-    assert (tmp_path / "workspace" / ".rates.json").exists()
     told = rerun_watched(manifest, tmp_path / "workspace", settings)
     assert_nothing_done(told, tmp_path, ["torch"])  # it says which device and dtype "auto" is; no library of models
     record_row(5, "a rerun with two real models: weights not opened, no byte written")
