@@ -56,7 +56,7 @@ _ITERATIONS = {"folded": 10, "doubled": 100}
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The steps of a run, inputs before what needs them; the last one makes the shards."""
+    """The steps of a run. Inputs come before what needs them; the last step makes the shards."""
 
     steps: tuple[Step, ...]
 
@@ -138,7 +138,7 @@ def run_corpus(
 
 
 def _as_assignments(overrides: Mapping[str, Any] | Sequence[str]) -> list[str]:
-    """Overrides as strings `stage.field=value`, each value written as TOML."""
+    """Writes overrides as strings `stage.field=value`, each value as TOML."""
     if not isinstance(overrides, Mapping):
         return list(overrides)
     return [f"{name}={json.dumps(value, ensure_ascii=False, default=str)}" for name, value in overrides.items()]

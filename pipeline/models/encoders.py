@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from hardbatch.pipeline.arrays import Array
-from hardbatch.pipeline.errors import ConfigError
+from hardbatch.pipeline.errors import ConfigError, first_line
 from hardbatch.pipeline.models.resolve import LEXICAL_FEATURES, ModelSpec
 
 LEXICAL_DIMENSION = 256
@@ -64,7 +64,7 @@ class SentenceEncoder:
                 model_kwargs={"use_safetensors": True, "dtype": getattr(torch, spec.dtype)},
             )
         except Exception as error:  # damaged weights, a wrong shape, a missing package: all mean that it cannot be used
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            reason = f"{type(error).__name__}: {first_line(error)}"
             raise ConfigError(f"model '{spec.name}' at {spec.location} cannot be loaded: {reason}") from error
         _cast(self._model, getattr(torch, spec.dtype))
         self._model.eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from hardbatch.pipeline.errors import ConfigError
+from hardbatch.pipeline.errors import ConfigError, first_line
 
 _MODEL_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 _PICKLED = ("pytorch_model*.bin", "adapter_model*.bin")
@@ -41,8 +41,8 @@ def locate_model(name: str, revision: str | None, root: Path) -> tuple[str, Path
     except HFValidationError:
         raise ConfigError(f"unknown model '{name}': {_MODEL_HELP}") from None
     except Exception as error:  # not found, gated, offline, no network: the same line serves
-        reason = (str(error).splitlines() or [""])[0][:160]
-        raise ConfigError(f"unknown model '{name}' ({type(error).__name__}: {reason}): {_MODEL_HELP}") from None
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ConfigError(f"unknown model '{name}' ({reason}): {_MODEL_HELP}") from None
     return name, folder, folder.name
 
 

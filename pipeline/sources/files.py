@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from hardbatch.pipeline.artifacts.files import DigestCache, content_key
 from hardbatch.pipeline.config import Dataset
-from hardbatch.pipeline.errors import ConfigError, InputError, UnreachableError
+from hardbatch.pipeline.errors import ConfigError, InputError, UnreachableError, first_line
 
 _FORMATS = {
     ".parquet": "parquet",
@@ -183,11 +183,6 @@ def _check_digests(dataset: Dataset, files: list[SourceFile]) -> None:
             )
         if found[0].sha256 != expected:
             raise InputError(f"{found[0].name}: sha256 is {found[0].sha256}, the manifest expects {expected}")
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def no_column(file: SourceFile, field: str, name: str, names: list[str]) -> InputError:

@@ -13,8 +13,8 @@ from typing import Any
 
 from hardbatch.pipeline.artifacts.files import as_user_error, content_key, sha256_file
 from hardbatch.pipeline.config import Columns
-from hardbatch.pipeline.errors import InputError, UnreachableError
-from hardbatch.pipeline.sources.files import RawRow, SourceFile, first_line, no_column
+from hardbatch.pipeline.errors import InputError, UnreachableError, first_line
+from hardbatch.pipeline.sources.files import RawRow, SourceFile, no_column
 from hardbatch.pipeline.sources.text import read_csv, read_jsonl
 
 _ROWS_PER_READ = 4_096

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from hardbatch.pipeline.config import Columns
-from hardbatch.pipeline.errors import InputError
-from hardbatch.pipeline.sources.files import RawRow, SourceFile, first_line, no_column
+from hardbatch.pipeline.errors import InputError, first_line
+from hardbatch.pipeline.sources.files import RawRow, SourceFile, no_column
 
 _MAX_LINE_BYTES = 2**28  # of a line, or a quoted field: far beyond any text, and held in memory
 

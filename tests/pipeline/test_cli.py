@@ -257,7 +257,7 @@ def test_a_signal_has_its_exit_code_and_the_run_can_go_on(
     out, err = process.communicate(timeout=30)
     assert process.returncode == code, err
     assert out == b""
-    assert b"Traceback" not in err and b"run the same command to go on" in err
+    assert b"Traceback" not in err and b"run the same command to continue" in err
     again = hardbatch("run", manifest, "--workspace", workspace)
     assert again.returncode == 0
     assert " 0 reused" not in again.stderr

@@ -367,5 +367,5 @@ def test_a_domain_of_which_nothing_came_through_is_told(run_corpus: Callable[...
         '[[dataset]]\nname = "tied"\nsource = "tied.jsonl"\nholdout = 0.2\ncolumns = {negatives = "neg"}\n'
     )
     text = summary_text(plan.shards)
-    assert "warning: same: no pair came through of 9 rows (query_equals_document 9)" in text
+    assert "warning: same: no pair was left of 9 rows (query_equals_document 9)" in text
     assert "warning: tied: 0 of 4 pairs could be held out" in text
