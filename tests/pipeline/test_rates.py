@@ -152,6 +152,7 @@ def test_rows_are_carried_from_the_source_to_the_shards(tmp_path: Path) -> None:
     expected = {"pairs": 48, "vectors": 96, "clusters": 48, "hardness": 48, "batches": 144, "shards": 144}
     found = {stage: (item.rows, item.rows_at_most) for stage, item in items(plan).items()}
     assert found == {stage: (rows, stage != "pairs") for stage, rows in expected.items()}
+    assert items(plan)["pairs"].bytes == (tmp_path / "n.parquet").stat().st_size
     text = plan_text(plan.steps, plan.shards)
     assert "≤ 96" in text and "left: unknown, no earlier run to estimate from; free on" in text
     assert [path.name for path in (tmp_path / "w").iterdir()] == [".digests.json"]

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from hardbatch.pipeline import runlog
 from hardbatch.pipeline.artifacts.artifact import iter_artifact_paths, read_artifact, verify_artifact
 from hardbatch.pipeline.artifacts.commit import open_builder
 from hardbatch.pipeline.artifacts.files import sha256_file
-from hardbatch.pipeline.cli import main
 from hardbatch.pipeline.errors import HardbatchError, InputError, IntegrityError
 from hardbatch.pipeline.run import plan_corpus, run_step
 from hardbatch.pipeline.runlog import LOGS, RunLog, open_run_log, read_log
@@ -30,18 +29,6 @@ ROOT = Path(__file__).resolve().parents[2]
 STAGES = ["pairs", "vectors", "clusters", "hardness", "batches", "shards"]
 HEAD = {"event": "run", "format": 1}
 Finished = tuple[Path, Path, Path]
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """`cli(*arguments)`: (exit code, stdout, stderr) of the command in this process."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def records(workspace: Path) -> list[dict[str, Any]]:

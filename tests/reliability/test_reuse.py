@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hardbatch.pipeline import run as pipeline_run
+from hardbatch.pipeline import planner
 from hardbatch.pipeline.cli import main
 from hardbatch.pipeline.models import encoders
 from hardbatch.pipeline.models import resolve as pipeline_models
@@ -184,7 +184,7 @@ def test_another_packing_seed(corpus: Path, capsys: pytest.CaptureFixture[str]) 
 def test_another_version_of_a_stage(
     corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    monkeypatch.setitem(pipeline_run._VERSIONS, stage, pipeline_run._VERSIONS[stage] + 1)
+    monkeypatch.setitem(planner.VERSIONS, stage, planner.VERSIONS[stage] + 1)
     assert_recomputed(corpus, capsys, steps(AFTER[stage], ("alpha", "beta")))
 
 
