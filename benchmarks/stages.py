@@ -27,7 +27,6 @@ import polars as pl
 from hardbatch.pipeline.artifacts.artifact import find_artifact, read_artifact
 from hardbatch.pipeline.run import plan_corpus, run_step
 from hardbatch.pipeline.step import Step
-from hardbatch.pipeline.threads import spin_briefly
 
 SETTINGS = '[embed]\nmodel = "lexical"\nsurrogate_model = "lexical"\n'
 GROWTH = (24_000, 96_000, 384_000)
@@ -38,7 +37,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("domains", "growth"))
     options = parser.parse_args()
-    spin_briefly(os.environ)
     data = Path(os.environ["HARDBATCH_DATA"]) / "train"
     folder = Path(tempfile.mkdtemp())
     baseline = in_own_process(only_import, None)[1]

@@ -28,7 +28,7 @@ from prefect.client.schemas.objects import State, TaskRun
 
 from hardbatch.flows import service
 from hardbatch.pipeline.errors import HardbatchError
-from hardbatch.pipeline.threads import spin_briefly
+from hardbatch.pipeline.reproducible import make_reproducible
 
 if TYPE_CHECKING:
     from hardbatch.pipeline.runlog import RunLog
@@ -125,8 +125,8 @@ def main(argv: list[str] | None = None) -> int:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
     }
+    make_reproducible()
     environment = {**defaults, **os.environ}
-    spin_briefly(environment)
     command = [sys.executable, "-m", "hardbatch.flows.cluster_corpus", "--inside", *arguments]
     leader = subprocess.Popen(  # noqa: S603 -- this very module, its arguments as a list
         command, env=environment, stdin=subprocess.PIPE, start_new_session=True

@@ -1,4 +1,4 @@
-"""The command line: `hardbatch run|plan|inspect|verify|demo`. Heavy imports come late, so that --help is quick."""
+"""The command line: `hardbatch run|plan|inspect|verify|demo`. Heavy imports come late, so that `--help` is quick."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from pathlib import Path
 from types import FrameType
 
 from hardbatch.pipeline.errors import ConfigError, HardbatchError, IntegrityError, LeavingError, printable
-from hardbatch.pipeline.threads import spin_briefly
+from hardbatch.pipeline.reproducible import make_reproducible
 
-_EXIT_CODES = """exit codes: 0 done, 1 the disk fails, 2 usage or settings, 3 bad input, 4 integrity, 5 locked by
+_EXIT_CODES = """exit codes: 0 done, 1 disk failure, 2 usage or settings, 3 bad input, 4 integrity, 5 locked by
 another process, 6 no space, 7 too many broken rows, 130 and 143 interrupted"""
 _DEMO_SLOTS = 16
 _BATCHES_LISTED = 20
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code. A user's mistake ends in one clear line, never in a traceback."""
+    """Runs a command and returns its exit code. An error that the user can fix is one line, never a traceback."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.command is None:
         parser.print_help(sys.stderr)
         return 2
     os.environ.setdefault("DO_NOT_TRACK", "1")
-    spin_briefly(os.environ)
+    make_reproducible()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a sign of a text still gets the rest
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character still shows the rest
     leave = _Leave()
     previous = {
         number: signal.signal(number, leave)
@@ -41,29 +41,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     try:
         code = leave.watch(options)
-        sys.stdout.flush()  # here, so that a full disk behind it is told
+        sys.stdout.flush()  # here, so that a full disk behind it is reported
         return code
     except HardbatchError as error:
         print(f"hardbatch: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # the reader of our output has left: nothing to tell it
+        sys.stdout = open(os.devnull, "w")  # the reader of our output has left
         return 0
     except OSError as error:
         from hardbatch.pipeline.artifacts.files import as_user_error
 
-        told = as_user_error(error)
-        if told is None:
+        user_error = as_user_error(error)
+        if user_error is None:
             raise
         try:
             sys.stdout.flush()
         except OSError:
-            sys.stdout = open(os.devnull, "w")  # what it holds is what found no room: leaving would try again
-        print(f"hardbatch: {told}", file=sys.stderr)
-        return told.exit_code
+            sys.stdout = open(os.devnull, "w")  # drops what found no room; exiting would try to write it again
+        print(f"hardbatch: {user_error}", file=sys.stderr)
+        return user_error.exit_code
     except LeavingError as leaving:
         what = "interrupted" if leaving.signum == signal.SIGINT else "terminated"
-        print(f"hardbatch: {what}; committed work stays, run the same command to go on", file=sys.stderr)
+        print(f"hardbatch: {what}; committed work stays, run the same command to continue", file=sys.stderr)
         return 128 + leaving.signum
     finally:
         for number, handler in previous.items():
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hardbatch",
         description="Turns a corpus of (query, document) pairs into hard, false-negative-masked training batches.",
-        epilog=f"settings: docs/manifests.md; what lies on the disk: docs/artifacts.md\n{_EXIT_CODES}",
+        epilog=f"settings: docs/manifests.md; files on disk: docs/artifacts.md\n{_EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"hardbatch {importlib.metadata.version('hardbatch')}")
@@ -88,25 +88,37 @@ def _parser() -> argparse.ArgumentParser:
 
     for name, command, text in (
         ("run", _run, "make the shards of a manifest; the last line printed is their folder"),
-        ("plan", _plan, "show what a run would do, take, write and reuse, and why, without doing it"),
+        (
+            "plan",
+            _plan,
+            "show what a run would make and reuse, why, how long it would take and how much it would write",
+        ),
     ):
         sub = add(name, command, text)
-        sub.add_argument("manifest", type=Path, help="TOML file that names the datasets, see data_manifests/")
-        sub.add_argument("--data-root", type=Path, help="folder that local paths are relative to (default: manifest's)")
+        sub.add_argument("manifest", type=Path, help="TOML file that names the datasets; see data_manifests/")
+        sub.add_argument(
+            "--data-root", type=Path, help="folder that local paths are relative to (default: the manifest's)"
+        )
         _add_common(sub)
-    inspect = add("inspect", _inspect, "show the batches of a shards folder, or with --log what a run took")
-    inspect.add_argument("shards", type=Path, nargs="?", help="folder printed by `hardbatch run`")
-    inspect.add_argument("--batch", type=int, metavar="N", help="show the pairs of batch N and what is masked")
-    inspect.add_argument("--limit", type=_positive, metavar="N", help=f"batches to list (default {_BATCHES_LISTED})")
+    inspect = add(
+        "inspect", _inspect, "show the batches of a shards folder, or with --log how long the steps of a run took"
+    )
+    inspect.add_argument("shards", type=Path, nargs="?", help="folder that `hardbatch run` printed")
+    inspect.add_argument(
+        "--batch", type=int, metavar="N", help="show the pairs of batch N and which documents are masked"
+    )
+    inspect.add_argument(
+        "--limit", type=_positive, metavar="N", help=f"number of batches to list (default {_BATCHES_LISTED})"
+    )
     inspect.add_argument(
         "--log",
         type=Path,
         metavar="FILE",
-        help="show the stages of a run log: seconds, rows, bytes, memory, how it ended; of a workspace the newest",
+        help="show the steps of a run log with seconds, rows, bytes and memory; for a workspace, its newest log",
     )
-    verify = add("verify", _verify, "read every byte of the artifacts at or below a folder against their digests")
+    verify = add("verify", _verify, "check every byte of the artifacts at or below a folder against their digests")
     verify.add_argument("path", type=Path, help="a shards folder, any artifact, or a whole workspace")
-    demo = add("demo", _demo, "make batches from the docstrings of installed Python packages, and show one")
+    demo = add("demo", _demo, "make batches from docstrings of installed Python packages and show one")
     _add_common(demo)
     return parser
 
@@ -120,7 +132,10 @@ def _positive(text: str) -> int:
 
 def _add_common(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--workspace", type=Path, default=Path("workspace"), help="where artifacts go (default: workspace)"
+        "--workspace",
+        type=Path,
+        default=Path("workspace"),
+        help="folder that artifacts are written to (default: workspace)",
     )
     sub.add_argument(
         "--set",
@@ -163,7 +178,7 @@ def _inspect(options: argparse.Namespace) -> int:
     if (options.shards is None) == (options.log is None):
         raise ConfigError("inspect: give either a shards folder or --log with a run log")
     if options.limit is not None and (options.log or options.batch is not None):
-        raise ConfigError("inspect: --limit says how many batches to list; leave it out with --batch or --log")
+        raise ConfigError("inspect: --limit is the number of batches to list; leave it out with --batch or --log")
     if options.log is not None and options.batch is not None:
         raise ConfigError("inspect: --batch is for a shards folder; leave it out with --log")
     if options.log is not None:
@@ -172,7 +187,7 @@ def _inspect(options: argparse.Namespace) -> int:
         text = batches_text(options.shards, limit=options.limit or _BATCHES_LISTED)
     else:
         text = batch_text(options.shards, options.batch)
-    print("\n".join(map(printable, text.split("\n"))))  # shards of other people may hold commands of a terminal
+    print("\n".join(map(printable, text.split("\n"))))  # other people's shards may hold terminal commands
     return 0
 
 
@@ -200,13 +215,13 @@ def _demo(options: argparse.Namespace) -> int:
     code = _run(options)
     plan = plan_corpus(options.manifest, options.workspace, data_root=options.data_root, overrides=options.set)
     example = batch_text(plan.shards, _typical_batch(plan.shards), num_slots=_DEMO_SLOTS)
-    print(f"\nOne batch, as a person reads it:\n{example}")
+    print(f"\nOne batch as text:\n{example}")
     print(plan.shards)
     return code
 
 
 def _typical_batch(shards: Path) -> int:
-    """The batch of median masked hardness."""
+    """The number of the batch of median masked hardness."""
     import polars as pl
 
     index = pl.read_parquet(shards / "index.parquet").sort("masked_hardness", "batch_id")
@@ -214,7 +229,7 @@ def _typical_batch(shards: Path) -> int:
 
 
 class _Leave:
-    """The handler of signals. It ends the command; while that is leaving, a second signal changes nothing."""
+    """Handles signals: the first one ends the command, further ones change nothing while it ends."""
 
     def __init__(self) -> None:
         self._signum: int | None = None
@@ -229,7 +244,7 @@ class _Leave:
         raise LeavingError(signum)
 
     def watch(self, options: argparse.Namespace) -> int:
-        """Runs the command. Compiled code of a library may put an error of its own in the place of ours."""
+        """Runs the command. Compiled code of a library may replace our error by one of its own, so restore it."""
         try:
             return int(options.command(options))
         except Exception:

@@ -1,7 +1,7 @@
-"""The manifest of a corpus: what to read and how each stage is set. TOML in, frozen models out.
+"""The manifest of a corpus: what to read, and the settings of each stage. TOML in, frozen models out.
 
-Every table and key is checked here, once; an unknown key is refused with a suggestion. `docs/manifests.md` describes
-them for users.
+Every table and key is checked here, once; an unknown key is refused with a suggestion. `docs/manifests.md`
+describes them for users.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-class _Table(BaseModel):
+class Table(BaseModel):
+    """A table of settings: frozen, with strict types, refusing unknown keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Columns(_Table):
-    """Which columns (or JSON keys) of the source hold what."""
+class Columns(Table):
+    """The columns (or JSON keys) of the source that hold query, document and negatives."""
 
     query: str = "query"
     document: str = "document"
@@ -41,119 +43,156 @@ class Columns(_Table):
         return self
 
 
-class Dataset(_Table):
-    """One dataset, which is one domain: clusters and batches never mix domains unless asked."""
+class Dataset(Table):
+    """One dataset, which is one domain. Clusters and batches never mix domains unless asked to."""
 
     name: Name = Field(description="the domain's name")
     source: str | Annotated[list[str], Field(min_length=1)] = Field(
         description="paths, globs, fsspec URLs, or python:PACKAGE"
     )
     format: Literal["auto", "parquet", "jsonl", "csv", "tsv"] = Field(
-        "auto", description="auto tells by the name; .gz and .zst of text formats are read as they are"
+        "auto", description="auto: by the file name; text formats may be compressed (.gz, .zst)"
     )
-    columns: Columns = Field(Columns(), description="which columns hold query, document and (optional) negatives")
-    query_prompt: str = Field("", description="put before a query in training, e.g. 'search_query: '")
-    document_prompt: str = Field("", description="put before a document in training")
-    licence: str = Field("", description="written to the data card")
-    revision: str | None = Field(None, description="revision of the source, written into {revision} of its URL")
-    sha256: dict[str, Digest] = Field({}, description="expected digest per file name")
-    limit: int | None = Field(None, ge=1, description="read at most this many rows, the first ones")
-    num_pairs: int | None = Field(None, ge=1, description="pairs the source is known to hold, for `plan`")
-    weight: float = Field(1.0, ge=0.0, description="how often an epoch of training reads its batches")
-    holdout: Fraction = Field(0.0, description="fraction of the pairs held out for evaluation")
+    columns: Columns = Field(Columns(), description="columns that hold query, document and (optionally) negatives")
+    query_prompt: str = Field("", description="text put before every query in training, e.g. 'search_query: '")
+    document_prompt: str = Field("", description="text put before every document in training")
+    licence: str = Field("", description="licence that the data card states")
+    revision: str | None = Field(None, description="revision of the source, which replaces {revision} in its URL")
+    sha256: dict[str, Digest] = Field({}, description="expected digest of each file, by file name")
+    limit: int | None = Field(None, ge=1, description="read only this many rows from the start")
+    num_pairs: int | None = Field(None, ge=1, description="number of pairs in the source, if known; used by `plan`")
+    weight: float = Field(
+        1.0, ge=0.0, description="how often an epoch of training reads its batches; fractions are allowed"
+    )
+    holdout: Fraction = Field(0.0, description="fraction of the pairs to hold out for evaluation")
 
     @property
     def sources(self) -> list[str]:
-        """The sources as a list, `{revision}` filled in."""
+        """The sources as a list, with `{revision}` filled in."""
         sources = [self.source] if isinstance(self.source, str) else self.source
         return [source.replace("{revision}", self.revision or "main") for source in sources]
 
 
-class IngestConfig(_Table):
+class IngestConfig(Table):
     """Reading and cleaning."""
 
-    max_characters: int = Field(32_768, ge=1, description="longer texts are cut, and counted")
+    max_characters: int = Field(32_768, ge=1, description="longer texts are cut to this length and counted")
     max_quarantined_fraction: float = Field(
-        0.1, ge=0.0, le=1.0, description="more broken rows than this stop the run with exit code 7"
+        0.1, ge=0.0, le=1.0, description="a larger fraction of broken rows stops the run with exit code 7"
     )
-    holdout_seed: int = Field(0, ge=0, description="draws the texts that are held out")
-    decontaminate: list[str] = Field([], description="folders of corpus/queries Parquet whose texts are quarantined")
+    holdout_seed: int = Field(0, ge=0, description="seed for drawing the texts that are held out")
+    decontaminate: list[str] = Field(
+        [], description="folders with corpus.parquet and queries.parquet whose texts are quarantined"
+    )
 
 
-class EmbedConfig(_Table):
-    """Embedding. `model` makes the vectors that are clustered, `surrogate_model` those of the equivalence sets."""
+class EmbedConfig(Table):
+    """Embedding. `model` makes the vectors for clustering, `surrogate_model` those for the equivalence sets."""
 
     model: str = Field("minilm", description="minilm, lexical, a folder below the data root, or a hub name")
-    revision: str | None = Field(None, description="commit of a hub model")
-    surrogate_model: str = Field("minilm", description="likewise; nomic-ai/nomic-embed-text-v1 in the paper")
-    surrogate_revision: str | None = Field(None, description="commit of a hub model")
+    revision: str | None = Field(None, description="commit of the model on the hub")
+    surrogate_model: str = Field(
+        "minilm",
+        description="model of the equivalence sets, given likewise; the paper uses nomic-ai/nomic-embed-text-v1",
+    )
+    surrogate_revision: str | None = Field(None, description="commit of the model on the hub")
     query_prompt: str = Field("", description="prompt of the clustering model")
     document_prompt: str = Field("", description="prompt of the clustering model")
-    surrogate_query_prompt: str | None = Field(None, description="default: 'search_query: ' for nomic-embed")
-    surrogate_document_prompt: str | None = Field(None, description="default: 'search_document: ' for nomic-embed")
-    max_length_tokens: int | None = Field(None, ge=4, description="default: the model's own limit")
+    surrogate_query_prompt: str | None = Field(
+        None, description="prompt of the surrogate model; default for nomic-embed: 'search_query: '"
+    )
+    surrogate_document_prompt: str | None = Field(
+        None, description="prompt of the surrogate model; default for nomic-embed: 'search_document: '"
+    )
+    max_length_tokens: int | None = Field(
+        None, ge=4, description="longer texts are cut for the model; default: its own limit"
+    )
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
-        description="cpu, mps, cuda or cuda:N; clustering and packing too run on cuda",
+        description="auto, cpu, mps, cuda or cuda:N; on cuda, clustering and packing run there too",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: bfloat16 where the hardware has it, else float32 (float16 on older GPUs)"
+        "auto", description="auto: bfloat16 if the hardware has it, otherwise float32 (float16 on older GPUs)"
     )
-    token_budget: int | None = Field(None, ge=64, description="padded tokens of a forward pass; default by device")
-    unit_rows: int = Field(8_192, ge=16, description="texts of a unit, the piece of work that is committed whole")
-    trust_remote_code: bool = Field(False, description="run code of the model's repository; needs a full commit")
+    token_budget: int | None = Field(
+        None, ge=64, description="padded tokens per forward pass; the default depends on the device"
+    )
+    unit_rows: int = Field(8_192, ge=16, description="texts per unit, the piece of work that is committed whole")
+    trust_remote_code: bool = Field(False, description="run code from the model's repository; needs a full commit")
 
 
-class ClusterConfig(_Table):
+class ClusterConfig(Table):
     """Asymmetric K-Means (Eq. 3)."""
 
     method: Literal["folded", "doubled"] = Field(
-        "folded", description="folded: K-Means on d + q, streamed; doubled: the paper's 2n points, on FAISS, in memory"
+        "folded",
+        description="folded: K-Means on d + q, streamed; doubled: on the paper's 2n points, with FAISS, in memory",
     )
-    cluster_size: int | None = Field(None, ge=2, description="mean pairs of a cluster; default: pack.batch_size")
-    iterations: int | None = Field(None, ge=1, description="default: 10 for folded, 100 for doubled")
-    restarts: int = Field(3, ge=1, description="doubled only: the best of so many runs is kept")
-    tolerance: float = Field(1e-3, ge=0.0, description="folded: stop when the relative gain is below")
+    cluster_size: int | None = Field(
+        None, ge=2, description="mean number of pairs per cluster; default: pack.batch_size"
+    )
+    iterations: int | None = Field(
+        None, ge=1, description="maximum number of iterations; default: 10 for folded, 100 for doubled"
+    )
+    restarts: int = Field(3, ge=1, description="doubled: number of runs, of which the best is kept")
+    tolerance: float = Field(
+        1e-3, ge=0.0, description="folded: stop when the relative gain of an iteration is below this"
+    )
     balance: float = Field(
-        0.02, ge=0.0, le=1.0, description="folded: how fast clusters of unequal size grow alike; 0: plain K-Means"
+        0.02, ge=0.0, le=1.0, description="folded: strength of cluster-size balancing; 0: plain K-Means"
     )
-    two_level_above: int = Field(1_024, ge=1, description="folded: more clusters than this are found in two levels")
-    seed: int = Field(0, ge=0, description="draws the first centroids")
+    two_level_above: int = Field(
+        1_024, ge=1, description="folded: cluster in two levels if there are more clusters than this"
+    )
+    seed: int = Field(0, ge=0, description="seed for drawing the first centroids")
 
 
-class PackConfig(_Table):
+class PackConfig(Table):
     """Cutting clusters into batches of exactly `batch_size` pairs."""
 
-    batch_size: int = Field(64, ge=2, le=MAX_BATCH_SIZE, description="pairs of every batch, B")
-    seed: int = Field(0, ge=0, description="draws the cluster where the tour starts; the next packing takes seed + 1")
+    batch_size: int = Field(64, ge=2, le=MAX_BATCH_SIZE, description="number of pairs in every batch, B")
+    seed: int = Field(0, ge=0, description="seed for the start of the tour; each further packing adds 1")
     order: Literal["tour", "random"] = Field(
-        "tour", description="tour: like beside like; random: the baseline that hard batches are compared with"
+        "tour", description="tour: similar clusters next to each other; random: the baseline for comparisons"
     )
-    exact_tour_below: int = Field(8_192, ge=1, description="fewer clusters than this: exact greedy tour")
-    refine_rounds: int = Field(30, ge=0, description="rounds in which near batches trade pairs, at most; 0: none")
-    refine_tolerance: float = Field(5e-4, ge=0.0, description="stop when a round gains less of Eq. 2 than this")
-    num_packings: int = Field(1, ge=1, le=64, description="ways in which the pairs are cut into batches, by epoch")
-    remainder: Literal["drop", "mix"] = Field("drop", description="pairs that fill no batch: drop, or mix domains")
+    exact_tour_below: int = Field(8_192, ge=1, description="exact greedy tour if there are fewer clusters than this")
+    refine_rounds: int = Field(
+        30, ge=0, description="maximum number of rounds in which nearby batches trade pairs; 0: none"
+    )
+    refine_tolerance: float = Field(
+        5e-4, ge=0.0, description="stop when a round raises Eq. 2 by a smaller fraction than this"
+    )
+    num_packings: int = Field(
+        1, ge=1, le=64, description="number of ways to cut the pairs into batches; epochs take turns"
+    )
+    remainder: Literal["drop", "mix"] = Field(
+        "drop", description="pairs that do not fill a batch: drop them, or mix them with other domains"
+    )
 
 
-class HardnessConfig(_Table):
-    """Measuring: the bounds that `share` is relative to."""
+class HardnessConfig(Table):
+    """Measuring the bounds that `share` is relative to."""
 
-    anchors: int = Field(4_096, ge=1, description="pairs whose nearest are looked up among all of the domain")
-    seed: int = Field(0, ge=0, description="draws the anchors")
+    anchors: int = Field(
+        4_096, ge=1, description="number of pairs whose nearest neighbours in the whole domain are looked up"
+    )
+    seed: int = Field(0, ge=0, description="seed for drawing the anchors")
 
 
-class WriteConfig(_Table):
+class WriteConfig(Table):
     """Equivalence sets and shards."""
 
-    margin: float = Field(0.0, ge=0.0, description="mask d' where f(q,d') >= f(q,d) - margin")
+    margin: float = Field(0.0, ge=0.0, description="mask d' if f(q,d') >= f(q,d) - margin")
     batches_per_part: int = Field(
-        MAX_BATCHES_PER_PART, ge=1, le=MAX_BATCHES_PER_PART, description="batches of a Parquet file, the unit"
+        MAX_BATCHES_PER_PART,
+        ge=1,
+        le=MAX_BATCHES_PER_PART,
+        description="batches per Parquet file, which is the unit of work",
     )
 
 
-class CorpusManifest(_Table):
+class CorpusManifest(Table):
     """A corpus: its name, its datasets, the settings of the stages."""
 
     corpus: Name
@@ -179,7 +218,8 @@ class CorpusManifest(_Table):
 def load_manifest(path: Path, overrides: Sequence[str] = ()) -> CorpusManifest:
     """Reads and checks the manifest at `path`, with `stage.field=value` overrides on top.
 
-    Raises ConfigError naming the file, the key, what was given and what is allowed.
+    Raises:
+        ConfigError: Names the file, the key, what was given and what is allowed; one line per mistake.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -191,7 +231,7 @@ def load_manifest(path: Path, overrides: Sequence[str] = ()) -> CorpusManifest:
         raise ConfigError(f"{path}: is not UTF-8 text; a manifest is a TOML file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError, or numbers and nesting beyond any use
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, or absurdly long numbers or deep nesting
         raise ConfigError(f"{path}: is not valid TOML: {error}") from None
     _refuse_model_paths(content, path)
     for override in overrides:
@@ -208,7 +248,7 @@ def load_manifest(path: Path, overrides: Sequence[str] = ()) -> CorpusManifest:
 
 
 def _refuse_model_paths(content: dict[str, Any], path: Path) -> None:
-    """A manifest may come from elsewhere, so its models lie below the data root or on the hub; `--set` may say more."""
+    """A manifest may come from elsewhere, so its models must be below the data root or on the hub; `--set` is free."""
     embed = content.get("embed")
     for field in ("model", "surrogate_model"):
         name = embed.get(field) if isinstance(embed, dict) else None
@@ -221,7 +261,7 @@ def _refuse_model_paths(content: dict[str, Any], path: Path) -> None:
 
 def _apply_override(content: dict[str, Any], override: str) -> None:
     if not override.isprintable():
-        raise ConfigError(f"--set {override!a}: has signs that cannot be printed; give stage.field=value as text")
+        raise ConfigError(f"--set {override!a}: has characters that cannot be printed; give stage.field=value as text")
     target, separator, text = override.partition("=")
     stage, dot, name = target.strip().partition(".")
     if not separator or not dot or not name or "." in name:
@@ -253,7 +293,7 @@ def _explain(item: Any, content: dict[str, Any]) -> str:
         return (f"{where}: " if where else "") + str(item["ctx"]["error"])
     try:
         given = ascii(item["input"])
-    except ValueError:  # an integer of thousands of digits
+    except ValueError:  # an integer with thousands of digits
         given = "a number too long to print"
     return f"{where}: {item['msg'][0].lower()}{item['msg'][1:]}, given {given[:80]}"
 

@@ -1,7 +1,7 @@
 """What can go wrong for a user, and the exit code of each.
 
 A message says what was given, where (file, row, field), what is allowed and what to do next. Anything that is
-not a `HardbatchError` is a fault of ours and may show a traceback.
+not a `HardbatchError` is a bug of ours and may show a traceback.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ _FIRST_LINE_CHARACTERS = 200
 
 
 class HardbatchError(Exception):
-    """A mistake or a state of the world that the user can mend; never shown with a traceback.
+    """An error that the user can fix; it is printed without a traceback.
 
-    Each argument is one line. Names and texts of other people's files stand in it, so what would not print, line
-    breaks and the commands of a terminal among it, is shown as its escape.
+    Each argument is one line. It may quote names and texts of other people's files, so characters that do not
+    print, among them line breaks and terminal commands, are shown as escapes.
     """
 
     exit_code = 1
-    is_transient = False  # whether trying again later may help
+    is_transient = False  # whether another try later may help
 
     def __str__(self) -> str:
         return "\n".join(printable(str(line)) for line in self.args)
 
 
 def printable(line: str) -> str:
-    """`line` as one line that any terminal can show: escapes for what does not print, an ellipsis in a huge one."""
+    """One line that any terminal can show: what does not print is escaped, and a huge line is shortened."""
     if len(line) > _LINE_CHARACTERS:
         line = f"{line[: _LINE_CHARACTERS // 2]} … {line[-_LINE_CHARACTERS // 2 :]}"
     if line.isprintable():
@@ -39,7 +39,7 @@ def first_line(error: BaseException) -> str:
 
 
 class ConfigError(HardbatchError):
-    """Usage, manifest or setting that is not allowed."""
+    """A command line, a manifest or a setting that is not allowed."""
 
     exit_code = 2
 
@@ -51,7 +51,7 @@ class InputError(HardbatchError):
 
 
 class UnreachableError(InputError):
-    """A remote source that does not answer now."""
+    """A remote source that does not answer at the moment."""
 
     is_transient = True
 
@@ -88,7 +88,7 @@ class QuarantineError(HardbatchError):
 
 
 class LeavingError(BaseException):
-    """A signal asked the command to end; no `except Exception` on the way out stops it."""
+    """A signal asked the command to end. Not an `Exception`, so that no `except Exception` catches it."""
 
     def __init__(self, signum: int) -> None:
         self.signum = signum

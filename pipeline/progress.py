@@ -1,4 +1,4 @@
-"""How far a step is: a bar with rate and time left on a terminal, plain lines otherwise."""
+"""Progress of a step: a bar with rate and time left on a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SilentProgress:
 
 
 class LineProgress:
-    """A line when a step takes longer than some seconds, and one when it ends."""
+    """Prints a line every ten seconds, and one when the step ends."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -50,7 +50,7 @@ class LineProgress:
 
 
 class BarProgress:
-    """A bar with rate and estimated time left."""
+    """Shows a bar with rate and estimated time left."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -68,6 +68,15 @@ class BarProgress:
 
 
 def choose_progress(stream: TextIO | None = None) -> BarProgress | LineProgress:
-    """Bars where `stream` (default: standard error) is a terminal, lines where it is not."""
+    """Chooses bars if `stream` (by default standard error) is a terminal, otherwise lines."""
     stream = stream or sys.stderr
     return BarProgress(stream) if stream.isatty() else LineProgress(stream)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person writes them: `< 1 s`, `42 s`, `17 min`, `3.5 h`, `2.1 d`."""
+    for unit, length, limit in (("s", 1, 100), ("min", 60, 100), ("h", 3_600, 48)):
+        if seconds / length < limit:
+            digits = 1 if unit == "h" else 0
+            return f"{seconds / length:.{digits}f} {unit}" if seconds >= 0.5 else "< 1 s"
+    return f"{seconds / 86_400:,.1f} d"

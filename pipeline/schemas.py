@@ -1,7 +1,7 @@
 """The columns of every artifact, named once. A change here bumps `artifact.FORMAT_VERSION`.
 
-Identity of a pair is (domain, pair_id); a pair_id is the pair's place among the surviving pairs of its domain, in the
-order of the source. A query row or document row is the place of a text among the distinct texts of its side.
+A pair is identified by (domain, pair_id). A pair_id is the pair's position among the surviving pairs of its domain, in
+the order of the source. A query row or document row is the position of a text among the distinct texts of its side.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import pyarrow as pa
 
 SIDES = ("queries", "documents")
-TEXT_ROWS_PER_FILE = 65_536  # one record batch a file, so that a row's file and place follow from its number
+TEXT_ROWS_PER_FILE = 65_536  # one record batch per file, so a row's file and position follow from its number
 MAX_BATCHES_PER_PART = 1_024
 MAX_BATCH_SIZE = 65_536  # slots are stored as u16
 MIXED_DOMAIN = "mixed"
@@ -44,7 +44,7 @@ HOLDOUT_CORPUS = pa.schema([("doc_id", pa.utf8()), ("text", pa.large_utf8()), ("
 HOLDOUT_QUERIES = pa.schema([("query_id", pa.utf8()), ("text", pa.large_utf8())])
 HOLDOUT_QRELS = pa.schema([("query_id", pa.utf8()), ("doc_id", pa.utf8()), ("score", pa.int32())])
 INVALID_ROWS = pa.schema([("row", pa.int64()), ("reason", pa.utf8())])
-WORD = pa.dictionary(pa.int32(), pa.utf8())  # a column of few words over many rows
+WORD = pa.dictionary(pa.int32(), pa.utf8())  # a column of few distinct words over many rows
 CLUSTERS = pa.schema([("pair_id", pa.int64()), ("cluster_id", pa.int32())])
 OBJECTIVE = pa.schema([("level", pa.int32()), ("iteration", pa.int32()), ("objective", pa.float64())])
 BATCHES = pa.schema(

@@ -1,4 +1,4 @@
-"""The piece of a run: one stage on one domain, and what runs it over units.
+"""Steps: a step is one stage on one domain. Units: a step is run in pieces that are committed whole.
 
 Stages know each other only through artifacts: a step holds the folders of its inputs, its resolved settings and the
 folder to fill. Steps and units are plain data that can be sent to another process.
@@ -42,7 +42,7 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """What a stage made: the names of all its units, its counts, and what it was made with."""
+    """What a stage made: the names of all its units, its counts, and the libraries it was made with."""
 
     units: list[str]
     counts: dict[str, Any]
@@ -50,7 +50,7 @@ class StageResult:
 
 
 class Progress(Protocol):
-    """Shows how far a step is."""
+    """Shows how far a step has come."""
 
     def start(self, label: str, total: int) -> None: ...
 
@@ -60,7 +60,7 @@ class Progress(Protocol):
 
 
 class Worker(Protocol):
-    """Does units, one after the other, in the process that opened it."""
+    """Does units one after the other, in the process that opened it."""
 
     def prepare(self, unit: Unit) -> Any:
         """Reads what the unit needs; may run in a thread while another unit is being committed."""
@@ -70,14 +70,14 @@ class Worker(Protocol):
 
 
 class Work(Protocol):
-    """What a stage has to do to units; picklable, so that any process can open it."""
+    """What a stage does with its units; picklable, so that any process can open it."""
 
     def open(self) -> Worker:
-        """Loads what all units share (a model, memory maps), once per process."""
+        """Loads what all units share, such as a model or memory maps, once per process."""
 
 
 class Executor(Protocol):
-    """Runs units. Units must not know who runs them, nor how many do."""
+    """Runs units. The result must not depend on who runs them, nor on how many do."""
 
     def run(self, work: Work, units: Sequence[Unit], progress: Progress) -> None: ...
 
@@ -102,7 +102,7 @@ class InlineExecutor:
 def run_pending(
     builder: ArtifactBuilder, executor: Executor, work: Work, units: Sequence[Unit], progress: Progress, label: str
 ) -> list[str]:
-    """Runs the units that are not committed yet; returns the names of all."""
+    """Runs the units that are not committed yet; returns the names of all units."""
     pending = [unit for unit in units if not builder.committed(unit.name)]
     progress.start(label, sum(unit.stop - unit.start for unit in pending))
     try:

@@ -10,10 +10,14 @@ from typing import Any
 
 import pytest
 
+from hardbatch.pipeline.cli import main
+from hardbatch.pipeline.reproducible import make_reproducible
 from hardbatch.pipeline.run import Plan, plan_corpus, run_step
 from tests.samples import LEXICAL, make_rows
 
 Row = Mapping[str, Any]
+
+make_reproducible()
 
 
 @pytest.fixture
@@ -75,6 +79,21 @@ def run_corpus(tmp_path: Path, write_manifest: Callable[..., Path]) -> Callable[
             if stages is None or step.stage in stages:
                 run_step(step)
         return plan
+
+    return run
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`cli(*arguments)`: (exit code, stdout, stderr) of the command in this process."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as exit_:  # as argparse raises it
+            code = int(exit_.code or 0)
+        return code, *capsys.readouterr()
 
     return run
 

@@ -19,7 +19,6 @@ if __name__ == "__main__" and not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from hardbatch.pipeline.errors import HardbatchError
-from hardbatch.pipeline.threads import spin_briefly
 from hardbatch.trainer.config import parse_flags
 
 
@@ -27,7 +26,6 @@ def main(arguments: Sequence[str]) -> int:
     """Runs a training; returns the exit code of `hardbatch.pipeline.errors`, or 128 + the signal that ended it."""
     try:
         config = parse_flags(arguments)
-        spin_briefly(os.environ)
         from hardbatch.trainer.ranks import join_ranks
 
         with join_ranks(config.device, timeout_s=config.timeout_s) as ranks, ExitStack() as held:

@@ -1,7 +1,7 @@
-"""Artifacts as they are read: folders with a manifest that comes last; commit.py writes them.
+"""Reading artifacts: folders whose manifest is written last. `commit.py` writes them.
 
     <workspace>/<corpus>/<stage>/<domain>/<key>/
-        manifest.json     written last, created only if absent: the artifact is complete if and only if it is valid
+        manifest.json     written last and only if absent: the artifact is complete if and only if it is valid
         units/NAME.json   one record per committed unit: its files with digests, sizes and row counts
         ...               the files of the units
 
@@ -22,13 +22,15 @@ from typing import Any
 from hardbatch.pipeline.artifacts.files import as_user_error, canonical_json, sha256_file
 from hardbatch.pipeline.errors import HardbatchError, IntegrityError
 
-FORMAT_VERSION = 2  # 1, still read: an index of shards without `footer_sha256`, `record_offset`, `record_length`
+FORMAT_VERSION = (
+    2  # version 1 is still read: its index of shards lacks `footer_sha256`, `record_offset`, `record_length`
+)
 MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileRecord:
-    """A committed file: digest of its bytes, size in bytes, rows where it is a table or an array."""
+    """A committed file: the digest of its bytes, its size in bytes, and its rows if it is a table or an array."""
 
     sha256: str
     bytes: int
@@ -37,7 +39,7 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What an artifact is, what it was made from, and the digest of each of its files."""
+    """What an artifact is, what it was made from, and a record of each of its files."""
 
     stage: str
     stage_version: int
@@ -61,7 +63,7 @@ class Artifact:
 
     @property
     def bytes(self) -> int:
-        """Size of all its files, in bytes."""
+        """The size of all its files, in bytes."""
         return sum(record.bytes for record in self.manifest.files.values())
 
     def files(self, folder: str) -> list[Path]:
@@ -70,10 +72,12 @@ class Artifact:
 
 
 def find_artifact(path: Path) -> Artifact | None:
-    """The complete artifact at `path`, or None where there is no manifest.
+    """Returns the complete artifact at `path`, or None if there is no manifest.
 
-    Raises IntegrityError where the manifest is damaged, of a newer format, or where a file is missing or has
-    another size: cheap checks only; `verify_artifact` reads every byte.
+    The checks are cheap; `verify_artifact` reads every byte.
+
+    Raises:
+        IntegrityError: The manifest is damaged or of a newer format, or a file is missing or has another size.
     """
     manifest_path = path / MANIFEST
     try:
@@ -92,7 +96,7 @@ def find_artifact(path: Path) -> Artifact | None:
 
 
 def read_artifact(path: Path) -> Artifact:
-    """The complete artifact at `path`; raises IntegrityError where it is incomplete or damaged."""
+    """Returns the complete artifact at `path`; raises IntegrityError if it is incomplete or damaged."""
     artifact = find_artifact(path)
     if artifact is None:
         raise IntegrityError(f"{path}: no {MANIFEST} here, so the artifact is not complete; run the pipeline again")
@@ -100,12 +104,12 @@ def read_artifact(path: Path) -> Artifact:
 
 
 def iter_artifact_paths(root: Path) -> Iterator[Path]:
-    """Folders at or below `root` that hold a manifest, in order of path."""
+    """Yields the folders at or below `root` that hold a manifest, in order of path."""
     yield from sorted(path.parent for path in root.rglob(MANIFEST))
 
 
 def verify_artifact(path: Path) -> list[str]:
-    """Reads every byte of the artifact at `path` against its manifest; returns a line for each fault found."""
+    """Checks every byte of the artifact at `path` against its manifest; returns a line for each fault."""
     try:
         raw = (path / MANIFEST).read_bytes()
         manifest = _parse_manifest(raw, path / MANIFEST)
@@ -131,7 +135,10 @@ def verify_artifact(path: Path) -> list[str]:
 
 @contextmanager
 def diagnose_damage(paths: Iterable[Path]) -> Iterator[None]:
-    """Tells an error of its body as IntegrityError where it comes from damaged artifacts at `paths`: reads them all."""
+    """If the body fails and an artifact in `paths` is damaged, raises IntegrityError instead; reads every file.
+
+    Errors that the user can fix pass unchanged.
+    """
     try:
         yield
     except HardbatchError:
@@ -155,22 +162,27 @@ def _parse_manifest(raw: bytes, path: Path) -> Manifest:
             )
         written = json.dumps(content, sort_keys=True, separators=(",", ": ")).encode()
         if not raw.endswith(b"\n}\n") or re.sub(rb"\n *", b"", raw) != written:
-            # other bytes that mean the same, which the digest does not see
+            # Other bytes with the same meaning, which the digest of the content does not see.
             raise IntegrityError(f"{path}: damaged (its bytes are not those that were written)")
         digest = content.pop("digest")
         if hashlib.sha256(canonical_json(content)).hexdigest() != digest:
-            raise IntegrityError(f"{path}: damaged (its content is not what its digest says); {_anew(path.parent)}")
+            raise IntegrityError(
+                f"{path}: damaged (its content is not what its digest says); {rebuild_advice(path.parent)}"
+            )
         content["files"] = {name: FileRecord(**record) for name, record in content["files"].items()}
         if any(name.startswith("/") or ".." in name.split("/") for name in content["files"]):
             raise IntegrityError(f"{path}: names files that are not below its folder; do not use it")
         return Manifest(**content)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise IntegrityError(f"{path}: not a manifest of hardbatch, or damaged; {_anew(path.parent)}") from None
+        raise IntegrityError(
+            f"{path}: not a manifest of hardbatch, or damaged; {rebuild_advice(path.parent)}"
+        ) from None
 
 
 def _damaged(path: Path, name: str, what: str) -> str:
-    return f"{path / name} {what}; {_anew(path)}"
+    return f"{path / name} {what}; {rebuild_advice(path)}"
 
 
-def _anew(path: Path) -> str:
-    return f"delete the folder {path} and run again to make it anew"
+def rebuild_advice(path: Path) -> str:
+    """What to do about a damaged artifact."""
+    return f"delete the folder {path} and run again to rebuild it"

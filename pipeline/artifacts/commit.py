@@ -1,9 +1,9 @@
-"""The commit protocol: how an artifact comes to be, unit by unit, its manifest last; artifact.py says what it is.
+"""The commit protocol: an artifact is written unit by unit, its manifest last. `artifact.py` says what it is.
 
-A file is written under a temporary name beside its target, flushed, fsynced, renamed. A unit is committed when its
-record is there; it is redone otherwise, and gives the same bytes. The lock of an artifact lies beside its folder, held
-by `flock`, so that the kernel frees it when its owner dies. Between any two steps the process may die: tests let it, at
-the fault points (`pipeline/artifacts/faults.py`).
+A file is written under a temporary name beside its target, flushed, fsynced and renamed. A unit is committed
+once its record exists; otherwise it is redone, and gives the same bytes. The lock of an artifact is a file beside
+its folder, held by `flock`, so that the kernel frees it when its owner dies. The process may die between any two
+steps: tests make it do so at the fault points (`pipeline/artifacts/faults.py`).
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class ArtifactBuilder:
         self.path = path
 
     def committed(self, unit: str) -> bool:
-        """True where the unit is committed and its files hold the bytes that were written: reads them all."""
+        """Whether the unit is committed and its files hold the bytes that were written; reads them all."""
         record = self._read_record(unit)
         return record is not None and all(
             sha256_file(self.path / name) == file.sha256 for name, file in record.files.items()
         )
 
     def unit_record(self, unit: str) -> UnitRecord:
-        """The record of a committed unit."""
+        """Returns the record of a committed unit."""
         record = self._read_record(unit)
         assert record is not None, f"unit {unit} of {self.path} is not committed"
         return record
@@ -75,7 +75,7 @@ class ArtifactBuilder:
         counts: Mapping[str, Any] | None = None,
         produced_with: Mapping[str, str] | None = None,
     ) -> Artifact:
-        """Writes the manifest over the files of `units`: from here on the artifact is complete."""
+        """Writes the manifest of the files of `units`, which makes the artifact complete."""
         files: dict[str, FileRecord] = {}
         for unit in units:
             files.update(self.unit_record(unit).files)
@@ -121,16 +121,16 @@ class ArtifactBuilder:
 
 @contextmanager
 def open_builder(path: Path) -> Iterator[ArtifactBuilder]:
-    """Locks the artifact at `path` and sweeps the temporary files that a dead owner left.
+    """Locks the artifact at `path` and removes the temporary files that a dead owner left.
 
-    Raises LockedError (who holds it, since when) where a live process builds it.
+    Raises:
+        LockedError: A live process is building it; the message says which, and since when.
+        ConfigError: A file is in the way of the folder.
     """
     try:
         make_folder(path)
     except (FileExistsError, NotADirectoryError) as error:
-        raise ConfigError(
-            f"{error.filename}: is a file, a folder has to be made here; choose another workspace"
-        ) from None
+        raise ConfigError(f"{error.filename}: is a file where a folder is needed; choose another workspace") from None
     with lock(_lock_path(path)):
         for leftover in path.rglob(".*.tmp"):
             leftover.unlink(missing_ok=True)
@@ -139,7 +139,7 @@ def open_builder(path: Path) -> Iterator[ArtifactBuilder]:
 
 
 def clean_up_after_crash(path: Path) -> None:
-    """Removes what an owner left at a complete artifact that was killed after its manifest: its lock says so."""
+    """Removes what an owner left that was killed after it had written the manifest; its lock file shows that."""
     if _lock_path(path).exists():
         with suppress(LockedError), open_builder(path):
             pass
@@ -155,7 +155,7 @@ class UnitWriter:
     _pending: dict[str, tuple[Path, int | None]] = field(default_factory=dict)
 
     def add_file(self, name: str, rows: int | None = None) -> Path:
-        """Announces the file `name` (relative to the artifact); returns the temporary path to write it to."""
+        """Announces the file `name`, relative to the artifact; returns the temporary path to write it to."""
         target = self.artifact_path / name
         make_folder(target.parent)
         self._pending[name] = (temporary_name(target), rows)
@@ -164,9 +164,9 @@ class UnitWriter:
 
 @contextmanager
 def write_unit(artifact_path: Path, unit: str) -> Iterator[UnitWriter]:
-    """Commits the files added in its body, and the unit's record last; on an error nothing becomes visible.
+    """Commits the files added in its body, and the unit's record last; after an error nothing is visible.
 
-    A record from before goes first, so that no record ever stands beside files that it was not made of.
+    An earlier record is removed first, so that no record ever describes other files than those beside it.
     """
     writer = UnitWriter(artifact_path=artifact_path, unit=unit)
     record_path = artifact_path / "units" / f"{unit}.json"
@@ -200,13 +200,13 @@ def _lock_path(path: Path) -> Path:
 
 
 def _create_if_absent(temporary: Path, path: Path) -> None:
-    """Gives the file `temporary` the name `path` too; a file that is already there stays."""
+    """Links the file `temporary` to the name `path` as well, unless a file of that name exists."""
     try:
-        os.link(temporary, path)  # unlike a rename, fails where a file is already there
+        os.link(temporary, path)  # unlike a rename, this fails if the file exists
     except FileExistsError:
         pass
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
             raise
-        if not path.exists():  # whoever writes here holds the lock
+        if not path.exists():  # nobody else can write here: this process holds the lock
             os.replace(temporary, path)

@@ -1,10 +1,10 @@
-"""Fault points: where tests let this process die, wait, or fail, chosen by one environment variable.
+"""Fault points: where tests make this process die, stop or fail, chosen by one environment variable.
 
     HARDBATCH_FAULT=NAME[:N]=ACTION     the N-th time (from 1) that the point NAME is passed
 
-ACTION is `kill`, a SIGKILL to the process group of this process, `stop`, a SIGSTOP to this process until it is told to
-go on, or the name of an errno (`ENOSPC`, `EIO`), raised as an OSError. This is the one place that reads the variable;
-without it a point costs a comparison.
+ACTION is `kill` (SIGKILL to the process group of this process), `stop` (SIGSTOP to this process, which waits for
+SIGCONT), or the name of an errno such as `ENOSPC` or `EIO`, raised as an OSError. Only this module reads the variable;
+without it a point costs one comparison.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import signal
 import time
 
-POINTS = (  # in the order in which a workspace, an artifact, a unit and its record, and the manifest pass them
+POINTS = (  # in the order in which they are passed: workspace, artifact, unit and its record, manifest
     "folder.made",
     "lock.taken",
     "sweep.removed",
@@ -33,8 +33,8 @@ POINTS = (  # in the order in which a workspace, an artifact, a unit and its rec
     "manifest.unlinked",
     "manifest.folder-fsynced",
 )
-LONG_POINTS = ("snapshot.saved",)  # of work that takes longer than a test: its test makes them come at once
-TRAINER_POINTS = (  # besides those of the checkpoint, which is an artifact
+LONG_POINTS = ("snapshot.saved",)  # in work that takes longer than a test, whose test brings them forward
+TRAINER_POINTS = (  # besides those above, as a checkpoint is an artifact
     "checkpoint.saved",
     "checkpoint.disowned",
     "checkpoint.emptied",
@@ -48,7 +48,7 @@ _passed = 0
 
 
 def fault_point(name: str) -> None:
-    """Passes the point `name`: nothing happens unless a test chose it."""
+    """Marks the point `name`: nothing happens unless a test chose it."""
     if not _chosen.startswith(name):
         return
     place, _, action = _chosen.partition("=")
@@ -61,7 +61,7 @@ def fault_point(name: str) -> None:
         return
     if action == "kill":
         os.killpg(0, signal.SIGKILL)
-        time.sleep(60)  # it is on its way
+        time.sleep(60)  # until the signal arrives
     if action == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
         return

@@ -1,7 +1,8 @@
 """Writing and digesting single files.
 
-A file is written under a temporary name beside its target, flushed, fsynced, renamed: a reader sees all or nothing.
-Between these steps lie fault points (`pipeline/artifacts/faults.py`), where tests let the process die or a step fail.
+A file is written under a temporary name beside its target, flushed, fsynced and renamed, so a reader sees all of it
+or nothing. Between these steps are fault points (`pipeline/artifacts/faults.py`), where tests kill the process or
+make a step fail.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from hardbatch.pipeline.errors import ConfigError, DiskError, HardbatchError, In
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
-DIGESTS, RATES = CACHES = (".digests.json", ".rates.json")  # in the root of a workspace; may be deleted
+DIGESTS = ".digests.json"  # in the root of a workspace; may be deleted
 _CACHES_LOCK = ".caches.lock"
 
 
 def content_key(**parts: Any) -> str:
-    """Short hash of what an artifact is made from: 16 hex digits of the SHA-256 of the parts as canonical JSON."""
+    """A short hash of what an artifact is made from: 16 hex digits of the SHA-256 of the parts as canonical JSON."""
     return hashlib.sha256(canonical_json(parts)).hexdigest()[:16]
 
 
 def write_file_atomic(path: Path, data: bytes) -> None:
-    """Writes `data` to `path` so that a reader sees the old bytes or the new ones, never a part."""
+    """Writes `data` to `path` so that a reader sees either the old bytes or the new ones, never a part."""
     make_folder(path.parent)
     temporary = temporary_name(path)
     try:
@@ -50,7 +51,7 @@ def write_file_atomic(path: Path, data: bytes) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and those above it that are missing; a crash of the machine later does not lose them."""
+    """Makes a folder and its missing parents durably: they survive a crash of the machine."""
     if path.is_dir():
         return
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -76,10 +77,10 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_outside(path: Path, ranges: Iterable[tuple[int, int]]) -> str:
-    """SHA-256 of the bytes of a file that lie in none of the byte ranges (offset, length), in the file's order.
+    """SHA-256 of the bytes of a file outside the byte ranges (offset, length), in the file's order.
 
-    With the digests of the ranges themselves it covers the file: of a Parquet file and its row groups, it is that of
-    the magic bytes in front and of the footer.
+    Together with the digests of the ranges it covers the whole file. If the ranges are the row groups of a Parquet
+    file, the bytes outside are the magic bytes at the start and the footer.
     """
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -95,13 +96,13 @@ def sha256_outside(path: Path, ranges: Iterable[tuple[int, int]]) -> str:
 
 
 def write_cache(path: Path, data: bytes) -> None:
-    """Writes a cache of a workspace, as several processes may at the same time: then one of them does."""
-    with suppress(LockedError), _caches_locked(path.parent):  # what is not written now the next run finds out again
+    """Writes a cache of a workspace. If several processes try at the same time, one of them does."""
+    with suppress(LockedError), _caches_locked(path.parent):  # the next run computes again what was not written
         write_file_atomic(path, data)
 
 
 def sweep_caches(workspace: Path) -> None:
-    """Removes what a run left in `workspace` that was killed while it wrote a cache; touches nothing otherwise."""
+    """Removes what a run that was killed while it wrote a cache left in `workspace`; touches nothing otherwise."""
     if (workspace / _CACHES_LOCK).exists():
         with suppress(LockedError), _caches_locked(workspace):
             pass
@@ -110,13 +111,13 @@ def sweep_caches(workspace: Path) -> None:
 @contextmanager
 def _caches_locked(workspace: Path) -> Iterator[None]:
     with lock(workspace / _CACHES_LOCK):
-        for leftover in [path for name in CACHES for path in workspace.glob(f".{name}.*.tmp")]:
+        for leftover in list(workspace.glob(f".{DIGESTS}.*.tmp")):
             leftover.unlink(missing_ok=True)
         yield
 
 
 class DigestCache:
-    """Digests of local files by (path, size, mtime), kept in one JSON file: a file is read once until it changes."""
+    """Digests of local files by (path, size, mtime), kept in one JSON file: a file is read again only if it changes."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -126,15 +127,15 @@ class DigestCache:
             for name, (size, mtime, digest) in json.loads(path.read_bytes()).items():
                 self._entries[name] = (int(size), int(mtime), str(digest))
         except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-            self._entries = {}  # absent or damaged: it is only a cache
+            self._entries = {}  # absent or damaged, which is harmless for a cache
 
     def digest(self, path: Path) -> str:
-        """SHA-256 of the file at `path`; raises InputError where it cannot be read."""
+        """SHA-256 of the file at `path`; raises InputError if it cannot be read."""
         name = str(path.absolute())
         try:
             stat = path.stat()
             if not S_ISREG(stat.st_mode):
-                raise InputError(f"{path}: is no regular file but a pipe, a device or a folder; give a file")
+                raise InputError(f"{path}: is not a regular file but a pipe, a device or a folder; give a file")
             known = self._entries.get(name)
             if known is None or known[:2] != (stat.st_size, stat.st_mtime_ns):
                 known = (stat.st_size, stat.st_mtime_ns, sha256_file(path))
@@ -145,39 +146,39 @@ class DigestCache:
         return known[2]
 
     def save(self) -> None:
-        """Writes the entries back where one is new."""
+        """Writes the entries back if one is new."""
         if self._changed:
             write_cache(self._path, canonical_json(self._entries))
             self._changed = False
 
 
 def as_user_error(error: OSError) -> HardbatchError | None:
-    """What an OSError means to a user who can mend it: a full or failing disk, a place that cannot be written.
+    """Returns what an OSError means to the user: a full or failing disk, or a place that cannot be written.
 
-    None for others.
+    None if the user cannot fix it.
     """
     if error.errno == errno.EFBIG:
         name = error.filename or "a file"
-        return NoSpaceError(f"{name} grows beyond what may be written here; raise the limit (ulimit -f) and run again")
+        return NoSpaceError(f"{name} exceeds the limit on file sizes here; raise it (ulimit -f) and run again")
     if error.errno in _NO_SPACE:
         where = f" while writing {error.filename}" if error.filename else ""
-        return NoSpaceError(f"no space left{where}; free some and run the same command again: it goes on from there")
+        return NoSpaceError(f"no space left{where}; free some and run the same command again: it continues from there")
     if error.errno in _NO_ACCESS:
-        return ConfigError(f"{error.filename}: {error.strerror}; choose another place, or mend its permissions")
+        return ConfigError(f"{error.filename}: {error.strerror}; choose another place, or fix its permissions")
     if error.errno == errno.EIO:
         where = f"{error.filename}: " if error.filename else ""
         return DiskError(
-            f"{where}the disk failed to read or write (input/output error); committed work stays: look at the disk, "
+            f"{where}the disk failed to read or write (input/output error); committed work stays: check the disk, "
             "then run the same command again"
         )
     return None
 
 
 def temporary_name(path: Path) -> Path:
-    """A hidden name beside `path` that ends in .tmp."""
+    """A hidden name beside `path` that ends in `.tmp`."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def canonical_json(content: Any) -> bytes:
-    """The one JSON text of `content`: keys sorted, no white space."""
+    """The canonical JSON of `content`: keys sorted, no white space."""
     return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

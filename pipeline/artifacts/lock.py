@@ -1,6 +1,7 @@
 """One builder per artifact: a file lock that the kernel frees when its owner dies, however it dies.
 
-What the file says is for people only: an owner that is gone, or whose number another process has by now, holds nothing.
+The text in the file is informational. The kernel's lock decides: an owner that is gone holds nothing, even if
+another process has its pid by now.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from hardbatch.pipeline.artifacts.faults import fault_point
 from hardbatch.pipeline.errors import ConfigError, LockedError
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
-_TRIES, _SECONDS_BETWEEN = 100, 0.01  # for an owner to say who it is
+_TRIES, _SECONDS_BETWEEN = 100, 0.01  # that an owner has to write who it is
 
 
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Holds the lock file at `path`; raises LockedError where a live process holds it."""
+    """Holds the lock file at `path` for the body; raises LockedError if a live process holds it."""
     descriptor = _acquire(path)
     try:
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         line = f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode()
-        os.pwrite(descriptor, line, 0)  # in one piece over what a dead owner left: a reader takes the first line
+        os.pwrite(descriptor, line, 0)  # one write over what a dead owner left, as readers take the first line
         os.truncate(descriptor, len(line))
         fault_point("lock.taken")
         yield
@@ -58,11 +59,11 @@ def _acquire(path: Path) -> int:
             os.close(descriptor)
             if error.errno in _NO_LOCKS:
                 raise ConfigError(
-                    f"{path.parent}: this filesystem gives no file locks (flock: {error.strerror}), without which two "
-                    "runs could mix; put the workspace on another, or mount this one with locks"
+                    f"{path.parent}: this filesystem has no file locks (flock: {error.strerror}), without which two "
+                    "runs could mix; put the workspace on another one, or mount this one with locks"
                 ) from None
             raise
-        os.close(descriptor)  # its last owner removed the file between our open and our lock: try the new one
+        os.close(descriptor)  # the last owner removed the file between our open and our lock: try the new one
 
 
 def _held(path: Path, holder: str) -> str:

@@ -1,1 +1,1 @@
-"""What people read: the plan of a run, its summary, its log, its batches."""
+"""What people read: the plan of a run, its summary, its log and its batches."""

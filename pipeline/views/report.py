@@ -1,4 +1,4 @@
-"""What a person reads: the summary of a run, the plan, the table of batches, one batch as text."""
+"""Shards as a person reads them: the summary of a run, the table of batches, one batch as text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SLOTS_LISTED = 16
 
 
 def summary_text(shards: Path) -> str:
-    """The summary of a shards artifact as a table for the terminal, with the line to look at it with polars."""
+    """The summary of a shards artifact as tables for the terminal, with commands to look further."""
     artifact = _read_shards(shards)
     counts = artifact.manifest.counts
     warnings = [line for name, figures in counts["domains"].items() for line in _warnings(name, figures, counts)]
@@ -48,12 +48,12 @@ def summary_text(shards: Path) -> str:
             table(*_count_rows(artifact.manifest)),
             "",
             table(*figure_rows(_domains(artifact.manifest), counts["packings"]), left=(0, 1) if several else (0,)),
-            "share: hardness of the batches, 0 for random ones, 1 for every pair among its nearest of the domain",
+            "share: hardness of the batches; 0 for random ones, 1 if every pair had its nearest pairs beside it",
             *packings_text(counts["packings"]),
             *negatives,
             *warnings,
             "",
-            f"{counts['batches']:,} batches of {size}, {artifact.bytes / 2**20:.1f} MiB; look:",
+            f"{counts['batches']:,} batches of {size}, {artifact.bytes / 2**20:.1f} MiB; to look at them:",
             f"  {_command('hardbatch')} inspect {artifact.path}",
             f'  {_command("python")} -c "import polars as pl; '
             f"print(pl.read_parquet('{artifact.path / 'data'}').select('batch_id', 'query', 'document'))\"",
@@ -67,13 +67,13 @@ def _warnings(domain: str, figures: dict[str, Any], counts: dict[str, Any]) -> l
     lines = []
     if figures["pairs"] == 0:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in figures["quarantined"].items())
-        lines.append(f"warning: {domain}: no pair came through of {figures['rows']:,} rows ({reasons})")
+        lines.append(f"warning: {domain}: no pair was left of {figures['rows']:,} rows ({reasons})")
     elif figures["batches"] == 0:
         lines.append(f"warning: {domain} has no full batch of {counts['batch_size']}: its pairs are in the ledger")
     if figures["held_out"] < figures["holdout_target"] / 2:
         lines.append(
-            f"warning: {domain}: {figures['held_out']:,} of {figures['holdout_target']:,} pairs could be held out: the "
-            "others are tied together by shared texts, hard negatives among them"
+            f"warning: {domain}: {figures['held_out']:,} of {figures['holdout_target']:,} pairs could be held out: "
+            "shared texts, hard negatives included, tie the others together"
         )
     return lines
 
@@ -121,9 +121,15 @@ def batches_text(shards: Path, *, limit: int = 20) -> str:
 
 
 def batch_text(shards: Path, batch_id: int, *, num_slots: int | None = None) -> str:
-    """One batch as text: each pair with the slots whose documents are no negatives of its query.
+    """One batch as text: each pair, and the slots whose documents are not used as its negatives.
 
-    `num_slots` shows that many slots from its middle and the line that shows the rest; None shows all.
+    Args:
+        shards: The folder of the shards artifact, or one above it.
+        batch_id: The number of the batch.
+        num_slots: Show only this many slots, from the middle of the batch; None shows all.
+
+    Raises:
+        ConfigError: There is no such batch.
     """
     import polars as pl
     import pyarrow.parquet as pq
@@ -153,7 +159,7 @@ def batch_text(shards: Path, batch_id: int, *, num_slots: int | None = None) -> 
         lines += [f"      hard negative: {_shorten(negative)}" for negative in row.get("negatives") or []]
         if masked:
             some = ", ".join(map(str, masked[:_SLOTS_LISTED])) + (", …" if len(masked) > _SLOTS_LISTED else "")
-            lines.append(f"      no negatives of it: {len(masked)} of {len(rows) - 1} (slots {some})")
+            lines.append(f"      masked as its negatives: {len(masked)} of {len(rows) - 1} (slots {some})")
     if len(shown) < len(rows):
         lines.append(
             f"… {len(rows) - len(shown)} more: {_command('hardbatch')} inspect {artifact.path} --batch {batch_id}"
@@ -162,7 +168,7 @@ def batch_text(shards: Path, batch_id: int, *, num_slots: int | None = None) -> 
 
 
 def _command(name: str) -> str:
-    """How a user calls a command of this environment: its name where the shell would find it, else its path."""
+    """How to call a command of this environment: its name if the shell finds it, otherwise its path."""
     path = Path(sys.executable).parent / name
     if not path.exists() or shutil.which(name) == str(path):
         return name
@@ -176,7 +182,9 @@ def _read_shards(path: Path) -> Artifact:
         if len(below) == 1:
             artifact = read_artifact(below[0])
         elif below:
-            raise InputError(f"{path}: holds several shards folders, name one: {', '.join(map(str, sorted(below)))}")
+            raise InputError(
+                f"{path}: holds several shards folders; give one of them: {', '.join(map(str, sorted(below)))}"
+            )
     if artifact is None:
         raise InputError(f"{path}: no complete shards here; give the folder that `hardbatch run` printed last")
     if artifact.manifest.stage != "shards":
@@ -190,7 +198,7 @@ def _domains(manifest: Manifest) -> dict[str, dict[str, Any]]:
 
 
 def _count_rows(manifest: Manifest) -> tuple[list[str], list[list[str]]]:
-    """From source rows to batches; batches and what is left over are those of each packing."""
+    """The counts from source rows to batches. Batches and leftover pairs are counted per packing."""
     header = ["domain", "rows", "quarantined", "held out", "pairs", "clusters", "batches", "left over"]
     rows = []
     totals = dict.fromkeys(("rows", "quarantined", "held_out", "pairs", "clusters", "batches", "leftover"), 0)
@@ -211,7 +219,7 @@ def _shorten(text: str) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
-    """Rows under a header, columns aligned; `left` names the columns that are aligned to the left."""
+    """Formats rows under a header; the columns in `left` are aligned to the left, the others to the right."""
     widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(

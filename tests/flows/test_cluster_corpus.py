@@ -24,7 +24,7 @@ from prefect.testing.utilities import prefect_test_harness
 from hardbatch.flows.cluster_corpus import cluster_corpus, complete_step, is_worth_retrying
 from hardbatch.flows.processes import MARK, end
 from hardbatch.pipeline.errors import NoSpaceError
-from hardbatch.pipeline.views.log import read_log
+from hardbatch.pipeline.runlog import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
 MANIFEST = """

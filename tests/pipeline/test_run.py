@@ -1,13 +1,9 @@
-"""From manifest to shards: the same bytes again, only what changed anew, and going on after a kill."""
+"""From manifest to shards: the same bytes again, and keys that change with what an artifact depends on."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,16 +121,6 @@ def test_threads_change_nothing(corpus, tmp_path, write_jsonl):
     assert_same_trees(tmp_path / "threads-1", tmp_path / "threads-2")
 
 
-def test_a_second_run_is_a_look_up(corpus, tmp_path, monkeypatch):
-    first, _ = run(corpus, tmp_path / "ws")
-    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "ws").rglob("*")}
-    monkeypatch.setattr(embed, "open_encoder", lambda *given: pytest.fail("a model is loaded"))
-    again, done = run(corpus, tmp_path / "ws")
-    assert done == []
-    assert again.shards == first.shards
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "ws").rglob("*")} == stamps
-
-
 @pytest.mark.parametrize(
     ("override", "stages"),
     [
@@ -176,24 +162,6 @@ def test_settings_of_folded_change_nothing_of_doubled(corpus, tmp_path, override
     assert plans[0] == plans[1]
 
 
-def test_another_pack_seed_runs_only_batches_and_shards(corpus, tmp_path):
-    first, _ = run(corpus, tmp_path / "ws")
-    before = tree(first.shards)
-    second, done = run(corpus, tmp_path / "ws", ["pack.seed=7"])
-    assert done == ["batches/alpha", "batches/beta", "shards/two"]
-    assert tree(first.shards) == before
-    batches = [pl.read_parquet(plan.shards / "data" / "*.parquet")["pair_id"].to_list() for plan in (first, second)]
-    assert batches[0] != batches[1]
-
-
-def test_a_changed_source_runs_only_its_domain_and_the_shards(corpus, tmp_path, write_jsonl):
-    run(corpus, tmp_path / "ws")
-    write_jsonl("beta.jsonl", make_texts(48, 2))
-    plan, done = run(corpus, tmp_path / "ws")
-    assert done == [name for name in EVERYTHING if name.endswith(("/beta", "/two"))]
-    assert read_artifact(plan.shards).manifest.counts["domains"]["beta"]["rows"] == 48
-
-
 @pytest.mark.parametrize("remainder", ["drop", "mix"])
 def test_the_order_of_the_datasets_enters_the_key_of_the_shards(corpus, tmp_path, remainder):
     text = corpus.read_text()
@@ -210,14 +178,6 @@ def test_the_order_of_the_datasets_enters_the_key_of_the_shards(corpus, tmp_path
     assert found[0][0].shards != found[1][0].shards
     others = [{s.path for s in plan.steps if s.stage != "shards" and s.domain != "mixed"} for plan, _ in found]
     assert others[0] == others[1]
-
-
-def test_a_new_domain_leaves_the_others_as_they_are(corpus, tmp_path, write_jsonl):
-    run(corpus, tmp_path / "ws")
-    write_jsonl("gamma.jsonl", make_texts(20, 3))
-    corpus.write_text(corpus.read_text().replace("[pack]", datasets("gamma") + "[pack]", 1))
-    _, done = run(corpus, tmp_path / "ws")
-    assert {name.split("/")[1] for name in done} == {"gamma", "two"}
 
 
 # The key of the shards changes with the key of any step before them.
@@ -323,51 +283,6 @@ def test_a_domain_without_any_vector(corpus, tmp_path, write_jsonl):
     assert counts["beta"]["batches"] == 0
     assert counts["beta"]["leftover"] == {"invalid_vector": 20}
     assert counts["alpha"]["batches"] == 8
-
-
-def kill_when(command, ready, environment):
-    """Runs `command` in its own session and kills it with SIGKILL as soon as `ready()`; True where that was in time."""
-    with subprocess.Popen(
-        command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
-    ) as process:
-        deadline = time.monotonic() + 60
-        while process.poll() is None and not ready():
-            assert time.monotonic() < deadline, "the run neither ended nor came to the point"
-            time.sleep(0.001)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        _, errors = process.communicate()
-    assert process.returncode in (0, -signal.SIGKILL), errors.decode()
-    return process.returncode == -signal.SIGKILL
-
-
-@pytest.mark.parametrize("where", ["vectors/alpha/*/units/*.json", "shards/*/units/part-*.json"])
-def test_a_killed_run_goes_on_to_the_same_bytes(corpus, tmp_path, write_jsonl, where):
-    write_jsonl("alpha.jsonl", make_texts(240, 0))
-    overrides = ["write.batches_per_part=1"]
-    run(corpus, tmp_path / "clean", overrides)
-    corpus_folder = tmp_path / "killed" / "two"
-    command = [
-        sys.executable,
-        "-m",
-        "hardbatch.pipeline.cli",
-        "run",
-        str(corpus),
-        "--workspace",
-        str(tmp_path / "killed"),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(embed.__file__).parents[3])}
-    killed = kill_when(
-        [*command, "--set", overrides[0]], lambda: len(list(corpus_folder.glob(where))) >= 5, environment
-    )
-    assert killed
-    unfinished = plan_corpus(corpus, tmp_path / "killed", overrides=overrides).shards
-    assert not (unfinished / "manifest.json").exists()
-    made = {path: path.stat().st_mtime_ns for path in corpus_folder.glob(where)}
-    assert made
-    run(corpus, tmp_path / "killed", overrides)
-    assert_same_trees(tmp_path / "clean", tmp_path / "killed")
-    assert {path: path.stat().st_mtime_ns for path in made} == made  # committed units were not done again
 
 
 def test_packing_beats_shuffling_on_real_pairs(tmp_path, write_manifest, monkeypatch):

@@ -213,8 +213,8 @@ def elsewhere(kind: str, source: str, *says: str, code: int = 2, unfamiliar: boo
 ODD_NAME = "a\nb\x1b[31m.jsonl"
 NAMES = [
     Kind(name="a file that is not there", write=lambda folder: None, code=3, says=("no file 'pairs.jsonl' below",)),
-    Kind(name="a pipe for a file", write=pipe, code=3, says=("pairs.jsonl: is no regular file",)),
-    Kind(name="a pipe that a pattern finds", write=pipe, source="*.jsonl", code=3, says=("is no regular file",)),
+    Kind(name="a pipe for a file", write=pipe, code=3, says=("pairs.jsonl: is not a regular file",)),
+    Kind(name="a pipe that a pattern finds", write=pipe, source="*.jsonl", code=3, says=("is not a regular file",)),
     Kind(
         name="a link to itself",
         write=linked("loop.jsonl", "loop.jsonl"),

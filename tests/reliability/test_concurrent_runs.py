@@ -137,5 +137,5 @@ def test_a_filesystem_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.
         raise OSError(number, "no locks here")
 
     monkeypatch.setattr("hardbatch.pipeline.artifacts.lock.fcntl.flock", flock)
-    with pytest.raises(ConfigError, match=rf"{tmp_path}: this filesystem gives no file locks .*no locks here.*another"):
+    with pytest.raises(ConfigError, match=rf"{tmp_path}: this filesystem has no file locks .*no locks here.*another"):
         lock(tmp_path / ".key.lock").__enter__()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hardbatch.pipeline import run as pipeline_run
+from hardbatch.pipeline import planner
 from hardbatch.pipeline.cli import main
 from hardbatch.pipeline.models import encoders
 from hardbatch.pipeline.models import resolve as pipeline_models
@@ -78,7 +78,6 @@ def test_a_rerun_reads_no_weights(tmp_path: Path, record_row: Record) -> None:
     settings = [f"embed.model={tmp_path / 'tiny-gtr'}", "embed.surrogate_model=minilm"]
     words = [word for each in settings for word in ("--set", each)]
     assert main(["run", str(manifest), "--workspace", str(tmp_path / "workspace"), *words]) == 0
-    assert (tmp_path / "workspace" / ".rates.json").exists()
     told = rerun_watched(manifest, tmp_path / "workspace", settings)
     assert_nothing_done(told, tmp_path, ["torch"])  # it says which device and dtype "auto" is; no library of models
     record_row(5, "a rerun with two real models: weights not opened, no byte written")
@@ -185,7 +184,7 @@ def test_another_packing_seed(corpus: Path, capsys: pytest.CaptureFixture[str]) 
 def test_another_version_of_a_stage(
     corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    monkeypatch.setitem(pipeline_run._VERSIONS, stage, pipeline_run._VERSIONS[stage] + 1)
+    monkeypatch.setitem(planner.VERSIONS, stage, planner.VERSIONS[stage] + 1)
     assert_recomputed(corpus, capsys, steps(AFTER[stage], ("alpha", "beta")))
 
 

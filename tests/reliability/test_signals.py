@@ -58,7 +58,7 @@ def assert_left(run: Run, workspace: Path, signals: tuple[signal.Signals, ...]) 
     assert run.code - 128 in signals, run.log
     (line,) = [line for line in run.log.splitlines() if line.startswith("hardbatch: ")]
     said = "terminated" if run.code == 143 else "interrupted"
-    assert line == f"hardbatch: {said}; committed work stays, run the same command to go on"
+    assert line == f"hardbatch: {said}; committed work stays, run the same command to continue"
     assert "Traceback" not in run.log
     assert hidden(workspace) == [] and faults_in(workspace) == []
 

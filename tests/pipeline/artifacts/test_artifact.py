@@ -110,15 +110,6 @@ def test_a_finished_artifact_reads_back_and_verifies(tmp_path: Path) -> None:
     assert list(iter_artifact_paths(tmp_path)) == [tmp_path / "a"]
 
 
-def test_the_same_work_gives_the_same_bytes(tmp_path: Path) -> None:
-    make_artifact(tmp_path / "a")
-    make_artifact(tmp_path / "b")
-    assert visible(tmp_path / "a") == visible(tmp_path / "b")
-    assert all(
-        (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in visible(tmp_path / "a")
-    )
-
-
 def test_nothing_is_visible_before_the_commit_nor_after_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a"
     with open_builder(path) as builder:
@@ -131,29 +122,18 @@ def test_nothing_is_visible_before_the_commit_nor_after_an_error(tmp_path: Path)
     assert find_artifact(path) is None
 
 
-@pytest.mark.parametrize("fault", ["file missing", "file short", "record missing", "record cut", "record of a list"])
-def test_a_unit_is_redone_where_a_file_or_its_record_is_not_whole(tmp_path: Path, fault: str) -> None:
-    path = tmp_path / "a"
-    with open_builder(path) as builder:
-        with write_unit(path, "one") as writer:
+@pytest.mark.parametrize("name", ["data/one.bin", "units/one.json"])
+@pytest.mark.parametrize("content", [None, b"", b"1234", b"[1, 2]", b'{"files": [], "counts": {}}'])
+def test_a_unit_is_redone_if_a_file_or_its_record_is_not_whole(
+    tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    with open_builder(tmp_path) as builder:
+        with write_unit(tmp_path, "one") as writer:
             writer.add_file("data/one.bin").write_bytes(b"12345")
         assert builder.committed("one")
-        if fault == "file missing":
-            (path / "data/one.bin").unlink()
-        elif fault == "file short":
-            (path / "data/one.bin").write_bytes(b"1234")
-        elif fault == "record missing":
-            (path / "units/one.json").unlink()
-        elif fault == "record cut":
-            (path / "units/one.json").write_bytes((path / "units/one.json").read_bytes()[:20])
-        else:
-            (path / "units/one.json").write_bytes(b"[1, 2]")
-        assert not builder.committed("one")
-
-
-def test_a_unit_is_redone_where_its_record_holds_no_files(tmp_path: Path) -> None:
-    with open_builder(tmp_path / "a") as builder:
-        write_file_atomic(tmp_path / "a/units/one.json", b'{"files": [], "counts": {}}')
+        (tmp_path / name).unlink()
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
         assert not builder.committed("one")
 
 
@@ -223,27 +203,13 @@ def test_a_missing_or_resized_file_is_found_by_both_checks(tmp_path: Path, fault
     assert str(file) in line
 
 
-def test_an_extra_file_beside_the_data_is_found(tmp_path: Path) -> None:
-    make_artifact(tmp_path / "a")
-    (tmp_path / "a/data/extra.bin").write_bytes(b"x")
-    (line,) = verify_artifact(tmp_path / "a")
-    assert "extra.bin" in line and "not a file of this artifact" in line
-
-
 def test_an_extra_file_in_a_folder_below_the_data_is_found(tmp_path: Path) -> None:
     make_artifact(tmp_path / "a")
     (tmp_path / "a/data/below").mkdir()
-    (tmp_path / "a/data/below/extra.bin").write_bytes(b"x")
-    assert any("extra.bin" in line for line in verify_artifact(tmp_path / "a"))
-
-
-def test_two_swapped_files_are_both_found(tmp_path: Path) -> None:
-    make_artifact(tmp_path / "a")
-    one, two = tmp_path / "a/data/one.bin", tmp_path / "a/data/two.bin"
-    raw = one.read_bytes()
-    one.write_bytes(two.read_bytes())
-    two.write_bytes(raw)
-    assert len(verify_artifact(tmp_path / "a")) == 2
+    for name in ("data/extra.bin", "data/below/extra.bin"):
+        (tmp_path / "a" / name).write_bytes(b"x")
+    faults = verify_artifact(tmp_path / "a")
+    assert len(faults) == 2 and all("extra.bin: not a file of this artifact" in line for line in faults)
 
 
 def test_any_flipped_bit_of_the_manifest_is_found(tmp_path: Path) -> None:
@@ -269,7 +235,7 @@ def test_any_flipped_bit_of_the_manifest_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "field",
     ["stage", "stage_version", "domain", "key", "config", "inputs", "sources", "files", "counts", "produced_with",
-     "digest"],
+     "digest", "format_version"],
 )  # fmt: skip
 @pytest.mark.parametrize("value", [None, "x", 0, [], {}, -1, 1.5], ids=repr)
 def test_a_changed_or_missing_field_of_the_manifest_is_found(tmp_path: Path, field: str, value: object) -> None:
@@ -284,15 +250,6 @@ def test_a_changed_or_missing_field_of_the_manifest_is_found(tmp_path: Path, fie
         with pytest.raises(IntegrityError, match=r"manifest\.json"):
             find_artifact(tmp_path / "a")
         assert len(verify_artifact(tmp_path / "a")) == 1
-
-
-@pytest.mark.parametrize("value", [0, -1, 1.5, *(pytest.param(value) for value in (None, "x", [], {}))], ids=repr)
-def test_a_damaged_format_version_is_found(tmp_path: Path, value: object) -> None:
-    make_artifact(tmp_path / "a")
-    manifest = tmp_path / "a" / MANIFEST
-    manifest.write_text(json.dumps({**json.loads(manifest.read_bytes()), "format_version": value}))
-    with pytest.raises(IntegrityError, match=r"manifest\.json"):
-        find_artifact(tmp_path / "a")
 
 
 @pytest.mark.parametrize(
@@ -417,31 +374,17 @@ def test_digest_cache_reads_a_file_again_only_when_it_changes(tmp_path: Path, ha
     cache = DigestCache(tmp_path / ".digests.json")
     assert cache.digest(file) == hashlib.sha256(b"one").hexdigest() == cache.digest(file)
     cache.save()
-    assert DigestCache(tmp_path / ".digests.json").digest(file) == hashlib.sha256(b"one").hexdigest()
-    assert hashed == ["x"]
+    written = (tmp_path / ".digests.json").stat().st_mtime_ns
+    again = DigestCache(tmp_path / ".digests.json")
+    assert again.digest(file) == hashlib.sha256(b"one").hexdigest()
+    again.save()  # writes only if there is something new
+    assert (tmp_path / ".digests.json").stat().st_mtime_ns == written and hashed == ["x"]
     file.write_bytes(b"two")
     os.utime(file, ns=(1, 1))
     assert DigestCache(tmp_path / ".digests.json").digest(file) == hashlib.sha256(b"two").hexdigest()
     assert hashed == ["x", "x"]
-
-
-def test_digest_cache_writes_only_what_is_new(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(b"one")
-    cache = DigestCache(tmp_path / ".digests.json")
-    cache.save()
-    assert not (tmp_path / ".digests.json").exists()
-    cache.digest(tmp_path / "x")
-    cache.save()
-    before = (tmp_path / ".digests.json").stat().st_mtime_ns
-    again = DigestCache(tmp_path / ".digests.json")
-    again.digest(tmp_path / "x")
-    again.save()
-    assert (tmp_path / ".digests.json").stat().st_mtime_ns == before
-
-
-def test_digest_of_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
-        DigestCache(tmp_path / ".digests.json").digest(tmp_path / "none")
+        cache.digest(tmp_path / "none")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,192 @@
+"""planner: from settings to steps. The key of each step follows from settings and digests alone."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hardbatch.pipeline.artifacts.files import DigestCache, content_key
+from hardbatch.pipeline.config import CorpusManifest, Dataset
+from hardbatch.pipeline.errors import ConfigError
+from hardbatch.pipeline.models.resolve import ModelSpec, resolve_model
+from hardbatch.pipeline.resolved import (
+    BatchesSettings,
+    DatasetOfShards,
+    DoubledSettings,
+    FoldedSettings,
+    HardnessSettings,
+    MixedSettings,
+    PairsSettings,
+    ShardsSettings,
+)
+from hardbatch.pipeline.schemas import MIXED_DOMAIN
+from hardbatch.pipeline.sources.files import list_source_files, local_path
+from hardbatch.pipeline.step import Step
+
+VERSIONS = {"pairs": 2, "vectors": 1, "clusters": 4, "hardness": 1, "batches": 4, "shards": 2}
+_ITERATIONS = {"folded": 10, "doubled": 100}
+
+
+class Planner:
+    """Collects the steps of a corpus; each is added after its inputs, so that their keys are known."""
+
+    def __init__(self, settings: CorpusManifest, root: Path, data_root: Path, digests: DigestCache) -> None:
+        self._settings = settings
+        self._root = root
+        self._data_root = data_root
+        self._digests = digests
+        self._steps: list[Step] = []
+
+    def steps(self) -> list[Step]:
+        """All steps of the manifest."""
+        settings = self._settings
+        models = {
+            role: resolve_model(settings.embed, role, self._data_root, self._digests)
+            for role in ("cluster", "surrogate")
+        }
+        inputs: dict[str, Path] = {}
+        for dataset in settings.dataset:
+            inputs.update(self._domain(dataset, models))
+
+        domains = [dataset.name for dataset in settings.dataset]  # a list, as their order numbers the batches
+        size = settings.pack.batch_size
+        if settings.pack.remainder == "mix":
+            mixed = MixedSettings(batch_size=size, num_packings=settings.pack.num_packings, domains=domains)
+            packed = {name: path for name, path in inputs.items() if name.startswith("batches/")}
+            inputs[f"batches/{MIXED_DOMAIN}"] = self._add("batches", MIXED_DOMAIN, mixed.model_dump(), packed)
+
+        described = set(DatasetOfShards.model_fields)
+        datasets = {
+            dataset.name: DatasetOfShards(**dataset.model_dump(include=described)) for dataset in settings.dataset
+        }
+        write = ShardsSettings(**settings.write.model_dump(), batch_size=size, domains=domains, datasets=datasets)
+        self._add("shards", settings.corpus, write.model_dump(), inputs)
+        return self._steps
+
+    def _domain(self, dataset: Dataset, models: Mapping[str, ModelSpec]) -> dict[str, Path]:
+        """Adds the steps of a domain; returns the inputs that writing needs."""
+        name = dataset.name
+        pack = self._settings.pack
+        pairs = self._pairs(dataset)
+        vectors = {role: self._vectors(name, model, pairs) for role, model in models.items()}
+        both = {"pairs": pairs, "vectors": vectors["cluster"]}
+
+        # K-Means and refinement follow the clustering model to its GPU. Keys hold the type of the device
+        # alone, so that an artifact made on one GPU is found by a run on another.
+        on_gpu = models["cluster"].device == "cuda"
+        device = "cuda" if on_gpu else "cpu"
+        runs_on = {"device": models["cluster"].runs_on if on_gpu else "cpu"}
+
+        cluster = self._cluster_settings(device).model_dump()
+        clusters = self._add("clusters", name, cluster, both, runtime=runs_on)
+        measure = HardnessSettings(**self._settings.hardness.model_dump(), batch_size=pack.batch_size)
+        hardness = self._add("hardness", name, measure.model_dump(), both)
+        packed = {**both, "surrogate": vectors["surrogate"], "clusters": clusters}
+        cut = BatchesSettings(**pack.model_dump(), device=device)
+        batches = self._add("batches", name, cut.model_dump(), packed, runtime=runs_on)
+        return {
+            f"pairs/{name}": pairs,
+            f"vectors/{name}": vectors["cluster"],
+            f"surrogate/{name}": vectors["surrogate"],
+            f"clusters/{name}": clusters,
+            f"hardness/{name}": hardness,
+            f"batches/{name}": batches,
+        }
+
+    def _cluster_settings(self, device: str) -> FoldedSettings | DoubledSettings:
+        """The settings of the chosen method alone: a change of the other one's changes nothing."""
+        given = self._settings.cluster
+        settings = given.model_dump()
+        settings["cluster_size"] = given.cluster_size or self._settings.pack.batch_size
+        settings["iterations"] = given.iterations or _ITERATIONS[given.method]
+        if given.method == "doubled":
+            return DoubledSettings(**settings, backend=_faiss_backend())
+        return FoldedSettings(**settings, device=device)
+
+    def _vectors(self, domain: str, model: ModelSpec, pairs: Path) -> Path:
+        """Adds the step that embeds a domain; all of the model's spec enters the key but what is of this machine."""
+        config = asdict(model)
+        runtime = {"model": config.pop("location"), "device": config.pop("runs_on")}
+        config["unit_rows"] = self._settings.embed.unit_rows
+        return self._add("vectors", domain, config, {"pairs": pairs}, runtime=runtime)
+
+    def _pairs(self, dataset: Dataset) -> Path:
+        """Adds the step that reads a dataset."""
+        ingest = self._settings.ingest
+        files = list_source_files(dataset, self._data_root, self._digests)
+        folders, digests = self._evaluation_folders()
+        settings = PairsSettings(
+            columns=dataset.columns,
+            limit=dataset.limit,
+            holdout=dataset.holdout,
+            holdout_seed=ingest.holdout_seed if dataset.holdout else None,
+            max_characters=ingest.max_characters,
+            decontaminate=ingest.decontaminate,
+            decontaminate_sha256=digests,
+        )
+        runtime = {
+            "files": {file.name: file.location for file in files},
+            "modified_ns": {file.name: file.modified_ns for file in files},
+            "decontaminate": folders,
+            "max_quarantined_fraction": ingest.max_quarantined_fraction,
+            "num_pairs": dataset.num_pairs,
+        }
+        sources = tuple(
+            {"name": file.name, "format": file.format, "bytes": file.num_bytes, "sha256": file.sha256} for file in files
+        )
+        return self._add("pairs", dataset.name, settings.model_dump(), {}, sources=sources, runtime=runtime)
+
+    def _evaluation_folders(self) -> tuple[dict[str, str], dict[str, str]]:
+        """The folders of `ingest.decontaminate` by name, and the digests of their files."""
+        setting = "ingest.decontaminate"
+        folders, digests = {}, {}
+        for name in self._settings.ingest.decontaminate:
+            folder = local_path(name, self._data_root, setting)
+            if not (folder / "corpus.parquet").is_file() or not (folder / "queries.parquet").is_file():
+                raise ConfigError(f"{setting}: {folder} has no corpus.parquet and queries.parquet")
+            folders[name] = str(folder)
+            for part in ("corpus", "queries"):
+                path = local_path(f"{name}/{part}.parquet", self._data_root, setting)
+                digests[f"{name}/{part}"] = self._digests.digest(path)
+        return folders, digests
+
+    def _add(
+        self,
+        stage: str,
+        domain: str,
+        config: dict[str, Any],
+        inputs: dict[str, Path],
+        *,
+        sources: tuple[dict[str, Any], ...] = (),
+        runtime: dict[str, Any] | None = None,
+    ) -> Path:
+        """Adds a step and returns the folder of its artifact."""
+        version = VERSIONS[stage]
+        keys = {name: path.name for name, path in inputs.items()}
+        key = content_key(stage=stage, version=version, domain=domain, config=config, inputs=keys, sources=sources)
+        folder = self._root / stage if stage == "shards" else self._root / stage / domain
+        step = Step(
+            stage=stage,
+            stage_version=version,
+            domain=domain,
+            key=key,
+            path=folder / key,
+            config=config,
+            inputs=inputs,
+            sources=sources,
+            runtime=runtime or {},
+        )
+        if all(known.path != step.path for known in self._steps):  # one vectors artifact may serve both roles
+            self._steps.append(step)
+        return step.path
+
+
+def _faiss_backend() -> str:
+    if importlib.util.find_spec("faiss") is None:
+        raise ConfigError("cluster.method: 'doubled' needs FAISS: pip install faiss-cpu, or use 'folded'")
+    import faiss
+
+    return "faiss-gpu" if faiss.get_num_gpus() > 0 else "faiss-cpu"
