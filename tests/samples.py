@@ -1,4 +1,4 @@
-"""What several test files are made of: words for tiny corpora, and pairs that lie in arrays."""
+"""What several test files are made of: words for tiny corpora, and pairs that are held in arrays."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make_rows(num_rows: int, start: int = 0, num_topics: int = 7) -> list[dict[s
 
 
 class Sides:
-    """d and q of pairs that lie in arrays, as FoldedPoints gives them."""
+    """d and q of pairs that are held in arrays, in the shape of FoldedPoints."""
 
     def __init__(self, documents: np.ndarray, queries: np.ndarray) -> None:
         self.documents, self.queries, self.dimension = documents, queries, documents.shape[1]

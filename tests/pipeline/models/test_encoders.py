@@ -41,7 +41,7 @@ def offline(monkeypatch):
 
 @pytest.fixture
 def resolve(tmp_path):
-    """`resolve(model, role="cluster", **settings)`: the spec of a model, in float32 on the CPU unless told."""
+    """`resolve(model, role="cluster", **settings)`: the spec of a model, in float32 on the CPU by default."""
 
     def resolve(model, role="cluster", **settings):
         settings = {"device": "cpu", "dtype": "float32", "model": str(model), "surrogate_model": str(model)} | settings

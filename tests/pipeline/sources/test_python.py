@@ -44,16 +44,10 @@ def functions(tmp_path: Path) -> Functions:
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A package on the path that cannot be imported."""
-    names = ["__init__.py", "b.py", "a.py", "deep/c.py", "data.txt", "stub.pyi"]
-    names += [
-        "tests/test_x.py",
-        "deep/test/y.py",
-        "_vendor/z.py",
-        "deep/third_party/v.py",
-        "test_top.py",
-        "conftest.py",
-    ]
-    names += ["__pycache__/a.py"]
+    names = [
+        "__init__.py", "b.py", "a.py", "deep/c.py", "data.txt", "stub.pyi", "tests/test_x.py", "deep/test/y.py",
+        "_vendor/z.py", "deep/third_party/v.py", "test_top.py", "conftest.py", "__pycache__/a.py",
+    ]  # fmt: skip
     for name in names:
         path = tmp_path / "site" / "hardbatch_example" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +77,7 @@ def test_a_package_that_is_not_installed_is_named(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a-b", "../a", "a..b", ".a", "a/b", "numpy."])
-def test_what_is_no_name_of_a_package_is_refused(name: str) -> None:
+def test_what_is_not_the_name_of_a_package_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="give the import name of a package"):
         list_modules(name)
 
@@ -123,7 +117,7 @@ def test_methods_and_coroutines_are_read_and_moved_to_the_left(functions: Functi
         "x = " + "(" * 150 + ")" * 150 + "\n",
     ],
 )
-def test_what_is_no_pair_is_left_out(functions: Functions, source: str | bytes) -> None:
+def test_what_is_not_a_pair_is_left_out(functions: Functions, source: str | bytes) -> None:
     assert functions(source) == []
 
 
