@@ -20,7 +20,7 @@ from hardbatch.pipeline.batching.kmeans import Lloyd, apportion, kmeans
 from hardbatch.pipeline.batching.nearest import Nearest
 from hardbatch.pipeline.batching.points import InMemory
 from hardbatch.pipeline.batching.two_level import two_level_kmeans
-from tests.pipeline.batching.clusterings import assert_sound, folded_points
+from tests.pipeline.batching.examples import assert_sound, folded_points
 
 either_method = pytest.mark.parametrize("find", [kmeans, two_level_kmeans])
 either_balance = pytest.mark.parametrize("balance", [0.0, 0.02])
