@@ -105,7 +105,7 @@ def test_low_precision_labels_differ_from_exact_ones_only_near_ties(num_clusters
     assign = Nearest(centroids, prices)
     exact, low = assign(points), assign(points, exact=False)
     assert all(np.array_equal(*both) for both in zip(arguments, before, strict=True))
-    clear = margins(brute_scores(points, centroids, prices)) > 5e-3  # where products are of bfloat16; else 1e-5 is met
+    clear = margins(brute_scores(points, centroids, prices)) > 5e-3  # for products of bfloat16; others meet 1e-5
     assert low.dtype == np.int32 and clear.mean() > 0.5
     assert np.array_equal(low[clear], exact[clear])
 

@@ -149,7 +149,7 @@ def test_a_large_cluster_is_cut_into_batches_that_hang_together(seed):
 
 @pytest.mark.parametrize(("tour", "first"), [([0, 2, 1], 0), ([1, 2, 0], 1), ([0, 1, 2], 1), ([2, 0, 1], 1)])
 def test_a_cluster_is_laid_along_the_way_from_the_one_before_to_the_one_after(tour, first):
-    """Cluster 2 lies between 0 and 1, half of it nearer to each: `first` is the one that its row begins near."""
+    """Cluster 2 is between 0 and 1, half of it nearer to each; its row begins near `first`."""
     points = np.repeat([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 0.2, 0.0], [0.2, 1.0, 0.0]], 4, axis=0)
     order = np.random.default_rng(0).permutation(16)
     points = (points + 0.01 * np.random.default_rng(1).standard_normal((16, 3))).astype(np.float32)[order]

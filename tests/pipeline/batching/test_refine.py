@@ -1,4 +1,4 @@
-"""Trading pairs: Eq. 2 by brute force never falls, every place stays, obvious trades are made."""
+"""Trading pairs: Eq. 2 by brute force never falls, no pair is lost, obvious trades are made."""
 
 from __future__ import annotations
 
