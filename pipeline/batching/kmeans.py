@@ -220,8 +220,8 @@ def apportion(sizes: Array, total: int, *, least: int = 1) -> Array:
     exact = sizes * (total / max(1, sizes.sum()))
     parts = np.minimum(np.maximum(np.floor(exact).astype(np.int64), least * (sizes > 0)), sizes)
 
-    # Rounding down leaves some of the total over; raising to `least` may use too much of it. The difference is given to,
-    # or taken from, the groups that are furthest from their exact part, one each.
+    # Rounding down leaves some of the total over; raising to `least` may use too much of it. The difference
+    # is given to, or taken from, the groups that are furthest from their exact part, one each.
     while (missing := total - parts.sum()) != 0:
         up = missing > 0
         open_ = np.flatnonzero(parts < sizes if up else parts > least)
