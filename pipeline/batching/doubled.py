@@ -24,7 +24,7 @@ def doubled_kmeans(
         points: The pairs.
         num_clusters: k; empty clusters are dropped.
         iterations: Of each start.
-        restarts: The best of so many starts is taken.
+        restarts: How many starts are made; the best is taken.
         seed: Of the starts.
         backend: `faiss-cpu` or `faiss-gpu`.
     """

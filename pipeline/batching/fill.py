@@ -53,7 +53,7 @@ def _seed(row: Array, lengths: Array, num_points: int, num_batches: int, batch_s
     With B = 8, clusters of 3, 4, 20 and 5 points make seeds of 7, 20 and 5: adding the 20 to the 7 would
     lead away from 8. Four batches are apportioned to the seeds as 1, 2 and 1, and the 20 are cut in two.
     """
-    # Seeds end where the next cluster would bring the size no nearer to B.
+    # A seed ends before a cluster that would not bring its size nearer to B.
     ends = [0]
     filled = 0
     for length, following in zip(lengths, [*lengths[1:], np.inf], strict=True):

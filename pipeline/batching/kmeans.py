@@ -28,8 +28,8 @@ from hardbatch.pipeline.batching.points import Points, Subset, cache_in_memory, 
 
 _SEED_TRIES = 16  # points looked at per seed, at most
 _PRICE_STEPS = (-0.3, 1.0)  # high prices fall faster than low ones rise, or one low price could absorb every point
-_SAMPLE_PART = 4  # the sample is this part of the points,
-_SAMPLE_PER_CLUSTER = 32  # and at least so many per cluster
+_SAMPLE_PART = 4  # the sample is a quarter of the points,
+_SAMPLE_PER_CLUSTER = 32  # but at least 32 points per cluster
 _WHOLE_ITERATIONS = 4  # the last iterations, which see all points
 _EVEN_ENOUGH = 0.01  # sizes have settled if their imbalance, as a part of the points, falls by less than this
 
@@ -75,7 +75,7 @@ def kmeans(
     Args:
         points: What to cluster.
         num_clusters: k. There may be fewer clusters, if few points differ or the last assignment empties one.
-        iterations: At most so many, over the sample and over all points together.
+        iterations: The maximum, of those over the sample and those over all points together.
         tolerance: The sample, and then the algorithm, is left early when the objective improves by less than
             this part of itself, and sizes have settled.
         balance: By how much the price of a cluster moves per iteration, at most: a factor of the variance per
@@ -220,8 +220,8 @@ def apportion(sizes: Array, total: int, *, least: int = 1) -> Array:
     exact = sizes * (total / max(1, sizes.sum()))
     parts = np.minimum(np.maximum(np.floor(exact).astype(np.int64), least * (sizes > 0)), sizes)
 
-    # Rounding down leaves some of the total over, raising to `least` may take too much: one at a time is given to, or
-    # taken from, the groups that are furthest from their exact part.
+    # Rounding down leaves some of the total over; raising to `least` may use too much of it. The difference
+    # is given to, or taken from, the groups that are furthest from their exact part, one each.
     while (missing := total - parts.sum()) != 0:
         up = missing > 0
         open_ = np.flatnonzero(parts < sizes if up else parts > least)

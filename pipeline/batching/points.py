@@ -17,7 +17,7 @@ import torch
 from hardbatch.pipeline.arrays import Array, empty
 
 _PARTITION_ROWS = 4_096
-_VALUES_HELD = 2**26  # float32 values: up to so many, 256 MiB, points are held rather than read again and again
+_VALUES_HELD = 2**26  # float32 values, 256 MiB: points are held up to this size, and read in each iteration above it
 
 
 class Points(Protocol):

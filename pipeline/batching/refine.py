@@ -59,7 +59,7 @@ def refine(vectors: torch.Tensor, batches: Array, *, rounds: int, tolerance: flo
         vectors: x = d⊕q of the pairs, slot by slot (float32, b·B × F). On the CPU they are traded too: they
             come out in the order of the refined batches.
         batches: The pairs, by any number (int64, b × B).
-        rounds: At most so many.
+        rounds: The maximum.
         tolerance: Ends after a round that gains no more than this part of Eq. 2.
         device: Where to trade, as torch names it.
     """

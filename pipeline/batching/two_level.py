@@ -68,6 +68,7 @@ def two_level_kmeans(
     _fine(points, members, num_clusters, seed, settings, state, on_iteration)
     trim_heap()
 
+    # The wide iterations start from the clusters of the fine level, or from the state of a wide iteration.
     num_found = state["num_found"]
     lloyd = Lloyd(state["centroids"][: num_found.sum()], balance, device)
     if "levels" in state:

@@ -13,7 +13,7 @@ from hardbatch.pipeline.batching.kmeans import kmeans
 from hardbatch.pipeline.batching.nearest import Nearest
 from hardbatch.pipeline.batching.points import InMemory
 from hardbatch.pipeline.batching.two_level import two_level_kmeans
-from tests.pipeline.batching.clusterings import folded_points
+from tests.pipeline.batching.examples import folded_points
 
 
 class KilledError(Exception):

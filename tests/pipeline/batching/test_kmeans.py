@@ -20,7 +20,7 @@ from hardbatch.pipeline.batching.kmeans import Lloyd, apportion, kmeans
 from hardbatch.pipeline.batching.nearest import Nearest
 from hardbatch.pipeline.batching.points import InMemory
 from hardbatch.pipeline.batching.two_level import two_level_kmeans
-from tests.pipeline.batching.clusterings import assert_sound, folded_points
+from tests.pipeline.batching.examples import assert_sound, folded_points
 
 either_method = pytest.mark.parametrize("find", [kmeans, two_level_kmeans])
 either_balance = pytest.mark.parametrize("balance", [0.0, 0.02])
@@ -73,10 +73,14 @@ def test_the_first_iterations_see_a_sample_and_the_last_four_all_points(num_clus
         assert run(points, num_clusters, iterations=iterations).levels == [1] * iterations
 
 
-def test_it_finds_clusters_that_are_there():
-    points = np.repeat(np.eye(6), 30, axis=0) + 0.01 * np.random.default_rng(0).standard_normal((180, 6))
-    best = min((run(points, 6, seed=seed) for seed in range(12)), key=lambda found: found.objective[-1])
-    assert all(len(set(best.labels[start : start + 30].tolist())) == 1 for start in range(0, 180, 30))
+@either_balance
+@pytest.mark.parametrize("centres", [np.eye(6), np.array([[-1.0], [2.0]])], ids=["six", "two on a line"])
+def test_it_finds_clusters_that_are_there(centres, balance):
+    generator = np.random.default_rng(0)
+    points = np.repeat(centres, 30, axis=0) + 0.01 * generator.standard_normal((30 * len(centres), centres.shape[1]))
+    found = [run(points, len(centres), balance=balance, seed=seed) for seed in range(12)]
+    best = min(found, key=lambda clustering: clustering.objective[-1])
+    assert all(len(set(labels)) == 1 for labels in best.labels.reshape(-1, 30).tolist())
 
 
 def test_tolerance_stops_it_early():
@@ -259,13 +263,6 @@ def test_many_empty_clusters_are_all_given_a_member():
     members = points.take(np.arange(90))
     assert all((members == lloyd.centroids[empty]).all(1).any() for empty in (0, 1))
     assert lloyd.prices.tolist() == [0.25, 0.25, 0.25, 0.0]
-
-
-@either_balance
-def test_two_groups_on_a_line(balance):
-    points = np.concatenate([np.full((10, 1), -1.0), np.full((10, 1), 2.0)]) + np.arange(20)[:, None] * 1e-3
-    best = min((run(points, 2, balance=balance, seed=seed) for seed in range(4)), key=lambda found: found.objective[-1])
-    assert len(set(best.labels[:10].tolist())) == len(set(best.labels[10:].tolist())) == 1
 
 
 @either_method

@@ -100,9 +100,12 @@ def test_prices_move_points_as_far_as_they_are_high():
 def test_low_precision_labels_differ_from_exact_ones_only_near_ties(num_clusters):
     points, centroids = sums_of_units(3_000, 384), sums_of_units(num_clusters, 384, seed=1)
     prices = np.random.default_rng(2).uniform(-0.1, 0.1, num_clusters).astype(np.float32)
+    arguments = points, centroids, prices
+    before = [array.copy() for array in arguments]
     assign = Nearest(centroids, prices)
     exact, low = assign(points), assign(points, exact=False)
-    clear = margins(brute_scores(points, centroids, prices)) > 5e-3  # where products are of bfloat16; else 1e-5 is met
+    assert all(np.array_equal(*both) for both in zip(arguments, before, strict=True))
+    clear = margins(brute_scores(points, centroids, prices)) > 5e-3  # for products of bfloat16; others meet 1e-5
     assert low.dtype == np.int32 and clear.mean() > 0.5
     assert np.array_equal(low[clear], exact[clear])
 
@@ -153,15 +156,6 @@ def test_scores_are_held_for_a_block_only(monkeypatch):
         num_rows = sum(rows for rows, _ in shapes)
         padded = 3_008  # a multiple of 64
         assert padded < num_rows < 2 * padded if exact else num_rows == padded  # some are assigned in float32
-
-
-def test_arguments_are_left_as_they_were():
-    points, centroids, prices = sums_of_units(100), sums_of_units(9, seed=1), np.arange(9, dtype=np.float32) / 9
-    before = [array.copy() for array in (points, centroids, prices)]
-    assign = Nearest(centroids, prices)
-    assign(points)
-    assign(points, exact=False)
-    assert all(np.array_equal(*both) for both in zip((points, centroids, prices), before, strict=True))
 
 
 def test_no_points():

@@ -14,6 +14,7 @@ from hardbatch.pipeline.batching.kmeans import kmeans
 from hardbatch.pipeline.batching.pack import PackSettings, pack, pack_randomly
 from hardbatch.pipeline.batching.points import InMemory
 from hardbatch.pipeline.stages import write
+from tests.pipeline.batching.examples import equation_2, topical_sides
 from tests.samples import Sides
 
 
@@ -31,11 +32,7 @@ class Counted(Sides):
 
 def topical(topic, dimension=16, spread=1.0, seed=0):
     """Pairs about the topics (int, n), both sides of norm 1; `spread` is the distance to the topic."""
-    generator = np.random.default_rng(seed)
-    topics = generator.standard_normal((int(topic.max(initial=0)) + 1, dimension)) / dimension**0.5
-    sides = topics[topic] + spread / dimension**0.5 * generator.standard_normal((2, len(topic), dimension))
-    sides /= np.linalg.norm(sides, axis=2, keepdims=True)
-    return Counted(*sides.astype(np.float32))
+    return Counted(*topical_sides(topic, dimension, spread, seed))
 
 
 def means_of(points, labels):
@@ -58,13 +55,13 @@ def run_pack(points, labels, batch_size, centroids=None, **changes):
     return packing
 
 
-def equation_2(points, batches):
-    """Σ d_i·q_j over the ordered pairs i ≠ j of each batch, in float64."""
-    value = 0.0
-    for batch in batches:
-        products = points.documents[batch].astype(np.float64) @ points.queries[batch].astype(np.float64).T
-        value += products.sum() - np.trace(products)
-    return float(value)
+def clusters_of(points, num_clusters):
+    folded = InMemory(points.take(np.arange(len(points))))
+    return kmeans(folded, num_clusters, iterations=10, tolerance=1e-3, balance=0.02, seed=0).labels
+
+
+def worth(points, batches):
+    return equation_2(points.documents, points.queries, batches)
 
 
 def assert_every_pair_once(packing, num_points, batch_size):
@@ -104,7 +101,7 @@ def test_every_pair_once_and_every_batch_full(given_, data):
         plain, refined = (run_pack(points, labels, batch_size, refine_rounds=rounds, **chosen) for rounds in (0, 2))
     assert np.array_equal(np.sort(plain.remainder), np.sort(refined.remainder))
     room = 1e-9 * max(1.0, float(np.abs(points.documents).max(initial=0)) ** 2) * len(points) * batch_size
-    assert equation_2(points, refined.batches) >= equation_2(points, plain.batches) - room
+    assert worth(points, refined.batches) >= worth(points, plain.batches) - room
 
 
 @pytest.mark.parametrize(("num_points", "num_clusters", "batch_size"), [(500, 100, 16), (50, 10, 4), (2, 2, 2)])
@@ -114,7 +111,7 @@ def test_every_pair_once_on_the_graph_tour(monkeypatch, num_points, num_clusters
     with monkeypatch.context() as patched:
         patched.setattr("hardbatch.pipeline.batching.tour._exact_tour", None)
         packing = run_pack(points, labels, batch_size, exact_tour_below=1)
-    assert equation_2(points, packing.batches) > 0.9 * equation_2(points, exact.batches)
+    assert worth(points, packing.batches) > 0.9 * worth(points, exact.batches)
 
 
 @pytest.mark.parametrize("labels", [[0, 0, 3, 3, 3, 5], [1] * 6, [0, 0, 0, 1, 1, 1]])
@@ -152,7 +149,7 @@ def test_a_large_cluster_is_cut_into_batches_that_hang_together(seed):
 
 @pytest.mark.parametrize(("tour", "first"), [([0, 2, 1], 0), ([1, 2, 0], 1), ([0, 1, 2], 1), ([2, 0, 1], 1)])
 def test_a_cluster_is_laid_along_the_way_from_the_one_before_to_the_one_after(tour, first):
-    """Cluster 2 lies between 0 and 1, half of it nearer to each: `first` is the one that its row begins near."""
+    """Cluster 2 is between 0 and 1, half of it nearer to each; its row begins near `first`."""
     points = np.repeat([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 0.2, 0.0], [0.2, 1.0, 0.0]], 4, axis=0)
     order = np.random.default_rng(0).permutation(16)
     points = (points + 0.01 * np.random.default_rng(1).standard_normal((16, 3))).astype(np.float32)[order]
@@ -189,8 +186,7 @@ def test_the_seed_moves_the_start_of_the_tour():
 def test_another_seed_gives_a_pair_other_batch_mates():
     """Some clusters have the size of a batch or nearly, others not."""
     points = topical(np.random.default_rng(0).integers(0, 60, 2_000), dimension=32, spread=1.5)
-    in_memory = InMemory(points.take(np.arange(2_000)))
-    labels = kmeans(in_memory, 62, iterations=10, tolerance=1e-3, balance=0.02, seed=0).labels
+    labels = clusters_of(points, 62)
     batch_of = np.full((2, 2_000), -1)
     for seed in (0, 1):
         batches = run_pack(points, labels, 32, seed=seed).batches
@@ -202,12 +198,10 @@ def test_another_seed_gives_a_pair_other_batch_mates():
 
 def test_packed_batches_are_harder_than_random_ones_and_harder_still_refined():
     points = topical(np.arange(1_600) % 40, dimension=32, spread=1.5)
-    labels = kmeans(
-        InMemory(points.take(np.arange(1_600))), 50, iterations=10, tolerance=0.0, balance=0.0, seed=0
-    ).labels
+    labels = clusters_of(points, 50)
     random = pack_randomly(1_600, batch_size=32, seed=0)
     plain, refined = (run_pack(points, labels, 32, refine_rounds=rounds) for rounds in (0, 30))
-    values = [equation_2(points, packing.batches) for packing in (random, plain, refined)]
+    values = [worth(points, packing.batches) for packing in (random, plain, refined)]
     assert values[1] > values[0] + 0.15 * 1_600 * 31
     assert values[2] > 1.02 * values[1]
 
@@ -215,38 +209,35 @@ def test_packed_batches_are_harder_than_random_ones_and_harder_still_refined():
 # stretches
 
 
+ONE_LARGE = np.concatenate([np.zeros(500, dtype=np.int64), np.arange(100) % 5 + 1])
+
+
 @pytest.mark.parametrize("bound", ["_STRETCH_VALUES", "_STRETCH_SCORES"])
-@pytest.mark.parametrize("at_once", [40, 150])
-def test_no_more_than_a_stretch_is_read_at_once(monkeypatch, bound, at_once):
-    points, labels = topical(np.arange(1_000) % 60), np.arange(1_000, dtype=np.int32) % 60
-    monkeypatch.setattr(module, bound, at_once * 2 * points.dimension if bound == "_STRETCH_VALUES" else at_once**2 / 8)
-    run_pack(points, labels, 8, refine_rounds=1)
-    assert max(points.asked) < at_once + 8  # and what the stretch before left
-    assert len(points.asked) >= 1_000 // at_once
-
-
-def test_a_cluster_larger_than_a_stretch(monkeypatch):
-    points = topical(np.arange(600) % 7)
-    labels = np.zeros(600, dtype=np.int32)
-    labels[500:] = np.arange(100) % 5 + 1
-    few_at_once(monkeypatch, points, 90)
-    run_pack(points, labels, 16, refine_rounds=2)
-    assert max(points.asked) < 90 + 16
-
-
-def test_batches_larger_than_a_stretch(monkeypatch):
-    points, labels = topical(np.arange(300) % 20), np.arange(300, dtype=np.int32) % 20
-    few_at_once(monkeypatch, points, 10)
-    run_pack(points, labels, 64)
-    assert max(points.asked) < 2 * 64
+@pytest.mark.parametrize(
+    ("labels", "at_once", "batch_size"),
+    [
+        (np.arange(1_000) % 60, 40, 8),
+        (np.arange(1_000) % 60, 150, 8),
+        (ONE_LARGE, 90, 16),
+        (np.arange(300) % 20, 10, 64),
+    ],
+    ids=["many", "few", "a cluster larger than a stretch", "batches larger than a stretch"],
+)
+def test_no_more_than_a_stretch_is_read_at_once(monkeypatch, bound, labels, at_once, batch_size):
+    points = topical(labels)
+    values = at_once * 2 * points.dimension if bound == "_STRETCH_VALUES" else at_once**2 / batch_size
+    monkeypatch.setattr(module, bound, values)
+    run_pack(points, labels, batch_size, refine_rounds=1)
+    assert max(points.asked) < max(at_once, batch_size) + batch_size  # and what the stretch before left
+    assert len(points.asked) >= len(points) // max(at_once, batch_size)
 
 
 def test_stretches_cost_little(monkeypatch):
     points = topical(np.arange(2_000) % 50, dimension=32)
     labels = (np.arange(2_000) % 50).astype(np.int32)
-    whole = equation_2(points, run_pack(points, labels, 32).batches)
+    whole = worth(points, run_pack(points, labels, 32).batches)
     few_at_once(monkeypatch, points, 400)
-    assert equation_2(points, run_pack(points, labels, 32).batches) > 0.95 * whole
+    assert worth(points, run_pack(points, labels, 32).batches) > 0.95 * whole
     assert max(points.asked[1:]) < 400 + 32
 
 
@@ -308,29 +299,31 @@ def three_domains(run_corpus, write_jsonl, rows):
     return run
 
 
-def ledger_of(plan, moved_too=True):
-    """(domain, pair_id, where) of each row of batches and leftover; `moved_too` with those that went to mixed."""
+def tables_of(plan, domain):
+    path = next(step.path for step in plan.steps if (step.stage, step.domain) == ("batches", domain))
+    counts = read_artifact(path).manifest.counts
+    return pl.read_parquet(path / "batches.parquet"), pl.read_parquet(path / "leftover.parquet"), counts
+
+
+def ledger_of(plan):
+    """(domain, pair_id, where) of each row of batches and leftover; batches have eight slots each."""
     found = []
     for step in plan.steps:
         if step.stage == "batches":
-            read_artifact(step.path)
-            batches = pl.read_parquet(step.path / "batches.parquet")
-            assert all(count == 8 for count in batches.group_by("batch").len()["len"])
+            batches, left, _ = tables_of(plan, step.domain)
             assert batches.sort("batch", "slot")["slot"].to_list() == list(range(8)) * (len(batches) // 8)
-            found += [(d, p, f"in {step.domain}") for d, p in batches.select("domain", "pair_id").iter_rows()]
-            left = pl.read_parquet(step.path / "leftover.parquet")
-            left = left if moved_too else left.filter(pl.col("reason") != "mixed")
-            found += [(d, p, reason) for d, p, reason in left.select("domain", "pair_id", "reason").iter_rows()]
+            found += [(*key, f"in {step.domain}") for key in batches.select("domain", "pair_id").rows()]
+            found += left.select("domain", "pair_id", "reason").rows()
+    assert ("beta", 4, "invalid_vector") in found
     return found
 
 
 EXPECTED = [(name, pair) for name, size in (("alpha", 21), ("beta", 13), ("gamma", 5)) for pair in range(size)]
 
 
-def test_dropped_remainders_are_in_the_ledger(three_domains):
+def test_dropped_remainders_are_left_over(three_domains):
     ledger = ledger_of(three_domains("drop"))
-    assert sorted((domain, pair) for domain, pair, _ in ledger) == sorted(EXPECTED)
-    assert ("beta", 4, "invalid_vector") in ledger
+    assert sorted((domain, pair) for domain, pair, _ in ledger) == EXPECTED
     reasons = [where for *_, where in ledger]
     assert reasons.count("remainder") == 21 % 8 + 12 % 8 + 5 and reasons.count("invalid_vector") == 1
 
@@ -339,11 +332,10 @@ def test_mixed_remainders(three_domains):
     plan = three_domains("mix")
     ledger = ledger_of(plan)
     moved = {(domain, pair) for domain, pair, where in ledger if where == "mixed"}
-    final = sorted(ledger_of(plan, moved_too=False))
-    assert [(domain, pair) for domain, pair, _ in final] == sorted(EXPECTED)
+    final = sorted(row for row in ledger if row[2] != "mixed")
+    assert [(domain, pair) for domain, pair, _ in final] == EXPECTED
     assert moved == {(domain, pair) for domain, pair, where in final if where in ("in mixed", "remainder")}
     assert sum(where == "remainder" for *_, where in ledger) == (5 + 4 + 5) % 8
-    assert ("beta", 4, "invalid_vector") in ledger
 
     shards = pl.read_parquet(plan.shards / "data" / "*.parquet")
     index = pl.read_parquet(plan.shards / "index.parquet")
@@ -351,9 +343,8 @@ def test_mixed_remainders(three_domains):
     assert shards.select("domain", "pair_id").is_unique().all()
     mixed = shards.filter(pl.col("batch_id") == 3).sort("slot")
     assert mixed["domain"].n_unique() > 1
-    prompts = {"alpha": ("qa: ", ""), "beta": ("", ""), "gamma": ("", "dg: ")}
-    for row in mixed.iter_rows(named=True):
-        assert (row["query_prompt"], row["document_prompt"]) == prompts[row["domain"]]
+    prompts = {("alpha", "qa: ", ""), ("beta", "", ""), ("gamma", "", "dg: ")}
+    assert set(mixed.select("domain", "query_prompt", "document_prompt").rows()) <= prompts
     texts = mixed["document"].to_list()
     for i, slots in enumerate(mixed["equivalent_slots"].to_list()):
         assert {j for j in range(8) if j != i and texts[j] == texts[i]} <= set(slots)
@@ -398,12 +389,6 @@ def several(run_corpus, write_jsonl, rows):
         return run_corpus(PACKINGS, overrides=overrides, stages=stages)
 
     return run
-
-
-def tables_of(plan, domain):
-    path = next(step.path for step in plan.steps if (step.stage, step.domain) == ("batches", domain))
-    counts = read_artifact(path).manifest.counts
-    return pl.read_parquet(path / "batches.parquet"), pl.read_parquet(path / "leftover.parquet"), counts
 
 
 @pytest.mark.parametrize("order", ["tour", "random"])
@@ -454,7 +439,7 @@ def test_remainders_are_mixed_packing_by_packing(several):
 
 
 def test_a_cluster_whose_pairs_have_no_surrogate_vector(run_corpus, write_jsonl, rows):
-    """Six pairs without a word lie in clusters of their own, by a prompt that only the clustering model gets."""
+    """Six pairs without a word are in clusters of their own, by a prompt that only the clustering model gets."""
     texts = [*rows(42), *({"query": "?" * (i + 1), "document": f"!{'?' * i}"} for i in range(6))]
     write_jsonl("pairs.jsonl", texts)
     plan = run_corpus(

@@ -6,7 +6,7 @@ import numpy as np
 
 from hardbatch.pipeline.batching import points as module
 from hardbatch.pipeline.batching.points import InMemory, Subset, cluster_sums, means_of_labels
-from tests.pipeline.batching.clusterings import folded_points
+from tests.pipeline.batching.examples import folded_points
 
 
 def test_rows_of_points_in_memory_and_of_a_subset():

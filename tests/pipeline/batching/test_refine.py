@@ -1,4 +1,4 @@
-"""Trading pairs: Eq. 2 by brute force never falls, every place stays, obvious trades are made."""
+"""Trading pairs: Eq. 2 by brute force never falls, no pair is lost, obvious trades are made."""
 
 from __future__ import annotations
 
@@ -11,26 +11,17 @@ from hypothesis import strategies as st
 from hardbatch.pipeline.batching import refine as module
 from hardbatch.pipeline.batching.hardness import measure_bounds
 from hardbatch.pipeline.batching.refine import refine
+from tests.pipeline.batching.examples import equation_2, topical_sides
 from tests.samples import Sides
 
 
-def topical(topic, dimension=24, spread=2.0, seed=0):
-    """d⊕q of pairs about the topics (int, m), each side of norm 1; `spread` is the distance to the topic."""
-    generator = np.random.default_rng(seed)
-    topics = generator.standard_normal((int(topic.max()) + 1, dimension)) / dimension**0.5
-    sides = topics[topic] + spread / dimension**0.5 * generator.standard_normal((2, len(topic), dimension))
-    sides /= np.linalg.norm(sides, axis=2, keepdims=True)
-    return np.concatenate([sides[0], sides[1]], axis=1).astype(np.float32)
+def topical(topic, dimension=24, spread=2.0):
+    """d⊕q of pairs about the topics (int, m)."""
+    return np.concatenate(list(topical_sides(topic, dimension, spread)), axis=1)
 
 
-def equation_2(vectors, batches):
-    """Σ d_i·q_j over the ordered pairs i ≠ j of each batch, in float64."""
-    documents, queries = np.split(vectors.astype(np.float64), 2, axis=1)
-    value = 0.0
-    for batch in batches:
-        products = documents[batch] @ queries[batch].T
-        value += products.sum() - np.trace(products)
-    return float(value)
+def worth(vectors, batches):
+    return equation_2(*np.split(vectors, 2, axis=1), batches)
 
 
 def run(vectors, batches, rounds=30, tolerance=0.0):
@@ -42,10 +33,10 @@ def run(vectors, batches, rounds=30, tolerance=0.0):
     assert sorted(refined.batches.ravel().tolist()) == sorted(batches.ravel().tolist())
     assert len(refined.objective) <= rounds + 1
     room = 1e-5 * max(1.0, float(np.abs(vectors).max()) ** 2) * batches.size
-    assert refined.objective[0] == pytest.approx(equation_2(vectors, batches), abs=room)
-    assert refined.objective[-1] == pytest.approx(equation_2(vectors, refined.batches), abs=room)
+    assert refined.objective[0] == pytest.approx(worth(vectors, batches), abs=room)
+    assert refined.objective[-1] == pytest.approx(worth(vectors, refined.batches), abs=room)
     assert (np.diff(refined.objective) >= 0).all()
-    assert equation_2(vectors, refined.batches) >= equation_2(vectors, batches) - 1e-9
+    assert worth(vectors, refined.batches) >= worth(vectors, batches) - 1e-9
     return refined
 
 
@@ -78,11 +69,11 @@ def test_many_rounds_drift_no_way_from_the_truth():
     batches = random_batches(1_600, 16)
     refined = run(vectors, batches, rounds=60)
     assert len(refined.objective) > 10
-    assert refined.objective[-1] == pytest.approx(equation_2(vectors, refined.batches), rel=1e-6)
+    assert refined.objective[-1] == pytest.approx(worth(vectors, refined.batches), rel=1e-6)
     for rounds in (1, 2, 5):  # and on the way
         part = run(vectors, batches, rounds=rounds)
         assert part.objective == refined.objective[: rounds + 1]
-        assert part.objective[-1] == pytest.approx(equation_2(vectors, part.batches), rel=1e-6)
+        assert part.objective[-1] == pytest.approx(worth(vectors, part.batches), rel=1e-6)
 
 
 @pytest.mark.parametrize("num_wrong", [1, 6])
@@ -109,7 +100,7 @@ def test_many_topics_come_together():
     mixed = batches.copy()
     mixed[:, 0] = batches[moved, 0]  # one pair of each batch is in another one
     refined = run(vectors, mixed)
-    assert refined.objective[-1] == pytest.approx(equation_2(vectors, batches), rel=1e-6)
+    assert refined.objective[-1] == pytest.approx(worth(vectors, batches), rel=1e-6)
     assert all(len(set(topic[batch].tolist())) == 1 for batch in refined.batches)
 
 
@@ -163,7 +154,7 @@ def test_without_trading_nothing_changes(batch_size, rounds):
     vectors, batches = topical(np.arange(64) % 4), random_batches(64, batch_size)
     refined = run(vectors, batches, rounds)
     assert np.array_equal(refined.batches, batches)
-    assert refined.objective == [pytest.approx(equation_2(vectors, batches), rel=1e-6)]
+    assert refined.objective == [pytest.approx(worth(vectors, batches), rel=1e-6)]
 
 
 def test_no_batches():

@@ -70,15 +70,6 @@ def test_folded_centroids_minimise_equation_3_for_their_pairs():
         assert equation_3(points, moved)[np.arange(60), found.labels].sum() > least
 
 
-def test_the_docstrings_identity():
-    points = make_sides(30)
-    found = cluster(points, settings())
-    costs = equation_3(points, found.centroids)
-    folded = ((points.take(np.arange(30))[:, None] - found.centroids[None]) ** 2).sum(2, dtype=np.float64)
-    constant = costs - folded / 2
-    assert np.allclose(constant, constant[:, :1], atol=1e-5)  # the same for all centroids of a pair
-
-
 def assert_means(centroids, labels, points):
     """Labels are those of centroids, each of which is the mean of d + q of its pairs."""
     assert set(labels.tolist()) == set(range(len(centroids)))

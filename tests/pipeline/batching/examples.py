@@ -1,4 +1,4 @@
-"""Points to cluster, and what every clustering of them must be."""
+"""Pairs about topics, what every clustering of them must be, and what their batches are worth."""
 
 from __future__ import annotations
 
@@ -18,6 +18,23 @@ def folded_points(num_points, dimension=16, seed=0, num_topics=12, spread=4.0):
     sides = topics[topic] + spread / dimension**0.5 * generator.standard_normal((2, num_points, dimension))
     sides /= np.linalg.norm(sides, axis=2, keepdims=True)
     return sides.astype(np.float16).astype(np.float32).sum(0)
+
+
+def topical_sides(topic, dimension, spread, seed=0):
+    """Unit d and q of pairs about the topics (float32, 2 × n × D); `spread` is the distance of a pair to its topic."""
+    generator = np.random.default_rng(seed)
+    topics = generator.standard_normal((int(topic.max(initial=0)) + 1, dimension)) / dimension**0.5
+    sides = topics[topic] + spread / dimension**0.5 * generator.standard_normal((2, len(topic), dimension))
+    return (sides / np.linalg.norm(sides, axis=2, keepdims=True)).astype(np.float32)
+
+
+def equation_2(documents, queries, batches):
+    """Σ d_i·q_j over the ordered pairs i ≠ j of each batch, in float64."""
+    value = 0.0
+    for batch in batches:
+        products = documents[batch].astype(np.float64) @ queries[batch].astype(np.float64).T
+        value += products.sum() - np.trace(products)
+    return float(value)
 
 
 def assert_sound(clustering, points):
