@@ -58,7 +58,7 @@ def assert_same(workspace: Path, expected: Mapping[str, bytes], seed: object = "
     assert sorted(found) == sorted(expected), seed
     assert [name for name in found if found[name] != expected[name]] == [], seed
     if (workspace / DIGESTS).exists():
-            json.loads((workspace / name).read_bytes())
+        json.loads((workspace / DIGESTS).read_bytes())
 
 
 def faults_in(workspace: Path) -> list[str]:
