@@ -18,10 +18,11 @@ def make_reproducible() -> None:
     """Sets the environment variables that make products on the CPU reproducible, unless they are set already.
 
     The libraries read them at their first product, so call this before torch or numpy computes anything.
-    Both are upper limits: CPUs without AVX-512, and builds of torch without MKL or oneDNN, ignore them.
+    `AUTO` keeps the code path that MKL chooses for the CPU, and the instruction set is only an upper limit,
+    so CPUs with less are not slowed down. Builds of torch without MKL or oneDNN ignore the variables.
 
     The price is paid on CPUs with AMX: there, embedding 600 texts with MiniLM in bfloat16 took 4.2 times as
-    long without it (17 against 4 CPU seconds, one run on two shared cores of a Xeon).
+    long with AMX off (17 against 4 CPU seconds, one run on two shared cores of a Xeon).
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)

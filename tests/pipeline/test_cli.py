@@ -252,12 +252,12 @@ def test_plan_tells_what_would_run_and_changes_nothing(copied_run: Finished, cli
     assert code == 0
     assert "seed 0 → 4" in out and "steps to run: 2, reused: 4" in out
     last = out.splitlines()[-1]
-    assert last.startswith("left: time 2 s, to write ") and "; free on the workspace's disk: " in last
+    assert last.startswith("left: unknown, no earlier run to estimate from; free on the workspace's disk: ")
     assert snapshot(copied_run[1]) == before
     (copied_run[0].parent / "pairs.jsonl").write_text('{"query": "a", "document": "b"}\n')
     code, out, _ = cli("plan", copied_run[0], "--workspace", copied_run[1])
     assert "source files differ" in out and "steps to run: 6, reused: 0" in out
-    assert "left: time unknown" in out
+    assert "rows not known before they are read: numbers" in out
 
 
 def test_inspect_shows_the_table_and_a_batch(finished_run: Finished, cli: Any) -> None:

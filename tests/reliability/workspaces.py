@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hardbatch.pipeline.artifacts.artifact import iter_artifact_paths, verify_artifact
-from hardbatch.pipeline.artifacts.files import CACHES, sha256_file
+from hardbatch.pipeline.artifacts.files import DIGESTS, sha256_file
 from tests.reliability.processes import tree
 from tests.samples import WORDS
 
@@ -49,7 +49,7 @@ def write_rows(path: Path, num_pairs: int, *, seed: str) -> None:
 
 def content(workspace: Path) -> dict[str, bytes]:
     """{path: bytes} of all files of a workspace but its caches: hidden ones, as are locks and temporaries, included."""
-    return {name: data for name, data in tree(workspace).items() if name not in CACHES}
+    return {name: data for name, data in tree(workspace).items() if name != DIGESTS}
 
 
 def assert_same(workspace: Path, expected: Mapping[str, bytes], seed: object = "") -> None:
@@ -57,9 +57,8 @@ def assert_same(workspace: Path, expected: Mapping[str, bytes], seed: object = "
     found = content(workspace)
     assert sorted(found) == sorted(expected), seed
     assert [name for name in found if found[name] != expected[name]] == [], seed
-    for name in CACHES:
-        if (workspace / name).exists():
-            json.loads((workspace / name).read_bytes())
+    if (workspace / DIGESTS).exists():
+        json.loads((workspace / DIGESTS).read_bytes())
 
 
 def faults_in(workspace: Path) -> list[str]:
@@ -116,7 +115,7 @@ def redone(before: Mapping[Path, tuple[int, int]], workspace: Path) -> list[str]
 
 def hidden(workspace: Path) -> list[str]:
     """Temporaries and locks in a workspace."""
-    return sorted(path.relative_to(workspace).as_posix() for path in workspace.rglob(".*") if path.name not in CACHES)
+    return sorted(path.relative_to(workspace).as_posix() for path in workspace.rglob(".*") if path.name != DIGESTS)
 
 
 def stamps(workspace: Path) -> dict[Path, tuple[int, ...]]:
