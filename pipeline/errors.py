@@ -7,6 +7,7 @@ not a `HardbatchError` is a fault of ours and may show a traceback.
 from __future__ import annotations
 
 _LINE_CHARACTERS = 2_000
+_FIRST_LINE_CHARACTERS = 200
 
 
 class HardbatchError(Exception):
@@ -30,6 +31,11 @@ def printable(line: str) -> str:
     if line.isprintable():
         return line
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its type if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:_FIRST_LINE_CHARACTERS]
 
 
 class ConfigError(HardbatchError):

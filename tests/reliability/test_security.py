@@ -17,7 +17,7 @@ import pytest
 from hardbatch.flows import service
 from hardbatch.pipeline import cli
 from hardbatch.pipeline.artifacts.artifact import MANIFEST, find_artifact, verify_artifact
-from hardbatch.pipeline.artifacts.files import DigestCache, canonical_json
+from hardbatch.pipeline.artifacts.files import DigestCache
 from hardbatch.pipeline.config import EmbedConfig, load_manifest
 from hardbatch.pipeline.errors import ConfigError, HardbatchError, IntegrityError
 from hardbatch.pipeline.models.encoders import open_encoder
@@ -25,6 +25,7 @@ from hardbatch.pipeline.models.resolve import resolve_model
 from hardbatch.pipeline.run import plan_corpus
 from tests import models
 from tests.reliability import processes
+from tests.reliability.workspaces import rewrite_manifest
 
 Record = Callable[[int, str], None]
 SOURCES = sorted(
@@ -157,11 +158,8 @@ def test_an_artifact_names_no_file_outside(copied_run: tuple[Path, Path, Path], 
     _, _, shards = copied_run
     outside = shards.parents[1] / "outside.txt"
     outside.write_text("x")
-    content = json.loads((shards / MANIFEST).read_bytes())
-    content["files"][name] = {"sha256": hashlib.sha256(b"x").hexdigest(), "bytes": 1, "rows": None}
-    del content["digest"]
-    content["digest"] = hashlib.sha256(canonical_json(content)).hexdigest()
-    (shards / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    record = {"sha256": hashlib.sha256(b"x").hexdigest(), "bytes": 1, "rows": None}
+    rewrite_manifest(shards / MANIFEST, lambda content: content["files"].update({name: record}))
     with pytest.raises(IntegrityError, match="names files that are not below its folder"):
         find_artifact(shards)
     assert verify_artifact(shards) == [f"{shards / MANIFEST}: names files that are not below its folder; do not use it"]

@@ -261,5 +261,5 @@ def test_files_of_another_run_and_parts_too_many(
     shards = shutil.copytree(made[0], tmp_path / "more" / made[0].name)
     part = sorted((other / "data").glob("*.parquet"))[0]
     shutil.copy(part, shards / "data" / "part-00099.parquet")
-    assert "part-00099.parquet: is no part of these shards; remove it" in refused(shards, tmp_path / "out", capsys)
+    assert "part-00099.parquet: does not belong to these shards; remove it" in refused(shards, tmp_path / "out", capsys)
     record_row(8, f"{len(taken)} mixtures with the files of another run, and a part too many: found before step 1")
