@@ -1,4 +1,4 @@
-"""Row 15: a disk that is full at any step ends in exit code 6, with all before it whole, and the run goes on later."""
+"""Row 15: a full disk at any step ends in exit code 6, with all before it whole, and the run can continue later."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_a_limit_of_the_size_of_files(
     assert len(lines) == 1 and "ulimit -f" in lines[0] and "Traceback" not in ended.errors
     assert cli.main(list(map(str, words))) == 0
     check_same(tmp_path / "workspace" / "c", steps)
-    record_row(15, "a limit of file sizes (ulimit -f): exit code 6, goes on without it")
+    record_row(15, "a limit of file sizes (ulimit -f): exit code 6, continues without it")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -160,8 +160,8 @@ def parquet() -> bytes:
 def test_files(name: str, content: bytes, examples: int, record_row: Record) -> None:
     found = fuzz(lambda raw: ingest(name, raw), changed(content), examples)
     assert found["told"] > 0 and (found["rows accounted for"] > 0 or "jsonl" not in name)
-    figures = ", ".join(f"{count} {what}" for what, count in sorted(found.items()))
-    record_row(17, f"{found.total()} changed {name}: {figures}")
+    counts = ", ".join(f"{count} {what}" for what, count in sorted(found.items()))
+    record_row(17, f"{found.total()} changed {name}: {counts}")
 
 
 # manifests and settings

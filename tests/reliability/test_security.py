@@ -187,17 +187,6 @@ def refusal(folder: Path, **settings: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "adapter/adapter_model.bin"])
-def test_pickled_weights_are_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / "model" / "other").mkdir(parents=True)
-    (tmp_path / "model" / "config.json").write_text("{}")
-    (tmp_path / "model" / "other" / "model.safetensors").write_bytes(b"")
-    path = tmp_path / "model" / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(b"cos\nsystem\n")
-    assert "pickled weights are not loaded" in refusal(tmp_path / "model")
-
-
 def test_a_module_of_elsewhere_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""Row 16, of the pipeline: SIGTERM and SIGINT in each stage; the run leaves, and the next one goes on."""
+"""Row 16, of the pipeline: SIGTERM and SIGINT in each stage; the run leaves, and the next one continues."""
 
 from __future__ import annotations
 

@@ -173,36 +173,6 @@ def test_no_context_rate_nulls_a_whole_batch():
     assert encoder.second_stage_model.null_context.grad.any()
 
 
-def test_a_masked_document_has_no_influence_on_the_others():
-    """Document 2 is masked for every other query and no context: gradients of the rest are those without it."""
-    batch = make_batch(6)
-    masked = batch.equivalent_BB.clone()
-    masked[:, 2] = True
-    batch = replace(batch, equivalent_BB=masked.fill_diagonal_(False))
-    generator = torch.Generator().manual_seed(99)
-    other = make_tokens(SIZE, generator)
-    lengths, places = batch.documents.lengths_N.tolist(), batch.documents.ids.split(batch.documents.lengths_N.tolist())
-    swapped = [*places]
-    swapped[2] = other.ids.split(other.lengths_N.tolist())[2][: lengths[2]]
-    assert len(swapped[2]) >= 3 and not torch.equal(swapped[2], places[2][: len(swapped[2])])
-    lengths[2] = len(swapped[2])
-    changed = Tokens(
-        ids=torch.cat(swapped), lengths_N=torch.tensor(lengths), prompt_lengths_N=batch.documents.prompt_lengths_N
-    )
-
-    def queries_gradient(documents):
-        encoder = make_encoder(context_size=0, dropout=0.0)
-        step = GradCache(encoder, WHOLE)
-        plan = step._plan(replace(batch, documents=documents))
-        embeddings = step._embed(plan, None).detach().requires_grad_()
-        step._loss(plan, embeddings).value.backward()
-        return embeddings.grad[:SIZE]
-
-    before, after = queries_gradient(batch.documents), queries_gradient(changed)
-    kept = torch.arange(SIZE) != 2
-    assert torch.allclose(before[kept], after[kept], atol=1e-7) and not torch.allclose(before[2], after[2], atol=1e-4)
-
-
 def test_bf16_autocast_gives_every_weight_its_gradient():
     """A weight cast in the pass without a graph and cached by autocast would get none in the second pass."""
     batch = make_batch(2)
@@ -312,7 +282,7 @@ def free_port():
         return listener.getsockname()[1]
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_equal_one_rank_that_accumulates(world_size, tmp_path):
     mp.spawn(rank_main, args=(world_size, free_port(), str(tmp_path)), nprocs=world_size)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
