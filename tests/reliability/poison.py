@@ -50,8 +50,8 @@ class Kind:
     arguments: tuple[str, ...] = ()
     allowed: float = 1.0  # ingest.max_quarantined_fraction
     code: int = 0
-    says: tuple[str, ...] = ()  # what the line must hold, where the run is refused
-    rows: int = 0  # where the run completes: rows of the source
+    says: tuple[str, ...] = ()  # what the line must contain if the run is refused
+    rows: int = 0  # rows of the source if the run completes
     reasons: dict[str, int] = field(default_factory=dict)  # and what is quarantined
     no_vector: int = 0  # pairs left over without a vector
     manifest: bytes | None = None  # instead of the usual one

@@ -29,7 +29,7 @@ def command(tmp_path: Path) -> list[object]:
 
 @pytest.fixture
 def expected(tmp_path: Path, command: list[object]) -> dict[str, bytes]:
-    """What one run alone makes."""
+    """What a single run makes."""
     assert warm.run(warm.PIPELINE, [*command, tmp_path / "clean"]).code == 0
     return content(tmp_path / "clean")
 

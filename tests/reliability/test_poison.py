@@ -30,7 +30,7 @@ def test_every_kind_ends_as_it_must(tmp_path: Path, kind: poison.Kind, record_ro
 
 
 def test_the_judge_finds_what_is_wrong(tmp_path: Path, finished_run: tuple[Path, Path, Path]) -> None:
-    """A run that loses a row, prints a traceback or says nothing is told as such."""
+    """Runs that lose a row, print a traceback or signs that do not print are recognised."""
     kind = KINDS["an empty file"]
     tracebacks = poison.judge(kind, 1, "Traceback (most recent call last):\n", tmp_path)
     assert tracebacks.faults[:2] == ("exit code 1, expected 3", "a traceback")

@@ -18,6 +18,7 @@ from hardbatch.trainer.checkpoint import find_checkpoint
 from hardbatch.trainer.main import main
 from tests.reliability.trainings import run_warm, words_of
 from tests.reliability.workspaces import rewrite_manifest
+from tests.trainer.test_evaluate import write_collection
 from tests.trainer_models import save_model_folder, tiny_encoder
 
 RecordRow = Callable[[int, str], None]
@@ -101,27 +102,14 @@ def test_pickles_are_never_loaded(
         other = pickled(backbone, replaced="model.safetensors", by=name)
         refusal({**flags, "--output": tmp_path / "c", "--backbone": other}, capsys)
         refusal({"--checkpoint": start_from, "--output": tmp_path / "d"}, capsys, command=export.main)
-        refusal({"--model": start_from, "--eval": collection(tmp_path)}, capsys, command=evaluate.main)
+        refusal(
+            {"--model": start_from, "--eval": write_collection(tmp_path / "collection")}, capsys, command=evaluate.main
+        )
     for name in ("optimizer.pt", "optimizer.safetensors"):
         own = pickled(trained, replaced="optimizer.safetensors", by=name)
         refusal({**flags, "--output": tmp_path / "e", "--epochs": 1, "--resume": own}, capsys)
     assert not canary.exists()
     record_row(20, f"{5 * len(names) + 2} commands given a pickle for weights or moments: refused, nothing run")
-
-
-def collection(tmp_path: Path) -> Path:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    folder = tmp_path / "collection"
-    folder.mkdir(exist_ok=True)
-    for name, columns in (
-        ("corpus", {"doc_id": ["1"], "text": ["one"]}),
-        ("queries", {"query_id": ["1"], "text": ["one"]}),
-        ("qrels", {"query_id": ["1"], "doc_id": ["1"], "score": [1]}),
-    ):
-        pq.write_table(pa.table(columns), folder / f"{name}.parquet")
-    return folder
 
 
 def vouch(folder: Path, replaced: str, by: str) -> None:
@@ -150,7 +138,7 @@ def test_code_of_a_model_is_never_run(
     start_from = with_code(saved, canary, model_type="unheard_of")
     refusal({**flags, "--init-from": start_from}, capsys)
     refusal({"--checkpoint": start_from, "--output": tmp_path / "export"}, capsys, command=export.main)
-    refusal({"--model": start_from, "--eval": collection(tmp_path)}, capsys, command=evaluate.main)
+    refusal({"--model": start_from, "--eval": write_collection(tmp_path / "collection")}, capsys, command=evaluate.main)
     known = with_code(shutil.copytree(backbone, tmp_path / "known"), canary)
     ended = run_warm({**flags, "--backbone": known, "--max-steps": 1})
     assert ended.code == 0, ended.errors

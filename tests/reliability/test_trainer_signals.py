@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from hardbatch.pipeline.artifacts.artifact import verify_artifact
@@ -30,6 +28,7 @@ from tests.reliability.trainings import (
     workers_of,
 )
 from tests.samples import WORDS
+from tests.trainer.test_evaluate import write_collection
 
 RecordRow = Callable[[int, str], None]
 LIMIT_S = 30.0
@@ -39,18 +38,15 @@ TERMINATED = (143, -signal.SIGTERM)  # the second: it had nothing to leave in or
 @pytest.fixture(scope="module")
 def minutes_of_evaluation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A collection of 30,000 documents, which six layers embed in minutes, twice, and a tiny model in seconds."""
-    folder = tmp_path_factory.mktemp("collections") / "large"
-    folder.mkdir()
     generator = np.random.default_rng(0)
     texts = [" ".join(generator.choice(WORDS, 20)) for _ in range(30_000)]
     ids = [str(row) for row in range(len(texts))]
-    for name, columns in {
-        "corpus": {"doc_id": ids, "text": texts},
-        "queries": {"query_id": ids[:50], "text": texts[:50]},
-        "qrels": {"query_id": ids[:50], "doc_id": ids[:50], "score": [1] * 50},
-    }.items():
-        pq.write_table(pa.table(columns), folder / f"{name}.parquet")
-    return folder
+    return write_collection(
+        tmp_path_factory.mktemp("collections") / "large",
+        corpus={"doc_id": ids, "text": texts},
+        queries={"query_id": ids[:50], "text": texts[:50]},
+        qrels={"query_id": ids[:50], "doc_id": ids[:50], "score": [1] * 50},
+    )
 
 
 @pytest.fixture
@@ -161,7 +157,7 @@ def test_a_second_one_leaves_at_once(flags: dict[str, Any], record_row: RecordRo
 def test_two_signals_of_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
     with deferred_signals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)  # from the scheduler, and from torchrun, which it told too
+        os.kill(os.getpid(), signal.SIGTERM)  # from the scheduler, and from torchrun, which got it too
         assert stop.signum == signal.SIGTERM
         monkeypatch.setattr("hardbatch.trainer.signals._ONE_REQUEST_S", 0.0)
         with pytest.raises(SystemExit) as left:
@@ -174,7 +170,7 @@ def test_two_signals_of_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_ranks(
     slow: dict[str, Any], minutes_of_evaluation: Path, tmp_path: Path, everywhere: bool, record_row: RecordRow
 ) -> None:
-    """The launcher is told, or, by a scheduler, every process; amid a step, then amid an evaluation."""
+    """The launcher gets the signal or, from a scheduler, every process; amid a step, then amid an evaluation."""
     slow |= {"--epochs": 200}
     seconds = []
     evaluated = {**slow, "--resume": "auto", "--eval": minutes_of_evaluation, "--eval-every": 1}

@@ -66,15 +66,15 @@ def test_help_names_every_flag(capsys):
     ],
 )
 def test_mistakes_are_told_in_one_line(flags, message):
-    with pytest.raises(ConfigError, match=message) as told:
+    with pytest.raises(ConfigError, match=message) as caught:
         parse_flags(flags)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_every_mistake_has_its_line():
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as caught:
         parse_flags(["--epochs", "none", "--seed", "-1"])
-    lines = str(told.value).splitlines()
+    lines = str(caught.value).splitlines()
     assert [line.split(":")[0].split()[0] for line in lines] == ["--shards", "--output", "--epochs", "--seed"]
 
 
