@@ -4,16 +4,19 @@
     context    each of the first C tokens (the null token and the context) reads those C tokens
     text       each token of a text reads those C tokens and its own text
 
-One row serves a whole chunk of texts: the context is computed once for all of them, not once per text. The null token
-stands for all J − M null vectors of a context of J places: they are alike in every layer, so one key whose score is
-raised by log(J − M) weighs as much as J − M copies of it.
+One row serves a whole chunk of texts: the context is computed once for all of them, not once per
+text. If a context of J documents has only M, the null token stands for all J − M null vectors. They
+are equal in every layer, so one key whose score is raised by log(J − M) weighs as much as J − M
+copies of it.
 
-transformers calls `packed_attention` under the name `PACKED`; the keyword arguments `bounds`, `longest`, `num_context`
-and `null_weight` of a backbone's `forward` reach it through every layer of bert, nomic_bert and modernbert. A name that
-transformers does not know gets no mask either, so that it never waits for a GPU to look at one.
+transformers calls `packed_attention` under the name `PACKED`. The keyword arguments `bounds`,
+`longest`, `num_context` and `null_weight` of a backbone's `forward` reach it through every layer of
+bert, nomic_bert and modernbert. transformers makes no mask for an attention function that it does
+not know, so it never waits for a GPU to inspect one.
 
-On CUDA in bf16 or fp16 both parts of the softmax run on torch's flash kernels. Elsewhere texts are padded inside this
-function alone, and torch's `scaled_dot_product_attention` computes both parts at once.
+On CUDA in bf16 or fp16, both parts of the softmax run on torch's flash kernels. Elsewhere, texts are
+padded inside this function only, and torch's `scaled_dot_product_attention` computes both parts at
+once.
 
 Shapes: T tokens of the row, C of them context, N texts, L tokens of the longest text, H heads, D dimension of a head.
 """
@@ -29,7 +32,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 PACKED = "hardbatch_packed"
-_CONTEXT_SPLITS = 8  # parts of the queries in the backward pass over the context
+_CONTEXT_SPLITS = 8  # sequences of the backward pass over the context; see `_context_backward`
 
 
 def packed_attention(
@@ -48,12 +51,12 @@ def packed_attention(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one packed row, in the form that transformers expects of an attention function.
+    """Computes the attention of one packed row, in the form that transformers expects of an attention function.
 
     Args:
         module: The attention layer; not used.
         query, key, value: (1, H, T, D).
-        attention_mask: Must be None: `bounds` says all that a mask would.
+        attention_mask: Must be None; `bounds` takes its place.
         bounds: int32 (N + 1), on the device of the row: text i is tokens `bounds[i]` to `bounds[i + 1]` of the text
             tokens, which begin after the context.
         longest: Tokens of the longest text, L.
@@ -96,7 +99,7 @@ def _uses_flash(states: Tensor) -> bool:
 
 
 def _heads_last(states: Tensor) -> Tensor:
-    """(1, H, T, D) → (T, H, D) in autocast's type: rotary embeddings may have left it."""
+    """Turns (1, H, T, D) into (T, H, D), in the type of autocast, which rotary embeddings may have left."""
     states_THD = states[0].transpose(0, 1).contiguous()
     if states.is_cuda and torch.is_autocast_enabled("cuda"):
         return states_THD.to(torch.get_autocast_dtype("cuda"))
@@ -118,10 +121,14 @@ def _attention(
     scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor]:
-    """Output (T, H, D) and the logarithm of the softmax's sum (H, T, float32): parts computed apart, then merged.
+    """Computes the parts of the softmax separately and merges them.
 
-    A custom operator, so that torch.compile need not look inside, and so that the backward pass is ours: that of
-    torch's own varlen attention drops the gradient of the sum, which a merge under autograd would need.
+    It is a custom operator for two reasons. torch.compile does not look inside, and the backward
+    pass is our own: that of torch's varlen attention drops the gradient of the sum, which a merge
+    under autograd would need.
+
+    Returns:
+        The output (T, H, D), and the logarithm of the sum of the softmax (H, T, float32).
     """
     text_out, text_lse = _flash(
         q_THD[num_context:], k_THD[num_context:], v_THD[num_context:], bounds, bounds, longest, longest, scale, window
@@ -163,10 +170,11 @@ def _attention_backward(
     scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v: each part's backward pass, given output and sum of the *whole* softmax.
+    """Computes the gradients of q, k and v from the backward pass of each part.
 
-    With those, a part's probabilities come out as its share of the whole, as in ring attention; so gradients of q add
-    up over the parts, and those of k and v belong to the part that holds the key.
+    Each part is given the output and the sum of the *whole* softmax, so that its probabilities are
+    its share of the whole, as in ring attention. The gradients of q are sums over the parts; those
+    of k and v belong to the part that has the key.
     """
     own = slice(num_context, None)
     dq_text, dk_text, dv_text = _flash_backward(
@@ -227,7 +235,7 @@ def _flash(
     scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor]:
-    """Output (T, H, D) and log-sum (H, T) of one part."""
+    """Returns the output (T, H, D) and the log-sum (H, T) of one part."""
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         *(q, k, v, bounds_q, bounds_k, longest_q, longest_k, 0.0, False, False),
         scale=scale,
@@ -251,7 +259,7 @@ def _flash_backward(
     scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v of one part, given `out` and `lse` of the whole softmax."""
+    """Returns the gradients of q, k and v of one part, given `out` and `lse` of the whole softmax."""
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
     dq, dk, dv = torch.ops.aten._flash_attention_backward(
         *(gradient, q, k, v, out, lse, bounds_q, bounds_k, longest_q, longest_k, 0.0, False, *no_dropout),
@@ -265,10 +273,11 @@ def _flash_backward(
 def _context_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The part whose keys are the context: gradients of all q, and of the context's k and v.
+    """Returns the gradients of all q, and of k and v of the context, of the part whose keys are the context.
 
-    The kernel runs in parallel over keys and sequences, and a context has few keys: the queries are cut into several
-    sequences, each with a copy of the keys, whose gradients are added up.
+    The kernel runs in parallel over keys and sequences, and a context has few keys. Therefore the
+    queries are cut into several sequences, each with a copy of the keys, and the gradients of the
+    copies are added.
     """
     splits = min(_CONTEXT_SPLITS, len(q))
     rows = -(-len(q) // splits)
@@ -283,14 +292,14 @@ def _context_backward(
 
 
 def _null_scores(q: Tensor, k: Tensor, scale: float, weight: int) -> Tensor:
-    """Scores (H, T, float32) of the null key, raised by the logarithm of its weight."""
+    """Returns the scores (H, T, float32) of the null key, raised by the logarithm of its weight."""
     return (q.float() * k[:1].float()).sum(-1).T * scale + math.log(weight)
 
 
 def _null_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, weight: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The part whose only key is the null token: gradients of all q, and of its own k and v (1, H, D)."""
+    """Returns the gradients of all q, and of the null token's k and v (1, H, D), of the part whose only key it is."""
     gradient = gradient.float()
     p_TH1 = (_null_scores(q, k, scale, weight) - lse).exp().T[..., None]
     delta_TH1 = ((v[:1].float() - out.float()) * gradient).sum(-1, keepdim=True)
@@ -302,14 +311,14 @@ def _null_backward(
 
 
 def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and log-sum of one softmax over the keys of both parts."""
+    """Returns the output and the log-sum of one softmax over the keys of both parts."""
     lse = torch.logaddexp(lse_a, lse_b)
     share_a, share_b = ((part - lse).exp().T[..., None] for part in (lse_a, lse_b))
     return (out_a * share_a + out_b * share_b).to(out_b.dtype), lse
 
 
 def _ends(length: int, like: Tensor) -> Tensor:
-    """Bounds (int32) of one sequence."""
+    """Returns the bounds (int32) of one sequence."""
     return torch.arange(2, dtype=torch.int32, device=like.device).mul_(length)
 
 
@@ -328,7 +337,7 @@ def _padded(
     window: int,
     dropout: float,
 ) -> Tensor:
-    """Output (T, H, D): texts padded to the longest, their keys the context and their own tokens."""
+    """Returns the output (T, H, D). Texts are padded to the longest, keys are the context and their own tokens."""
     num_texts, num_tokens = len(bounds) - 1, len(q_THD) - num_context
     lengths_N = bounds.diff()
     text_of = torch.arange(num_texts, device=q_THD.device).repeat_interleave(lengths_N, output_size=num_tokens)
@@ -347,7 +356,7 @@ def _padded(
     reads_N1LL = (places_L < lengths_N[:, None])[:, None, None, :].expand(-1, 1, longest, -1)
     if window >= 0:
         reads_N1LL = reads_N1LL & ((places_L[:, None] - places_L).abs() <= window)
-    # a padded row reads nothing: let it read itself, since a softmax over nothing is NaN
+    # A softmax over nothing is NaN, so a padding row, which reads no token, reads itself.
     reads_N1LL = reads_N1LL | torch.eye(longest, dtype=torch.bool, device=q_THD.device)
     bias = F.pad(reads_N1LL, (num_context, 0), value=True).to(q_THD.dtype).log()
     if null_weight:

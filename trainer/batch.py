@@ -1,4 +1,4 @@
-"""A batch of shards as tokens: what a training step takes.
+"""A batch of shards as tokens: the input of a training step.
 
 Legend: B slots of a batch, M hard negatives of all its queries.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hardbatch.pipeline.errors import ConfigError
+from hardbatch.pipeline.errors import ConfigError, first_line
 from hardbatch.trainer.shards import TextBatch
 from hardbatch.trainer.tokens import (
     Padded,
@@ -48,7 +48,8 @@ __all__ = [
 class Batch:
     """B pairs as tokens, prompts included, by slot.
 
-    equivalent_BB[i, j] says that document j may answer query i too, so is no negative; False on the diagonal.
+    `equivalent_BB[i, j]` is True if document j may answer query i too and is therefore not used as
+    a negative of it. It is False on the diagonal.
     """
 
     position: int
@@ -56,13 +57,13 @@ class Batch:
     domain: str
     queries: Tokens
     documents: Tokens
-    negatives: Tokens | None  # None where no query has any
+    negatives: Tokens | None  # None if no query has any
     negative_owner_M: Tensor  # int64: the slot whose query each negative belongs to
     equivalent_BB: Tensor  # bool
 
     @property
     def sides(self) -> list[Tokens]:
-        """Queries, documents and, where there are any, negatives."""
+        """Queries, documents and, if there are any, negatives."""
         return [self.queries, self.documents] + ([self.negatives] if self.negatives is not None else [])
 
     @property
@@ -71,7 +72,7 @@ class Batch:
         return sum(len(tokens.ids) for tokens in self.sides)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
-        """The same on `device`; lengths stay on the CPU."""
+        """Returns the same batch on `device`; lengths stay on the CPU."""
         return replace(
             self,
             queries=self.queries.to(device, non_blocking=non_blocking),
@@ -82,7 +83,7 @@ class Batch:
         )
 
     def pin_memory(self) -> Batch:
-        """The same in pinned memory, so that `to` may be non-blocking."""
+        """Returns the same batch in pinned memory, so that `to` may be non-blocking."""
         return replace(
             self,
             queries=self.queries.pin_memory(),
@@ -103,12 +104,15 @@ class Tokenizer(TextTokenizer):
     def __call__(self, batch: TextBatch) -> Batch:
         size = len(batch.queries)
         texts, prompts = batch.queries + batch.documents, batch.query_prompts + batch.document_prompts
+
+        # All texts of the batch are tokenised in one call, and split afterwards.
         owners: list[int] = []
         if self._hard_negatives and batch.negatives is not None:
             kept = [of_slot[: self._hard_negatives] for of_slot in batch.negatives]
             owners = [slot for slot, of_slot in enumerate(kept) for _ in of_slot]
             texts += [negative for of_slot in kept for negative in of_slot]
             prompts += [batch.document_prompts[slot] for slot in owners]
+
         queries, documents, negatives = _split(self.tokenize(texts, prompts), [size, size, len(owners)])
         return Batch(
             position=batch.position,
@@ -125,22 +129,30 @@ class Tokenizer(TextTokenizer):
 def load_tokenizer(
     folder: Path | str, *, max_length_tokens: int, vocab_size: int | None = None, hard_negatives: int = 0
 ) -> Tokenizer:
-    """The tokenizer in `folder`. `vocab_size` is the backbone's, which every id has to be below.
+    """Loads the tokenizer of a model.
 
-    Raises ConfigError where there is no fast tokenizer, where it does not match the backbone, or where
-    `max_length_tokens` leaves no room for a text.
+    Args:
+        folder: The folder of the model.
+        max_length_tokens: Where texts are truncated, prompt and special tokens included.
+        vocab_size: That of the backbone, which every id must be below; None leaves this unchecked.
+        hard_negatives: How many hard negatives of each query to tokenise.
+
+    Raises:
+        ConfigError: If there is no fast tokenizer, if it does not match the backbone, or if
+            `max_length_tokens` leaves no room for a text.
     """
     from transformers import AutoTokenizer
 
     try:
         pretrained = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of many kinds; `tokenizers` raises plain ones
-        told = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{folder}: no tokenizer that transformers can load: {told}") from None
+        raise ConfigError(f"{folder}: no tokenizer that transformers can load: {first_line(error)}") from None
+
     try:
         tokenizer = Tokenizer(pretrained, max_length_tokens, hard_negatives=hard_negatives)
     except ValueError as error:
         raise ConfigError(f"{folder}: {error}") from None
+
     if len(pretrained.get_vocab()) <= len(set(pretrained.all_special_ids)):
         raise ConfigError(f"{folder}: has no vocabulary; add the tokenizer's files (tokenizer.json) to it")
     if vocab_size is not None and tokenizer.largest_id >= vocab_size:
@@ -152,7 +164,7 @@ def load_tokenizer(
 
 
 def _split(tokens: Tokens, sizes: list[int]) -> list[Tokens]:
-    """The texts in parts of `sizes`."""
+    """Splits texts into parts of `sizes`."""
     lengths = torch.split(tokens.lengths_N, sizes)
     ids = torch.split(tokens.ids, [int(part.sum()) for part in lengths])
     prompt_lengths = torch.split(tokens.prompt_lengths_N, sizes)

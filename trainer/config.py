@@ -2,7 +2,7 @@
 
 They are checked once, here, before anything heavy is imported.
 """
-# ruff: noqa: RUF009 what `_setting` returns is a field
+# ruff: noqa: RUF009 `_setting` returns a field
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hardbatch.pipeline.errors import ConfigError
 
 @dataclass(frozen=True)
 class _Whole:
-    """Reads a whole number within limits, or one of `words`."""
+    """Parses an integer within limits, or one of `words`."""
 
     least: int
     below: int | None = None
@@ -45,7 +45,7 @@ class _Whole:
 
 @dataclass(frozen=True)
 class _Number:
-    """Reads a finite number within limits."""
+    """Parses a finite number within limits."""
 
     least: float | None = None
     above: float | None = None
@@ -73,7 +73,7 @@ class _Number:
 
 @dataclass(frozen=True)
 class _Choice:
-    """Reads one of a few names."""
+    """Parses one of a few names."""
 
     names: tuple[str, ...]
 
@@ -93,81 +93,93 @@ def _switch(text: str) -> bool:
 
 
 def _setting(description: str, read: Callable[[str], Any], *default: Any) -> Any:
-    """A field of `TrainConfig`: its help, how its text is read, and its default if it has one."""
+    """Declares a field of `TrainConfig`: its help, how its text is parsed, and its default if it has one."""
     metadata = {"description": description, "read": read}
     return dataclasses.field(default=default[0] if default else dataclasses.MISSING, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The settings of a training. `parse_flags` makes and checks it.
+    """The settings of a training, made and checked by `parse_flags`.
 
-    Defaults are the paper's small setting where it gives one (Section 5).
+    Defaults follow the paper's small setting if it gives one (Section 5).
     """
 
     shards: Path = _setting("folder of shards: the last line that `hardbatch run` prints", Path)
     output: Path = _setting("folder for checkpoints, logs and the export", Path)
 
     architecture: Literal["contextual", "biencoder"] = _setting(
-        "with or without first stage", _Choice(("contextual", "biencoder")), "contextual"
+        "whether there is a first stage: contextual has one, biencoder has none",
+        _Choice(("contextual", "biencoder")),
+        "contextual",
     )
-    backbone: str = _setting("minilm, a folder, or NAME or NAME@COMMIT on the hub", str, "minilm")
-    num_layers: int | None = _setting("keep only the first layers of the backbone", _Whole(1), None)
-    random_weights: bool = _setting("take the backbone's configuration, not its weights", _switch, False)
+    backbone: str = _setting("minilm, a folder, or NAME or NAME@COMMIT on the Hugging Face hub", str, "minilm")
+    num_layers: int | None = _setting("number of the backbone's first layers to keep; default: all", _Whole(1), None)
+    random_weights: bool = _setting("start from random weights with the backbone's configuration", _switch, False)
     attention: Literal["sdpa", "eager", "flash_attention_2"] = _setting(
         "attention implementation", _Choice(("sdpa", "eager", "flash_attention_2")), "sdpa"
     )
     dropout: float | None = _setting(
-        "the backbone's own dropout; default: as it is set", _Number(least=0, below=1), None
+        "dropout of the backbone; default: that of its configuration", _Number(least=0, below=1), None
     )
-    context_size: int = _setting("context documents J that the second stage reads", _Whole(1), 64)
-    max_length: int = _setting("tokens of a text, prompt and special tokens included", _Whole(4), 64)
-    pool_prompt: bool = _setting("whether the prompt's tokens take part in mean pooling", _switch, True)
+    context_size: int = _setting("number of context documents (J) that the second stage reads", _Whole(1), 64)
+    max_length: int = _setting("maximum tokens of a text, including its prompt and special tokens", _Whole(4), 64)
+    pool_prompt: bool = _setting("include the prompt's tokens in mean pooling", _switch, True)
 
     epochs: int = _setting("passes over one packing of the shards", _Whole(1), 3)
-    max_steps: int | None = _setting("stop after so many steps, if before the last epoch ends", _Whole(1), None)
-    learning_rate: float = _setting("peak of AdamW's learning rate", _Number(above=0), 2e-5)
-    warmup_steps: int = _setting("steps of linear warm-up; then linear decay to 0", _Whole(0), 1_000)
-    weight_decay: float = _setting("AdamW's, on matrices only; 0 is the paper's Adam", _Number(least=0), 0.0)
-    max_gradient_norm: float = _setting("gradients are clipped to this norm", _Number(above=0), 1.0)
-    temperature: float = _setting("of InfoNCE", _Number(above=0), 0.02)
-    sequence_dropout: float = _setting("rate at which context vectors become null", _Number(least=0, below=1), 0.005)
-    no_context_rate: float = _setting("rate of batches whose whole context becomes null", _Number(least=0, most=1), 0.0)
-    hard_negatives: int = _setting("hard negatives of each query to use, where the shards have them", _Whole(0), 0)
+    max_steps: int | None = _setting("maximum number of steps; default: until the last epoch ends", _Whole(1), None)
+    learning_rate: float = _setting("peak learning rate of AdamW", _Number(above=0), 2e-5)
+    warmup_steps: int = _setting("steps of linear warm-up, followed by linear decay to 0", _Whole(0), 1_000)
+    weight_decay: float = _setting(
+        "weight decay of AdamW, on matrices only; 0 is the paper's Adam", _Number(least=0), 0.0
+    )
+    max_gradient_norm: float = _setting("norm to which gradients are clipped", _Number(above=0), 1.0)
+    temperature: float = _setting("temperature of InfoNCE", _Number(above=0), 0.02)
+    sequence_dropout: float = _setting(
+        "rate at which a context vector is replaced by the null vector", _Number(least=0, below=1), 0.005
+    )
+    no_context_rate: float = _setting(
+        "share of batches whose whole context is replaced by null vectors", _Number(least=0, most=1), 0.0
+    )
+    hard_negatives: int = _setting("hard negatives to use for each query, if the shards have them", _Whole(0), 0)
     precision: Literal["auto", "bf16", "fp32"] = _setting(
-        "auto: bf16 autocast where hardware has it", _Choice(("auto", "bf16", "fp32")), "auto"
+        "autocast; auto: bf16 if the hardware supports it", _Choice(("auto", "bf16", "fp32")), "auto"
     )
     chunk_tokens: int | Literal["auto"] = _setting(
-        "tokens computed at once, padding and context included; auto: what the memory holds",
+        "tokens computed at once, including padding and context; auto: as many as fit the memory",
         _Whole(1, words=("auto",)),
         "auto",
     )
-    accumulate: int = _setting("batches of a rank in one step", _Whole(1), 1)
-    seed: int = _setting("draws order, context and dropout", _Whole(0, below=2**63), 0)
+    accumulate: int = _setting("batches that a rank accumulates in one step", _Whole(1), 1)
+    seed: int = _setting("seed of the order, the context and dropout", _Whole(0, below=2**63), 0)
 
     eval: tuple[Path, ...] = _setting(
-        "folders of corpus/queries/qrels, by commas; `holdout`: the shards' own", _paths, ()
+        "folders of corpus/queries/qrels, separated by commas; `holdout`: those of the shards", _paths, ()
     )
-    eval_every: int | None = _setting("steps between evaluations; default: first and last only", _Whole(1), None)
+    eval_every: int | None = _setting(
+        "steps between evaluations; default: only before the first step and after the last", _Whole(1), None
+    )
     save_every: int = _setting("steps between checkpoints", _Whole(1), 500)
-    keep_last: int = _setting("checkpoints that are kept", _Whole(1), 2)
+    keep_last: int = _setting("number of newest checkpoints to keep", _Whole(1), 2)
     log_every: int = _setting("steps between lines of the log", _Whole(1), 10)
-    resume: str = _setting("auto: from the newest checkpoint of --output; or a checkpoint's folder", str, "never")
-    init_from: Path | None = _setting("start from the weights of an export or a checkpoint", Path, None)
+    resume: str = _setting(
+        "never; auto: from the newest checkpoint of --output, if any; or the folder of a checkpoint", str, "never"
+    )
+    init_from: Path | None = _setting("folder of an export or a checkpoint whose weights to start from", Path, None)
     device: Literal["auto", "cpu", "cuda"] = _setting("auto, cpu or cuda", _Choice(("auto", "cpu", "cuda")), "auto")
-    timeout_s: int = _setting("seconds that a rank waits for the others before it gives up", _Whole(1), 1_800)
+    timeout_s: int = _setting("seconds that a rank waits for the others before it fails", _Whole(1), 1_800)
     workers: int = _setting("background threads that read and tokenise", _Whole(1), 1)
     prefetch: int = _setting("batches read ahead", _Whole(1), 4)
 
     @property
     def model_context_size(self) -> int:
-        """J of the model: 0 for a biencoder."""
+        """The J of the model: 0 for a biencoder."""
         return self.context_size if self.architecture == "contextual" else 0
 
     def trajectory(self) -> dict[str, Any]:
-        """The settings, ready for JSON, that a resumed run must share with its checkpoint.
+        """Returns the settings, ready for JSON, that a resumed run must share with its checkpoint.
 
-        With another value of one of them it would be another training.
+        A different value of any of them would make a different training.
         """
         settings = {name: getattr(self, name) for name in setting_defaults() if name not in _FREE_TO_CHANGE}
         return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
@@ -180,15 +192,15 @@ _FREE_TO_CHANGE = {
 
 
 def setting_defaults() -> dict[str, Any]:
-    """The default of each setting, in the order of the flags; `dataclasses.MISSING` if required."""
+    """Returns the default of each setting, in the order of the flags; `dataclasses.MISSING` if it is required."""
     return {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 
 
 def parse_flags(arguments: Sequence[str]) -> TrainConfig:
-    """Returns the settings that the command line gives; `--help` prints and exits.
+    """Parses the command line; `--help` prints the flags and exits.
 
     Raises:
-        ConfigError: a line for each mistake: the flag, what was given and what is allowed.
+        ConfigError: With a line for each mistake: the flag, what was given and what is allowed.
     """
     given = vars(_parser().parse_args(list(arguments)))
     settings: dict[str, Any] = {}
@@ -205,13 +217,14 @@ def parse_flags(arguments: Sequence[str]) -> TrainConfig:
                 mistakes.append(f"{_flag(field.name)}: {error}, given {ascii(value)[:80]}")
         else:
             settings[field.name] = value
+
     if mistakes:
         raise ConfigError(*mistakes)
 
     config = TrainConfig(**settings)
     chosen = config.random_weights or config.num_layers is not None or config.dropout is not None
     if config.init_from is not None and chosen:
-        raise ConfigError("--init-from brings its own model: leave --random-weights, --num-layers and --dropout out")
+        raise ConfigError("--init-from brings its own model: remove --random-weights, --num-layers and --dropout")
     return config
 
 

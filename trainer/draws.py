@@ -1,7 +1,9 @@
-"""Every random number of a step, from (seed, position of the batch) alone: never from the rank, the step or the time.
+"""The random numbers of a step, which depend only on the seed and the position of the batch.
 
-So a resumed run, another number of ranks and a second pass over a chunk all draw the same.
-Shapes: N texts, J context size, B slots.
+They never depend on the rank, the step or the time, so a resumed run, another number of ranks and a
+second pass over a chunk all draw the same.
+
+Shapes: N texts, J context size.
 """
 
 from __future__ import annotations
@@ -15,13 +17,17 @@ from torch import Tensor
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed of 63 bits from its parts, the same on every machine."""
+    """Returns a seed of 63 bits that depends only on `parts`, the same on every machine."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def draw_context(num_documents: int, context_size: int, *, seed: int, position: int) -> Tensor:
-    """Rows (int64) of the documents that are the context of a batch: all of them, or `context_size` drawn ones."""
+    """Draws the documents that are the context of a batch.
+
+    Returns:
+        Their rows (int64), in order: `context_size` of them, or all if there are no more.
+    """
     if num_documents <= context_size:
         return torch.arange(num_documents)
     generator = torch.Generator().manual_seed(derive_seed(seed, position, "context"))
@@ -31,10 +37,14 @@ def draw_context(num_documents: int, context_size: int, *, seed: int, position: 
 def draw_kept_context(
     num_texts: int, context_size: int, *, sequence_dropout: float, no_context_rate: float, seed: int, position: int
 ) -> Tensor:
-    """`keep_NJ` (bool): False where a text reads the null vector in the place of a context document (Section 4.2).
+    """Draws which context documents each text reads (Section 4.2).
 
-    Each place of each text is dropped with the rate `sequence_dropout`; with the rate `no_context_rate` all places of
-    all texts of the batch are, so that a whole batch trains the embeddings that have no context.
+    Each document of each text is dropped at the rate `sequence_dropout`. At the rate
+    `no_context_rate`, all documents of all texts of the batch are dropped, so that a whole batch
+    trains embeddings without context.
+
+    Returns:
+        `keep_NJ` (bool): False if the text reads the null vector in place of the context document.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, position, "sequence_dropout"))
     if torch.rand((), generator=generator) < no_context_rate:
@@ -44,7 +54,7 @@ def draw_kept_context(
 
 @contextlib.contextmanager
 def replayed(device: torch.device, *parts: int | str) -> Iterator[None]:
-    """Seeds torch by `parts` for its body and restores the generators after: dropout masks come out the same again."""
+    """Seeds torch with `parts` for the body, so that dropout masks repeat, and restores the generators afterwards."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive_seed(*parts))

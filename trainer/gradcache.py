@@ -1,16 +1,17 @@
-"""One batch: forward, loss and gradients, in chunks that fit the memory (two-stage GradCache, Section 4.3).
+"""Forward pass, loss and gradients of one batch, in chunks that fit the memory (two-stage GradCache, Section 4.3).
 
     pass 1, no graph   context documents ─ M1 ─► context_MH ;  texts, context ─ M2 ─► embeddings_ND ─► loss
     backward           loss ─► gradient of each embedding
     pass 2, per chunk  texts ─ M2 ─► its part of that gradient ─► parameters of M2, gradient of context_MH
                        context documents ─ M1 ─► their part of that gradient ─► parameters of M1
 
-The gradients are those of one graph over the same chunks and draws, since dropout is replayed.
-Nothing here knows of ranks: they average their gradients when a step's batches are done
-(`Ranks.average_gradients`). Chunks hold texts of like length, as many as make `chunk_tokens`
-computed tokens, and go through a stage in pieces of nearly the same length, so that little is
-padded; embeddings return to the order of the slots. A batch whose two stages together have no more
-tokens than a chunk takes a single pass.
+The gradients equal those of one graph over the same chunks and draws, since dropout is replayed.
+Ranks average their gradients after the batches of a step (`Ranks.average_gradients`); this module
+does not depend on them.
+
+A chunk has texts of similar length, as many as make `chunk_tokens` computed tokens, and goes through
+a stage in pieces of nearly equal length, so that little is padded. Embeddings return to the order of
+the slots. A batch whose two stages together have no more tokens than a chunk takes a single pass.
 
 Shapes: N texts of a batch (queries, documents, hard negatives), M context documents, C rows of a chunk, T tokens,
 J context size, H width of a context vector, D width of an embedding.
@@ -34,7 +35,7 @@ from hardbatch.trainer.model import Encoder
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """What a step over one batch depends on; names as the flags of `hardbatch.trainer.config`."""
+    """The settings of a step, with the names of the flags in `hardbatch.trainer.config`."""
 
     chunk_tokens: int
     temperature: float
@@ -56,23 +57,35 @@ class GradCache:
         self._device = next(encoder.parameters()).device
 
     def backward(self, batch: Batch, *, scale: float = 1.0) -> Loss:
-        """Adds the gradients of `scale` times the loss of the batch to the parameters; returns the unscaled loss."""
+        """Adds the gradients of `scale` times the loss of a batch to the parameters.
+
+        Returns:
+            The unscaled loss.
+        """
         plan = self._plan(batch.to(self._device, non_blocking=True))
+
+        # A small batch needs one pass only.
         if plan.num_tokens <= self._config.chunk_tokens:
             loss = self._loss(plan, self._embed(plan, self._embed_context(plan)))
             torch.autograd.backward(loss.value * scale)
             return Loss(value=loss.value.detach(), accuracy=loss.accuracy)
+
+        # Pass 1: embeddings without a graph, and the gradient of each of them.
         with torch.no_grad():
             context_MH = self._embed_context(plan)
             embeddings_ND = self._embed(plan, context_MH)
         loss = self._loss(plan, embeddings_ND.requires_grad_())
         torch.autograd.backward(loss.value * scale)
         assert embeddings_ND.grad is not None
+
+        # Pass 2, texts: each chunk again with a graph, which also gathers the gradient of the context.
         if context_MH is not None:
             context_MH.requires_grad_()
         for number, rows_C in enumerate(plan.text_chunks):
             gradient_CD = embeddings_ND.grad[self._to_device(rows_C)]
             torch.autograd.backward(self._embed_chunk(plan, number, context_MH), gradient_CD)
+
+        # Pass 2, context documents.
         for number, rows_C in enumerate(plan.context_chunks):
             assert context_MH is not None and context_MH.grad is not None
             gradient_CH = context_MH.grad[self._to_device(rows_C)]
@@ -81,8 +94,8 @@ class GradCache:
 
     def _plan(self, batch: Batch) -> _Plan:
         config, context_size = self._config, self._model.context_size
-        sides = [batch.queries, batch.documents] + ([batch.negatives] if batch.negatives is not None else [])
-        texts = concat(sides)
+        texts = concat(batch.sides)
+
         draw = {"seed": config.seed, "position": batch.position}
         context_rows_M = draw_context(len(batch.documents), context_size, **draw)
         keep_NJ = draw_kept_context(
@@ -92,6 +105,7 @@ class GradCache:
             no_context_rate=config.no_context_rate,
             **draw,
         )
+
         context_lengths_M = batch.documents.lengths_N[context_rows_M]
         context_chunks = chunk_by_tokens(context_lengths_M, config.chunk_tokens) if context_size else []
         text_chunks = chunk_by_tokens(texts.lengths_N, config.chunk_tokens, context_size=context_size)
@@ -144,7 +158,7 @@ class GradCache:
         )
 
     def _pieces(self, tokens: Tokens, rows_C: Tensor) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor, Tensor]]]:
-        """The rows of each piece of a chunk, and its ids, its mask and the tokens that are pooled, on the device."""
+        """Yields the rows of each piece of a chunk, with its ids, its mask and its pooled tokens on the device."""
         for piece_rows in torch.split(rows_C, split_tightly(tokens.lengths_N[rows_C])):
             padded = pad(tokens, piece_rows, self._config.pad_id)
             pooled = padded.mask_CT if self._model.pool_prompt else padded.without_prompt_CT()
@@ -161,7 +175,8 @@ class GradCache:
         return tensor.to(self._device, non_blocking=True)
 
     def _autocast(self) -> AbstractContextManager[object]:
-        # entered anew for each chunk: a weight cast and cached in pass 1, without a graph, would get no gradient in 2
+        # Entered again for each chunk: autocast caches the cast weights, and one that was cast in
+        # pass 1, without a graph, would get no gradient in pass 2.
         if self._config.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self._device.type, dtype=self._config.autocast)
@@ -169,7 +184,7 @@ class GradCache:
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """A batch cut into chunks, and its draws; rows, chunks and lengths lie on the CPU."""
+    """A batch cut into chunks, and its draws; rows, chunks and lengths are on the CPU."""
 
     batch: Batch
     texts: Tokens
@@ -182,6 +197,6 @@ class _Plan:
 
 
 def _in_order(chunks: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
-    """The rows of all chunks, each at its place."""
-    places = torch.cat(list(rows))
-    return torch.cat(list(chunks))[torch.argsort(places).to(chunks[0].device)]
+    """Joins the chunks and puts their rows back in order."""
+    order = torch.argsort(torch.cat(list(rows)))
+    return torch.cat(list(chunks))[order.to(chunks[0].device)]

@@ -26,20 +26,20 @@ from hardbatch.pipeline.errors import IntegrityError
 INDEX = "index.parquet"
 _COLUMNS = ["batch_id", "packing", "domain", "file", "row_group", "byte_offset", "byte_length", "sha256"]
 _SINCE_VERSION_2 = ["footer_sha256", "record_offset", "record_length"]
-_FOOTER_READERS = 8  # threads: they wait for the disk
+_FOOTER_READERS = 8  # threads
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Index:
-    """Where each batch lies, and its digest; offsets and lengths in bytes of its file."""
+    """Where each batch is, and its digest; offsets and lengths are in bytes of its file."""
 
     files: tuple[str, ...]
     heads: tuple[bytes, ...]  # of each file's footer
     domains: tuple[str, ...]
     batch_ids_I: NDArray[np.int64]
     packings_I: NDArray[np.int32]
-    domains_I: NDArray[np.int64]  # places in `domains`
-    files_I: NDArray[np.int64]  # places in `files`
+    domains_I: NDArray[np.int64]  # indices into `domains`
+    files_I: NDArray[np.int64]  # indices into `files`
     row_groups_I: NDArray[np.int32]
     offsets_I: NDArray[np.int64]  # of the row group's data
     lengths_I: NDArray[np.int64]
@@ -49,17 +49,31 @@ class Index:
 
 
 def read_index(artifact: Artifact) -> Index:
-    """The index of a `shards` artifact; raises IntegrityError where it or a footer is not what was written."""
+    """Reads and checks the index of a `shards` artifact.
+
+    Raises:
+        IntegrityError: If the index or a footer is not what was written, or if the files of the
+            folder are not those of the index.
+    """
     table = _read_table(artifact)
     files, files_I = _encode(table["file"])
     domains, domains_I = _encode(table["domain"])
+
+    # The manifest, the index and the folder must agree on the files. The pattern finds what
+    # scan_parquet("data/*.parquet") reads.
     listed = {name for name in artifact.manifest.files if name.startswith("data/")}
     if listed != set(files):
         name = min(listed ^ set(files))
-        raise IntegrityError(f"{artifact.path}: {MANIFEST} and {INDEX} differ on {name}; {make_anew(artifact.path)}")
-    for part in sorted((artifact.path / "data").glob("[!.]*.parquet")):  # what scan_parquet("data/*.parquet") reads
+        raise IntegrityError(
+            f"{artifact.path}: {MANIFEST} and {INDEX} differ on {name}; {how_to_repair(artifact.path)}"
+        )
+    for part in sorted((artifact.path / "data").glob("[!.]*.parquet")):
         if f"data/{part.name}" not in listed:
-            raise IntegrityError(f"{part}: is no part of these shards; remove it, or {make_anew(artifact.path)}")
+            raise IntegrityError(
+                f"{part}: does not belong to these shards; remove it, or {how_to_repair(artifact.path)}"
+            )
+
+    # Footers are read by file; the threads mostly wait for the disk.
     by_file_I = np.argsort(files_I, kind="stable")
     rows_of = np.split(by_file_I, np.searchsorted(files_I[by_file_I], np.arange(1, len(files))))
     with ThreadPoolExecutor(_FOOTER_READERS, thread_name_prefix="footers") as pool:
@@ -67,6 +81,7 @@ def read_index(artifact: Artifact) -> Index:
     records_I = np.empty((len(table), 2), dtype=np.int64)
     for rows, (_, records) in zip(rows_of, parts, strict=True):
         records_I[rows] = records
+
     return Index(
         files=files,
         heads=tuple(head for head, _ in parts),
@@ -84,9 +99,9 @@ def read_index(artifact: Artifact) -> Index:
     )
 
 
-def make_anew(path: Path) -> str:
-    """What to do about a damaged artifact."""
-    return f"delete the folder {path} and run the pipeline again to make it anew"
+def how_to_repair(path: Path) -> str:
+    """Returns the advice for a damaged artifact."""
+    return f"delete the folder {path} and run the pipeline again to recreate it"
 
 
 def _read_table(artifact: Artifact) -> pa.Table:
@@ -94,17 +109,17 @@ def _read_table(artifact: Artifact) -> pa.Table:
     record = artifact.manifest.files.get(INDEX)
     data = b"" if record is None else path.read_bytes()
     if record is None or hashlib.sha256(data).hexdigest() != record.sha256:
-        raise IntegrityError(f"{path}: is not what was written: its sha256 differs; {make_anew(artifact.path)}")
+        raise IntegrityError(f"{path}: is not what was written: its sha256 differs; {how_to_repair(artifact.path)}")
     file = pq.ParquetFile(pa.BufferReader(data))
     columns = _COLUMNS + (_SINCE_VERSION_2 if artifact.manifest.format_version >= 2 else [])
     table = file.read(columns=columns, use_threads=False)
     if missing := set(columns) - set(table.column_names):
-        raise IntegrityError(f"{path}: has no column {min(missing)}; {make_anew(artifact.path)}")
+        raise IntegrityError(f"{path}: has no column {min(missing)}; {how_to_repair(artifact.path)}")
     return table
 
 
 def _encode(column: pa.ChunkedArray) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """The distinct words of a column in order of the alphabet, and the place of each row's word among them."""
+    """Returns the distinct words of a column, sorted, and for each row the index of its word among them."""
     encoded = column.combine_chunks().dictionary_encode()
     words = encoded.dictionary.to_pylist()
     order = sorted(range(len(words)), key=words.__getitem__)
@@ -112,13 +127,17 @@ def _encode(column: pa.ChunkedArray) -> tuple[tuple[str, ...], NDArray[np.int64]
 
 
 def _digests(column: pa.ChunkedArray) -> NDArray[np.uint8]:
-    """Digests as 32 bytes each, from 64 hex digits each."""
+    """Converts digests from 64 hex digits to 32 bytes each."""
     text = column.combine_chunks().buffers()[2]
     return np.frombuffer(bytes.fromhex(text[: 64 * len(column)].to_pybytes().decode()), np.uint8).reshape(-1, 32)
 
 
 def _check_footer(artifact: Artifact, name: str, rows: pa.Table) -> tuple[bytes, NDArray[np.int64]]:
-    """Head of a file's footer, and (offset, length) of the record of each row of the index in `rows`."""
+    """Checks the footer of a file.
+
+    Returns:
+        The head of the footer, and (offset, length) of the record of each row of the index in `rows`.
+    """
     path = artifact.path / name
     try:
         if "footer_sha256" in rows.column_names:
@@ -132,5 +151,4 @@ def _check_footer(artifact: Artifact, name: str, rows: pa.Table) -> tuple[bytes,
             raise ValueError(f"the sha256 of the {what} differs")
         return read_head(path), records
     except (OSError, ValueError) as error:
-        anew = make_anew(artifact.path)
-        raise IntegrityError(f"{path}: is not what was written: {error}; {anew}") from None
+        raise IntegrityError(f"{path}: is not what was written: {error}; {how_to_repair(artifact.path)}") from None

@@ -1,19 +1,21 @@
-"""What a training says: a progress line, TensorBoard, and `log.jsonl`, a record per line that survives a resume.
+"""What a training reports: a progress line, `log.jsonl` with one record per line, and curves for TensorBoard.
 
-Files are opened for each record, and nothing is held back: a disk that is full is told where the record is written.
+`log.jsonl` is the record that counts. It survives a resume, and it is opened and closed for each
+line, so that a full disk raises at the line that did not fit. The curves repeat it for TensorBoard;
+if they cannot be written, the training continues without them.
 
 Shapes: N texts of a batch, M context documents.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -48,8 +50,8 @@ _PEAK_FLOPS = {
     "NVIDIA GeForce RTX 4090": 165e12,
 }
 
-# figures of an evaluation that are printed; the log has all
-_TOLD = {
+# The metrics of an evaluation that are printed, and their names; the log has all of them.
+_PRINTED = {
     "loss": "loss",
     "accuracy": "accuracy",
     "ndcg_at_10": "nDCG@10",
@@ -59,7 +61,7 @@ _TOLD = {
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """Figures of one step over all ranks."""
+    """Metrics of one step over all ranks."""
 
     loss: float
     accuracy: float
@@ -70,11 +72,14 @@ class StepMetrics:
     tokens: int
     flops: float
     wait_s: float
-    """Seconds that a rank waited for its batches, the mean over ranks."""
+    """Seconds that a rank waited for its batches, averaged over the ranks."""
 
 
 class TrainingLog:
-    """The log of a training in `output`; means over the steps between two lines. Only the main rank has one."""
+    """The log of a training in `output`, with means over the steps between two lines.
+
+    Only the main rank has one.
+    """
 
     def __init__(
         self, output: Path, *, first_step: int, end_position: int, peak_flops: float = 0.0, stream: TextIO | None = None
@@ -82,34 +87,43 @@ class TrainingLog:
         """Opens the log.
 
         Args:
-            output: the folder of the training.
-            first_step: the step that the training goes on from; later records are dropped.
-            end_position: the place in the order of batches at which the training ends.
+            output: The folder of the training.
+            first_step: The step after which the training continues; later records are dropped.
+            end_position: The position in the order of batches at which the training ends.
             peak_flops: FLOP/s of the devices of all ranks together, 0 if they are not known.
-            stream: receives the lines for a person; standard error by default.
+            stream: Receives the lines for a person; standard error by default.
         """
         self.evaluations: dict[str, dict[int, dict[str, float]]] = {}
-        """Figures by collection and step, also of the runs that this one goes on from."""
+        """Metrics by collection and step, including those of the runs that this one continues."""
         self._path = output / LOG
-        self._keep_until(first_step)
-        self._board = _Board(output / "tensorboard", first_step)
         self._stream = stream or sys.stderr
         self._end = end_position
         self._peak = peak_flops
+        self._keep_until(first_step)
+        self._curves = _Curves(output / "tensorboard", first_step, warn=self.say)
+
         self._window: list[StepMetrics] = []
         self._started = time.monotonic()
         self._paused = 0.0
 
-    def step(self, figures: StepMetrics) -> None:
-        """Takes in the figures of a step."""
-        self._window.append(figures)
+    def step(self, metrics: StepMetrics) -> None:
+        """Adds the metrics of a step to the next line."""
+        self._window.append(metrics)
 
     def flush(self, *, step: int, position: int, batches_per_step: int) -> None:
-        """Writes the means since the last call, if there were steps."""
+        """Writes the means since the last call, if there were any steps.
+
+        Args:
+            step: The number of the last step.
+            position: The position in the order of batches after that step.
+            batches_per_step: Batches that all ranks together read in a step.
+        """
         if not self._window:
             return
+
         window, seconds = self._window, max(time.monotonic() - self._started - self._paused, 1e-9)
         self._window, self._started, self._paused = [], time.monotonic(), 0.0
+
         mean = {
             name: sum(getattr(one, name) for one in window) / len(window)
             for name in ("loss", "accuracy", "mask_rate", "gradient_norm")
@@ -123,30 +137,31 @@ class TrainingLog:
             rates["model_flop_utilisation"] = sum(one.flops for one in window) / seconds / self._peak
         last = {"learning_rate": window[-1].learning_rate}
         self.write("train", {**mean, **last, **rates}, step=step, position=position)
+
         left_s = (self._end - position) / batches_per_step * seconds / len(window)
         utilisation = f", MFU {rates['model_flop_utilisation']:.0%}" if self._peak else ""
         self.say(
             f"step {step:,}  batch {position:,} of {self._end:,}  loss {mean['loss']:.4f}  accuracy "
             f"{mean['accuracy']:.3f}  masked {mean['mask_rate']:.3f}  gradient {mean['gradient_norm']:.2f}  "
             f"{rates['pairs_per_s']:,.0f} pairs/s, {rates['tokens_per_s']:,.0f} tokens/s, "
-            f"waiting {rates['data_wait']:.1%}{utilisation}, {_duration(left_s)} left"
+            f"waiting {rates['data_wait']:.1%}{utilisation}, {timedelta(seconds=round(left_s))} left"
         )
 
-    def write(self, kind: str, figures: dict[str, float], *, step: int, position: int) -> None:
-        """Appends a record of `kind` to the log, and its figures to TensorBoard."""
-        record = {"kind": kind, "step": step, "position": position, **figures}
+    def write(self, kind: str, metrics: dict[str, float], *, step: int, position: int) -> None:
+        """Appends a record of `kind` to the log, and a point to the curve of each metric."""
+        record = {"kind": kind, "step": step, "position": position, **metrics}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        self._board.write({f"{kind}/{name}": value for name, value in figures.items()}, step)
+        self._curves.write({f"{kind}/{name}": value for name, value in metrics.items()}, step)
 
-    def evaluation(self, name: str, figures: dict[str, float], *, step: int, position: int) -> None:
-        """Takes in the figures of a collection."""
-        self.write(f"{_EVALUATION}{name}", figures, step=step, position=position)
-        self.say(f"{name} after step {step:,}: {evaluation_text(figures)}")
-        self.evaluations.setdefault(name, {})[step] = figures
+    def evaluation(self, name: str, metrics: dict[str, float], *, step: int, position: int) -> None:
+        """Writes and prints the metrics of a collection."""
+        self.write(f"{_EVALUATION}{name}", metrics, step=step, position=position)
+        self.say(f"{name} after step {step:,}: {evaluation_text(metrics)}")
+        self.evaluations.setdefault(name, {})[step] = metrics
 
     def say(self, line: str) -> None:
-        """A line for the person who watches."""
+        """Prints a line for the person who watches."""
         print(line, file=self._stream, flush=True)
 
     def pause(self, seconds: float) -> None:
@@ -157,76 +172,85 @@ class TrainingLog:
         """Drops the records after `step`, which a resumed run writes again, and a half-written last line."""
         if not self._path.exists():
             return
+
         kept = []
         for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 record: dict[str, Any] = json.loads(line)
             except ValueError:
                 continue
+
             if isinstance(record, dict) and record.get("step", 0) <= step and step > 0:
                 kept.append(line + "\n")
                 if str(record["kind"]).startswith(_EVALUATION):
-                    figures = {
+                    metrics = {
                         name: value for name, value in record.items() if name not in ("kind", "step", "position")
                     }
-                    self.evaluations.setdefault(record["kind"].removeprefix(_EVALUATION), {})[record["step"]] = figures
+                    self.evaluations.setdefault(record["kind"].removeprefix(_EVALUATION), {})[record["step"]] = metrics
         write_file_atomic(self._path, "".join(kept).encode())
 
 
-class _Board:
-    """A file of events for TensorBoard in `folder`, which drops the curves of earlier files after `first_step`.
+class _Curves:
+    """Curves for TensorBoard in `folder`; a resume replaces the points after `first_step`.
 
-    That of torch writes in a thread of its own, which dies with a traceback where the disk is full.
+    Curves are not results: the first OSError, such as that of a full disk, ends them with a
+    warning, and the training continues.
     """
 
-    def __init__(self, folder: Path, first_step: int) -> None:
-        from tensorboard.compat.proto.event_pb2 import SessionLog
+    def __init__(self, folder: Path, first_step: int, *, warn: Callable[[str], None]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
 
-        folder.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-        self._path = folder / name
-        self._append(0, file_version="brain.Event:2")
-        if first_step:
-            self._append(first_step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._folder = folder
+        self._warn = warn
+        self._writer: Any = None
+        with self._warning_once():
+            self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
 
-    def write(self, figures: Mapping[str, float], step: int) -> None:
+    def write(self, metrics: Mapping[str, float], step: int) -> None:
         """Appends a point to each curve."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        if self._writer is None:
+            return
+        with self._warning_once():
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()  # nothing is held back that a kill could lose
 
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
-        self._append(step, summary=Summary(value=values))
-
-    def _append(self, step: int, **content: Any) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        event = Event(wall_time=time.time(), step=step, **content)
-        with self._path.open("ab") as file:
-            RecordWriter(file).write(event.SerializeToString())
+    @contextlib.contextmanager
+    def _warning_once(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._writer = None
+            self._warn(f"warning: {self._folder}: no more curves for TensorBoard ({error}); {LOG} has all metrics")
 
 
-def evaluation_text(figures: Mapping[str, float]) -> str:
-    """The figures of an evaluation that are printed, in a line."""
-    return ", ".join(f"{told} {figures[key]:.4f}" for key, told in _TOLD.items() if key in figures)
+def evaluation_text(metrics: Mapping[str, float]) -> str:
+    """Returns the metrics of an evaluation that are printed, in a line."""
+    return ", ".join(f"{name} {metrics[key]:.4f}" for key, name in _PRINTED.items() if key in metrics)
 
 
 def summary_text(evaluations: Mapping[str, Mapping[int, Mapping[str, float]]]) -> str:
-    """A line for each collection that was measured more than once: first and last figures; and one for their mean."""
+    """Returns a line for each collection that was measured more than once, and one for their mean.
+
+    A line shows the first and the last value of each metric.
+    """
     ends = {name: (found[min(found)], found[max(found)]) for name, found in evaluations.items() if len(found) > 1}
     if len(ends) > 1:
         befores, afters = zip(*ends.values(), strict=True)
         ends["mean"] = (_mean(befores), _mean(afters))
+
     lines = []
     for name, (before, after) in ends.items():
-        told = [f"{_TOLD[key]} {before[key]:.4f} -> {after[key]:.4f}" for key in _TOLD if key in before]
-        lines.append(f"\n{name}: {', '.join(told)}")
+        changes = [f"{_PRINTED[key]} {before[key]:.4f} -> {after[key]:.4f}" for key in _PRINTED if key in before]
+        lines.append(f"\n{name}: {', '.join(changes)}")
     return "".join(lines)
 
 
 def model_flops(encoder: Encoder, batch: Batch, context_rows_M: torch.Tensor) -> float:
-    """FLOPs of forward and backward over the real tokens of a batch, context included; second passes are not counted.
+    """Returns the FLOPs of the forward and backward pass over the real tokens of a batch and its context.
 
-    Six for each weight of the layers and token, and 12 · layers · width · length² of attention for each sequence.
+    Each weight of the layers costs six FLOPs a token, and attention 12 · layers · width · length² a
+    sequence. The second forward pass of GradCache is not counted, since it is not part of the model.
     """
     lengths_N = torch.cat([tokens.lengths_N for tokens in batch.sides]).double()
     context_size = encoder.config.context_size
@@ -238,7 +262,7 @@ def model_flops(encoder: Encoder, batch: Batch, context_rows_M: torch.Tensor) ->
 
 
 def peak_flops(device: torch.device) -> float:
-    """Dense bf16 FLOP/s of a device; 0 for the CPU and for a GPU that is not known."""
+    """Returns the dense bf16 FLOP/s of a device: 0 for the CPU and for a GPU that is not known."""
     return _PEAK_FLOPS.get(torch.cuda.get_device_name(device), 0.0) if device.type == "cuda" else 0.0
 
 
@@ -252,11 +276,5 @@ def _stage_flops(stage: torch.nn.Module, config: Any, lengths: torch.Tensor) -> 
     return float(6 * weights * lengths.sum() + attention * lengths.pow(2).sum())
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5_400 else f"{seconds / 3_600:.1f} h"
-
-
 def _mean(several: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {key: sum(figures[key] for figures in several) / len(several) for key in several[0]}
+    return {key: sum(metrics[key] for metrics in several) / len(several) for key in several[0]}

@@ -1,4 +1,4 @@
-"""How many tokens go through the model at once, and what memory that takes.
+"""How many tokens go through the model at once, and how much memory that takes.
 
 A training keeps 16 bytes for each weight (the float32 weight, its gradient and AdamW's two
 moments). What the backward pass of a chunk needs comes on top and grows with the tokens of the
@@ -19,11 +19,11 @@ from hardbatch.pipeline.errors import HardbatchError
 CHUNK_TOKENS_ON_CPU = 32_768  # 256 texts of 64 tokens, each behind 64 tokens of context
 BYTES_PER_WEIGHT = 16
 
-# The allocator's fragments, a layer's temporaries, the loss and the bfloat16 copies of the weights
-# need the rest.
+# The rest is for fragments of the allocator, temporaries of a layer, the loss and the bfloat16
+# copies of the weights.
 _SHARE_FOR_CHUNKS = 0.85
 
-# A run that is resumed with a little less memory free then computes in the same chunks.
+# Rounding lets a run that is resumed with slightly less free memory compute the same chunks.
 _ROUNDED_DOWN_TO = 1_024
 
 _GIB = 2**30
@@ -39,16 +39,16 @@ class MemoryNeeds:
 
     num_weights: int
     bytes_per_token: int
-    """Bytes that a chunk keeps for its backward pass, for each token that is computed."""
+    """Bytes that a chunk keeps for its backward pass, per computed token."""
     longest_text_tokens: int
-    """Tokens of the longest text, its context included: no chunk can be smaller."""
+    """Tokens of the longest text, its context included. No chunk can be smaller."""
 
     def chunk_bytes(self, chunk_tokens: int) -> int:
-        """Bytes of the largest chunk, its padding and context included."""
+        """Returns the bytes of the largest chunk, its padding and context included."""
         return chunk_tokens * self.bytes_per_token
 
     def fixed_bytes(self) -> int:
-        """Bytes of weights, gradients and optimizer."""
+        """Returns the bytes of weights, gradients and optimizer."""
         return self.num_weights * BYTES_PER_WEIGHT
 
 
@@ -64,10 +64,10 @@ def bytes_per_token(
     kernel's sums. Everything doubles in float32.
 
     Args:
-        backbone: the configuration of the backbone, as transformers has it.
-        longest_text_tokens: tokens of the longest text, its context included.
-        autocast: the type of autocast, None for float32 throughout.
-        attention: the attention implementation.
+        backbone: The configuration of the backbone, as in transformers.
+        longest_text_tokens: Tokens of the longest text, its context included.
+        autocast: The type of autocast, None for float32 throughout.
+        attention: The attention implementation.
     """
     in_layer = 27 * backbone.hidden_size + 8 * backbone.intermediate_size
     of_mask = 2 * longest_text_tokens
@@ -78,12 +78,12 @@ def bytes_per_token(
 
 
 def choose_chunk_tokens(asked: int | str, needs: MemoryNeeds, free_bytes: int | None) -> int:
-    """The tokens of a chunk: those that --chunk-tokens asks for, or for `auto` those that fit.
+    """Returns the tokens of a chunk: those that --chunk-tokens asks for, or for `auto` those that fit.
 
     Args:
-        asked: a number of tokens, or auto.
-        needs: what the training needs.
-        free_bytes: bytes of the device that are free before the model is there; None on the CPU.
+        asked: A number of tokens, or auto.
+        needs: What the training needs.
+        free_bytes: Bytes of the device that are free before the model is loaded; None on the CPU.
 
     Returns:
         At least the tokens of the longest text, which a chunk holds whatever its size.
@@ -99,12 +99,12 @@ def choose_chunk_tokens(asked: int | str, needs: MemoryNeeds, free_bytes: int | 
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Free bytes of a GPU, None for the CPU."""
+    """Returns the free bytes of a GPU, None for the CPU."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def memory_line(chunk_tokens: int, needs: MemoryNeeds) -> str:
-    """What a training says of its memory before it begins."""
+    """Returns the line about memory that a training prints before it begins."""
     of_chunk, fixed = needs.chunk_bytes(chunk_tokens), needs.fixed_bytes()
     return (
         f"chunks of at most {chunk_tokens:,} tokens, about {of_chunk / _GIB:.2f} GiB, beside {fixed / _GIB:.2f} GiB of "

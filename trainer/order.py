@@ -2,10 +2,14 @@
 
     position = epoch · N + offset, N batches in every epoch
 
-Epoch e reads packing e mod E. It holds each batch of a domain `weight` times: the whole part of the weight for every
-batch, the fraction for a choice drawn from (seed, e, domain); all of it permuted by (seed, e). A step of W ranks that
-accumulate A micro-batches eats W·A consecutive positions; a tail of an epoch that is shorter than that is left out.
-So the position is the whole state of a run, and any number of ranks reads the same order.
+Epoch e reads packing e mod E, for E packings. It contains each batch of a domain `weight` times: the
+integer part of the weight for every batch, the fraction for a selection drawn from (seed, e, domain).
+All of it is permuted by (seed, e). A step of W ranks that accumulate A micro-batches takes W·A
+consecutive positions; a tail of an epoch that is shorter than that is left out.
+
+For example, with N = 5 and W·A = 2, steps start at positions 0, 2, 5, 7, 10: position 4 is the tail
+of the first epoch. So the position is the whole state of a run, and any number of ranks reads the
+same order.
 
 Legend: I rows of the index, N batches of an epoch.
 """
@@ -23,17 +27,15 @@ from numpy.typing import NDArray
 
 from hardbatch.pipeline.errors import ConfigError, IntegrityError
 
-_CHOICE, _PERMUTATION = 1, 2  # what is drawn: tells the streams of random numbers apart
-_CACHED_EPOCHS = 2  # a prefetching reader works in two epochs at once around their border
+_CHOICE, _PERMUTATION = 1, 2  # separate streams of random numbers
+_CACHED_EPOCHS = 2  # near the end of an epoch, a prefetching reader works on two
 
 
 class BatchOrder:
     """Batches by position, over endless epochs.
 
-    `batch_ids_I` and `packings_I` are columns of the index, in any order; `domains_I` holds places in the list
-    `domains`; `weights` maps domains to how often an epoch reads their batches (1 where absent). Raises ConfigError
-    for a weight or a seed that is not allowed or where nothing is left to read, IntegrityError where epochs of two
-    packings differ in length.
+    Attributes:
+        epoch_length: N, the batches of every epoch.
     """
 
     def __init__(
@@ -46,16 +48,32 @@ class BatchOrder:
         weights: Mapping[str, float] | None = None,
         seed: int = 0,
     ) -> None:
+        """Prepares the order; epochs are drawn when they are read.
+
+        Args:
+            batch_ids_I: The batches, as a column of the index, in any order.
+            packings_I: The packing of each batch.
+            domains_I: The domain of each batch, as an index into `domains`.
+            domains: The names of the domains.
+            weights: How often an epoch reads the batches of a domain; 1 for a domain that is absent.
+            seed: Seed of the order, 0 or more.
+
+        Raises:
+            ConfigError: If a weight or the seed is not allowed, or if nothing is left to read.
+            IntegrityError: If the epochs of two packings differ in length.
+        """
         if seed < 0:
             raise ConfigError(f"seed {seed}: must be 0 or more")
         self._seed = seed
         self._domains = list(domains)
         self._weights = check_weights(weights or {}, self._domains)
-        by_batch_I = np.argsort(batch_ids_I, kind="stable")  # whatever the order of the index
+
+        # By batch_id, so that the rows of the index may be in any order.
+        by_batch_I = np.argsort(batch_ids_I, kind="stable")
         domains_I, packings_I = domains_I[by_batch_I], packings_I[by_batch_I]
         self._rows = {  # packing → rows of each domain
             int(packing): [
-                by_batch_I[(domains_I == place) & (packings_I == packing)] for place in range(len(self._domains))
+                by_batch_I[(domains_I == domain) & (packings_I == packing)] for domain in range(len(self._domains))
             ]
             for packing in np.unique(packings_I)
         }
@@ -65,18 +83,19 @@ class BatchOrder:
 
     @property
     def num_packings(self) -> int:
-        """E: after so many epochs the first packing comes again."""
+        """E: after this many epochs, the first packing is read again."""
         return len(self._packings)
 
     def batch_at(self, position: int) -> int:
-        """Row of the index of the batch at `position`."""
+        """Returns the row of the index that holds the batch at `position`."""
         epoch, offset = divmod(position, self.epoch_length)
         return int(self._epoch(epoch)[offset])
 
     def step_at(self, position: int, step_size: int) -> int:
-        """Where the next step starts: at `position`, or at the next epoch where the tail of this one is too short.
+        """Returns where the next step starts: at `position`, or at the next epoch if the rest of this one is too short.
 
-        Raises ConfigError where an epoch has fewer batches than a step.
+        Raises:
+            ConfigError: If an epoch has fewer batches than a step.
         """
         num_batches = self.epoch_length
         if step_size > num_batches:
@@ -88,10 +107,10 @@ class BatchOrder:
         return position if offset + step_size <= num_batches else (epoch + 1) * num_batches
 
     def next_step(self, position: int, step_size: int) -> int:
-        """Where the step after the one at `position` starts, for steps of `step_size` = W·A batches.
+        """Returns where the step after the one at `position` starts, for steps of `step_size` = W·A batches.
 
-        It is the position to store: a run that goes on from there, with any number of ranks, does not read a batch
-        twice in an epoch.
+        This is the position to store: a run that resumes there, with any number of ranks, does not
+        read a batch twice in an epoch.
         """
         return self.step_at(self.step_at(position, step_size) + step_size, step_size)
 
@@ -106,12 +125,12 @@ class BatchOrder:
             given = ", ".join(f"{name} {weight:g}" for name, weight in self._weights.items())
             raise ConfigError(f"no batch is left to train on; weights: {given or 'none'}; raise one above 0")
         if len(set(lengths.values())) > 1:
-            told = ", ".join(f"packing {packing}: {length}" for packing, length in lengths.items())
-            raise IntegrityError(f"epochs differ in their number of batches ({told}); make the shards anew")
+            found = ", ".join(f"packing {packing}: {length}" for packing, length in lengths.items())
+            raise IntegrityError(f"epochs differ in their number of batches ({found}); make the shards again")
         return lengths[self._packings[0]]
 
     def _draw_epoch(self, epoch: int) -> NDArray[np.int64]:
-        """Rows of the index in the order of epoch `epoch` (N)."""
+        """Returns the rows of the index in the order of an epoch (N)."""
         rows_of = self._rows[self._packings[epoch % len(self._packings)]]
         parts = []
         for name, rows in zip(self._domains, rows_of, strict=True):
@@ -125,7 +144,11 @@ class BatchOrder:
 
 
 def check_weights(weights: Mapping[str, float], domains: Sequence[str]) -> dict[str, float]:
-    """The weight of each of `domains`; raises ConfigError for an unknown domain or a weight below 0."""
+    """Returns the weight of each of `domains`, 1 for those that are not in `weights`.
+
+    Raises:
+        ConfigError: For an unknown domain or a weight below 0.
+    """
     for name, weight in weights.items():
         if name not in domains:
             raise ConfigError(f"weight of '{name}': no such domain in the shards; domains: {', '.join(domains)}")
@@ -135,7 +158,7 @@ def check_weights(weights: Mapping[str, float], domains: Sequence[str]) -> dict[
 
 
 def _times_and_extra(num_rows: int, weight: float) -> tuple[int, int]:
-    """How often every row is read, and how many are read once more."""
+    """Returns how often every row is read, and how many rows are read once more."""
     times = math.floor(weight)
     return times, math.floor((weight - times) * num_rows + 0.5)
 
@@ -146,14 +169,15 @@ def _num_read(num_rows: int, weight: float) -> int:
 
 
 def _draw_order(length: int, *seeds: int) -> NDArray[np.int64]:
-    """A permutation of 0..length-1 drawn from `seeds`.
+    """Draws a permutation of 0..length-1 from `seeds`.
 
-    It sorts raw output of the bit generator, whose stream numpy keeps for good; `Generator.permutation` may change.
+    It sorts the raw output of the bit generator, which numpy guarantees never to change, unlike that
+    of `Generator.permutation`.
     """
     raw = np.random.Philox(np.random.SeedSequence(seeds)).random_raw(length)
     return np.argsort(raw, kind="stable")
 
 
 def _number_of(name: str) -> int:
-    """A number for a domain that depends on its name alone."""
+    """Returns a number for a domain that depends only on its name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")

@@ -1,7 +1,7 @@
-"""The processes of a training: who is who, gradients reduced between them, and leaving together.
+"""The processes of a training: their ranks, gradients averaged between them, and errors that end all of them.
 
-Started by torchrun there are several ranks; started by python alone there is one. Messages between them go over gloo
-on the CPU, gradients over NCCL on CUDA: asking how the others are costs the GPU no wait.
+torchrun starts several ranks, python alone starts one. Messages between ranks go over gloo on the
+CPU, gradients over NCCL on CUDA, so checking on other ranks does not block the GPU.
 """
 
 from __future__ import annotations
@@ -40,19 +40,21 @@ class Ranks:
         return self.rank == 0
 
     def share_weights(self, module: nn.Module) -> None:
-        """Gives every rank the parameters of the main one."""
+        """Copies the parameters of the main rank to every rank."""
         if self.world_size > 1:
             for parameter in module.parameters():
                 dist.broadcast(parameter.data, src=0)
 
     def average_gradients(self, module: nn.Module) -> None:
-        """Averages the gradients over the ranks: each parameter once, in a fixed order, so that runs repeat to the bit.
+        """Averages the gradients over the ranks, each parameter once and in a fixed order.
 
-        Called once a step, when all its batches are done: what the ranks did for them may differ. The last chunk of
-        each stage is all that a reduction during the backward pass could overlap with.
+        The fixed order makes runs repeat to the bit. It is called once a step, after all batches of
+        the step: ranks may compute different numbers of chunks, and a reduction during the backward
+        pass could overlap only with the last chunk of each stage.
         """
         if self.world_size == 1:
             return
+
         bucket: list[Tensor] = []
         for parameter in module.parameters():
             if parameter.grad is None:
@@ -73,50 +75,66 @@ class Ranks:
             gradient.copy_(part.view_as(gradient))
 
     def require_equal(self, facts: dict[str, Any], help_line: str) -> None:
-        """Raises ConfigError on every rank where the ranks do not agree on `facts`."""
+        """Checks that all ranks agree.
+
+        Args:
+            facts: What must be equal, by name.
+            help_line: What to do if it is not.
+
+        Raises:
+            ConfigError: On every rank, if the facts of any two ranks differ.
+        """
         if self.world_size == 1:
             return
-        told: list[dict[str, Any]] = [{}] * self.world_size
-        dist.all_gather_object(told, facts, group=self._control)
-        differ = [name for name in facts if any(other[name] != told[0][name] for other in told)]
+
+        gathered: list[dict[str, Any]] = [{}] * self.world_size
+        dist.all_gather_object(gathered, facts, group=self._control)
+        differ = [name for name in facts if any(other[name] != gathered[0][name] for other in gathered)]
         if differ:
-            values = "; ".join(f"{name}: {', '.join(str(other[name]) for other in told)}" for name in differ)
+            values = "; ".join(f"{name}: {', '.join(str(other[name]) for other in gathered)}" for name in differ)
             raise ConfigError(f"the ranks do not agree ({values}); {help_line}")
 
     def from_main(self, value: T) -> T:
-        """The main rank's value, on every rank."""
+        """Returns the main rank's value on every rank."""
         if self.world_size == 1:
             return value
-        told = [value]
-        dist.broadcast_object_list(told, src=0, group=self._control)
-        return told[0]
+
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self._control)
+        return values[0]
 
     def sum(self, *values: float) -> list[float]:
-        """Sums of the values over all ranks, in float64."""
+        """Returns the sum of each value over all ranks, in float64."""
         if self.world_size == 1:
             return list(values)
+
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total, group=self._control)
         return [float(value) for value in total]
 
     def max(self, value: int) -> int:
-        """The largest of the ranks' values."""
+        """Returns the largest of the ranks' values."""
         if self.world_size == 1:
             return value
+
         largest = torch.tensor(value)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._control)
         return int(largest)
 
     def min(self, value: int) -> int:
-        """The smallest of the ranks' values."""
+        """Returns the smallest of the ranks' values."""
         return -self.max(-value)
 
     def raise_together(self, error: HardbatchError | None) -> None:
-        """Raises on every rank where any has an error: the same one everywhere, with each message once."""
+        """Raises an error on every rank if any rank has one.
+
+        The error is the same everywhere and contains each message once.
+        """
         if self.world_size == 1:
             if error is not None:
                 raise error
             return
+
         if not self.max(error is not None):
             return
         errors: list[HardbatchError | None] = [None] * self.world_size
@@ -126,7 +144,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def errors_raised_together(self) -> Iterator[None]:
-        """A user's mistake (or a full disk) found in the body by any rank is raised by all of them at its end.
+        """Raises a user's error or a full disk that any rank finds in the body on all ranks, at the end of the body.
 
         The body must not wait for other ranks.
         """
@@ -148,10 +166,10 @@ def join_ranks(device: str, *, timeout_s: int = 1_800) -> Iterator[Ranks]:
 
     Args:
         device: auto, cpu or cuda.
-        timeout_s: seconds that a rank waits for the others in one exchange before it fails.
+        timeout_s: Seconds that a rank waits for the others in one exchange before it fails.
 
     Raises:
-        ConfigError: if CUDA is asked for and missing, or if two ranks would share a GPU.
+        ConfigError: If CUDA is asked for and missing, or if two ranks would share a GPU.
     """
     own = choose_device(device)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -172,20 +190,21 @@ def join_ranks(device: str, *, timeout_s: int = 1_800) -> Iterator[Ranks]:
             refuse_shared_gpus(found)
         yield Ranks(rank=dist.get_rank(), world_size=world_size, device=own, _control=control)
     except HardbatchError:
-        dist.destroy_process_group()  # all ranks leave together; after any other error the group may hang: let it be
+        # All ranks leave together. After any other error, destroying the group may hang.
+        dist.destroy_process_group()
         raise
     dist.destroy_process_group()
 
 
 def choose_device(device: str) -> torch.device:
-    """The device of this rank, after CUDA was set up for it: auto is CUDA if there is any.
+    """Returns the device of this rank, after setting CUDA up for it; auto is CUDA if there is any.
 
     A launcher shows each process either all GPUs of a machine (torchrun) or its own alone (Slurm,
     Ray, Kubernetes), so the local rank counts modulo the GPUs that can be seen: local rank 3 takes
     GPU 3 of 8, and GPU 0 of 1.
 
     Raises:
-        ConfigError: if `device` is cuda and there is none.
+        ConfigError: If `device` is cuda and there is none.
     """
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -207,7 +226,7 @@ def refuse_shared_gpus(gpus: Sequence[tuple[str, str]]) -> None:
     """Raises ConfigError if two ranks have the same GPU.
 
     Args:
-        gpus: the host name and the UUID of the GPU of each rank, in the order of the ranks.
+        gpus: The host name and the UUID of the GPU of each rank, in the order of the ranks.
     """
     ranks_of: dict[str, list[int]] = {}
     for rank, (_, uuid) in enumerate(gpus):

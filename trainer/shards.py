@@ -1,9 +1,10 @@
-"""Shards as the trainer sees them: checked before step 1, then read batch by batch through their index.
+"""Shards as the trainer reads them: checked before step 1, then read batch by batch through their index.
 
-`open_shards` reads the manifest, the sizes of all files, the index and every footer, and no batch. Each batch is one
-row group: its bytes are read in one piece, compared with the digest in the index, and only then parsed, by the record
-of this row group alone (`pipeline/artifacts/footer.py`). Nothing stays open or cached, so a batch costs the same from
-one file or from any of thousands, and threads share nothing.
+`open_shards` reads the manifest, the sizes of all files, the index and every footer, but no batch.
+Each batch is one row group. Its bytes are read in one piece, compared with the digest in the index,
+and only then parsed, with the record of this row group alone (`pipeline/artifacts/footer.py`).
+Nothing stays open or cached, so a batch costs the same from one file or from any of thousands, and
+threads share nothing.
 
 Legend: B slots of a batch.
 """
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from hardbatch.pipeline.artifacts.artifact import MANIFEST, Artifact, read_artifact
 from hardbatch.pipeline.artifacts.footer import MAGIC, end_of_file
 from hardbatch.pipeline.errors import ConfigError, IntegrityError
-from hardbatch.trainer.index import Index, make_anew, read_index
+from hardbatch.trainer.index import Index, how_to_repair, read_index
 from hardbatch.trainer.order import BatchOrder
 
 _COLUMNS = ["batch_id", "slot", "query", "document", "query_prompt", "document_prompt", "equivalent_slots"]
@@ -34,10 +35,11 @@ _MAX_SUGGESTED = 3
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TextBatch:
-    """One batch as text, by slot: what a row group holds.
+    """One batch as text, by slot: the content of a row group.
 
-    Prompts are apart from the texts they come before. `negatives` is None where the shards have none, else a list per
-    slot. equivalent_BB[i, j] says that document j may answer query i too, so is no negative; False on the diagonal.
+    Texts do not include their prompts. `negatives` is a list for each slot, or None if the shards
+    have none. `equivalent_BB[i, j]` is True if document j may answer query i too and is therefore
+    not used as a negative of it; it is False on the diagonal.
     """
 
     position: int
@@ -53,7 +55,7 @@ class TextBatch:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Shards:
-    """A complete `shards` artifact whose index and footers are those that were written; made by `open_shards`."""
+    """A complete `shards` artifact whose index and footers have been checked; made by `open_shards`."""
 
     path: Path
     key: str
@@ -63,11 +65,11 @@ class Shards:
     prompts: dict[str, tuple[str, str]]  # domain → prompt of a query, prompt of a document
     weights: dict[str, float]  # domain → how often an epoch reads its batches
     with_negatives: bool
-    pairs: tuple[str, ...]  # pairs artifacts they were made from, as pairs/DOMAIN/KEY below the corpus
+    pairs: tuple[str, ...]  # the pairs artifacts that they come from, as pairs/DOMAIN/KEY below the corpus
     index: Index
 
     def order(self, *, seed: int = 0, weights: Mapping[str, float] | None = None) -> BatchOrder:
-        """The order of batches for a seed; `weights` replaces those of the shards for the domains it names."""
+        """Returns the order of batches for a seed; `weights` replaces those of the shards for the domains it names."""
         return BatchOrder(
             batch_ids_I=self.index.batch_ids_I,
             packings_I=self.index.packings_I,
@@ -78,28 +80,34 @@ class Shards:
         )
 
     def read_batch(self, row: int, position: int) -> TextBatch:
-        """The batch in row `row` of the index; may be called from several threads.
+        """Reads the batch in row `row` of the index; several threads may call this at once.
 
-        Raises IntegrityError, naming file and batch, where its bytes are not those that were written.
+        Raises:
+            IntegrityError: If the bytes are not those that were written; names the file and the batch.
         """
         index, size = self.index, self.batch_size
         columns = [*_COLUMNS, "negatives"] if self.with_negatives else _COLUMNS
+
         try:
-            # not memory-mapped: a file that is cut while it is read would end the process
+            # Not memory-mapped: a file that is truncated while it is read would end the process.
             with pa.OSFile(f"{self.path}/{index.files[index.files_I[row]]}") as file:
                 data = file.read_at(int(index.lengths_I[row]), int(index.offsets_I[row]))
                 if hashlib.sha256(data).digest() != index.sha256_I[row].tobytes():
                     raise self._damage(row, "is not what was written: its sha256 differs")
+
+                # A footer that lists this row group alone, for pyarrow to parse.
                 record = file.read_at(int(index.record_lengths_I[row]), int(index.record_offsets_I[row]))
                 end = pa.BufferReader(MAGIC + end_of_file(index.heads[index.files_I[row]], record))
                 parquet = pq.ParquetFile(file, metadata=pq.read_metadata(end), pre_buffer=False)
                 table = parquet.read_row_group(0, columns=columns, use_threads=False)
         except (pa.ArrowException, OSError) as error:
-            told = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
-            raise self._damage(row, f"cannot be read: {told}") from error
+            reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+            raise self._damage(row, f"cannot be read: {reason}") from error
+
         batch_id = int(index.batch_ids_I[row])
         if not table["slot"].equals(_slots(size)) or (table["batch_id"].to_numpy() != batch_id).any():
             raise self._damage(row, f"does not hold slots 0 to {size - 1} of that batch")
+
         return TextBatch(
             position=position,
             batch_id=batch_id,
@@ -115,14 +123,18 @@ class Shards:
     def _damage(self, row: int, what: str) -> IntegrityError:
         index = self.index
         where = f"batch {index.batch_ids_I[row]} (row group {index.row_groups_I[row]})"
-        return IntegrityError(f"{self.path / index.files[index.files_I[row]]}: {where} {what}; {make_anew(self.path)}")
+        return IntegrityError(
+            f"{self.path / index.files[index.files_I[row]]}: {where} {what}; {how_to_repair(self.path)}"
+        )
 
 
 def open_shards(path: Path | str) -> Shards:
-    """The shards in the folder `path`, all of them checked but the batches themselves.
+    """Opens the shards in the folder `path`, and checks everything but the batches themselves.
 
-    Raises ConfigError where `path` is no folder of shards, IntegrityError where it is incomplete, of a newer format, or
-    where the manifest, the size of a file, the index or a footer is not what was written.
+    Raises:
+        ConfigError: If `path` is not a folder of shards.
+        IntegrityError: If the shards are incomplete or of a newer format, or if the manifest, the
+            size of a file, the index or a footer is not what was written.
     """
     artifact = _find(Path(path))
     index = read_index(artifact)
@@ -161,7 +173,7 @@ def _slots(size: int) -> pa.ChunkedArray:
 
 
 def _as_matrix(slots: pa.ListArray, size: int) -> NDArray[np.bool_]:
-    """equivalent_slots as a matrix: row i is True at the slots of S(i)."""
+    """Returns `equivalent_slots` as a matrix: row i is True at the slots of S(i)."""
     ends, values = slots.offsets.to_numpy(), slots.values.to_numpy()
     matrix_BB = np.zeros((size, size), dtype=np.bool_)
     matrix_BB[np.repeat(np.arange(size), ends[1:] - ends[:-1]), values[ends[0] : ends[-1]]] = True
@@ -169,7 +181,7 @@ def _as_matrix(slots: pa.ListArray, size: int) -> NDArray[np.bool_]:
 
 
 def _find(path: Path) -> Artifact:
-    """The artifact at `path`, told apart from the folders that a user may take for it."""
+    """Returns the artifact at `path`; a folder that a user may confuse with it is refused with advice."""
     if not path.is_dir():
         what = "is a file" if path.exists() else "no such folder"
         raise ConfigError(f"{path}: {what}; give the folder of the shards, the last line that `hardbatch run` prints")
@@ -177,6 +189,7 @@ def _find(path: Path) -> Artifact:
         if (path / "units").is_dir():
             raise IntegrityError(f"{path}: no {MANIFEST} yet, so these shards are not complete; run the pipeline again")
         raise ConfigError(f"{path}: holds no shards{_suggest(path)}")
+
     artifact = read_artifact(path)
     if artifact.manifest.stage != "shards":
         raise ConfigError(
@@ -189,6 +202,7 @@ def _find(path: Path) -> Artifact:
 def _suggest(path: Path) -> str:
     if path.name == "data" and (path.parent / MANIFEST).is_file():
         return f" but their part files; give the folder above: {path.parent}"
+
     found = [
         manifest.parent
         for pattern in ("*", "shards/*", "*/shards/*")

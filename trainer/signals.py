@@ -1,4 +1,4 @@
-"""Leaving in good order: a signal is noted, and obeyed when the step is done."""
+"""SIGTERM and SIGINT during a training: a signal is noted, and the training ends after the current step."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-_ONE_REQUEST_S = 2.0  # a scheduler that signals all processes, torchrun among them, which passes it on, asks once
+# Signals within so many seconds are one request: a scheduler may signal all processes, and torchrun,
+# which is one of them, passes the signal on.
+_ONE_REQUEST_S = 2.0
 
 
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[Stop]:
-    """Notes SIGTERM and SIGINT for the end of the step; one that comes later still ends the process at once."""
+    """Notes SIGTERM and SIGINT for the end of the step; a second request ends the process at once."""
     stop = Stop()
     noted_at = 0.0
 
@@ -34,11 +36,11 @@ def deferred_signals() -> Iterator[Stop]:
 
 
 class StoppedError(Exception):
-    """A signal came amid a piece of work that is not worth finishing."""
+    """A signal arrived during work that is not worth finishing."""
 
 
 class Stop:
-    """Whether to stop: a signal came, or torchrun, which would send one, is gone."""
+    """Whether to stop: because of a signal, or because torchrun, which would pass one on, is gone."""
 
     def __init__(self) -> None:
         self.noted = 0
@@ -46,6 +48,6 @@ class Stop:
 
     @property
     def signum(self) -> int:
-        """The signal, 0 for none."""
+        """The signal to obey, 0 if there is none."""
         orphaned = self._launcher is not None and os.getppid() != self._launcher
         return self.noted or (signal.SIGTERM if orphaned else 0)

@@ -1,9 +1,9 @@
 """Batches of one rank, in order, read and tokenised ahead by threads.
 
     for batch in BatchStream("workspace/demo/shards/KEY", seed=0, tokenize=load_tokenizer(folder, ...)):
-        ...  # batch.position is the whole state: give it back as `position` to get the same batches again
+        ...  # batch.position is the whole state: pass it as `position` to get the same batches again
 
-Usable alone: knows nothing of torch, of processes or of a model.
+It can be used by itself: it depends neither on torch, nor on other processes, nor on a model.
 """
 
 from __future__ import annotations
@@ -43,21 +43,25 @@ class _Settings(TypedDict, total=False):
 
 
 class BatchStream(Generic[T]):
-    """The batches of one rank from `position` on, endlessly or up to `stop`: `TextBatch`, or what `tokenize` makes.
+    """The batches of one rank from `position` on, endlessly or up to `stop`.
 
-    A step takes `world_size` · `accumulate` positions: micro-batch a of rank r in the step that starts at p is the
-    batch at p + a·W + r. Steps that would pass `stop` are not begun, so that every rank makes as many; a tail of an
-    epoch that is too short for a step is left out.
+    A step of W ranks that accumulate A micro-batches takes W · A consecutive positions, and
+    micro-batch a of rank r in the step that starts at p is the batch at p + a·W + r. For example,
+    with W = 2 and A = 2, rank 0 reads p and p + 2, and rank 1 reads p + 1 and p + 3.
 
-    `shards`: what `open_shards` gives, or its folder. `weights`: replaces those of the shards, by domain.
-    `num_workers`: threads that read, check, parse and tokenise. `prefetch`: batches held ready; memory is bounded by
-    prefetch + 1 batches. `pin_memory`: calls `pin_memory()` of what `tokenize` makes.
+    A step that would pass `stop` is not begun, so that all ranks make the same number of steps. The
+    tail of an epoch that is too short for a step is left out.
 
-    Each iteration starts at `position` anew. Its threads end with it: when it is exhausted, closed, or forgotten, or
-    when the stream is closed. An error of a thread is raised at the batch it belongs to. `waited_s` are the seconds
-    that consumers waited for batches.
+    Each iteration starts at `position` again. Its threads end when it is exhausted, closed or
+    garbage-collected, or when the stream is closed. An error of a thread is raised at the batch
+    that caused it.
 
-    Raises ConfigError where an epoch has fewer batches than a step takes, and as `BatchOrder` does.
+    Attributes:
+        shards: The shards.
+        order: The order of their batches.
+        step_size: W · A.
+        position: Where iterations start.
+        waited_s: Seconds that consumers have waited for batches.
     """
 
     @overload
@@ -90,10 +94,32 @@ class BatchStream(Generic[T]):
         prefetch: int = 4,
         pin_memory: bool = False,
     ) -> None:
+        """Prepares the stream; reading begins with an iteration.
+
+        Args:
+            shards: The shards, or their folder.
+            tokenize: Turns a `TextBatch` into what the stream yields; None yields the `TextBatch`.
+            seed: Seed of the order.
+            position: Where to start in the order of batches.
+            stop: Where to stop; None never stops.
+            rank: This rank.
+            world_size: W, the number of ranks.
+            accumulate: A, the micro-batches of a rank in one step.
+            weights: How often an epoch reads the batches of a domain, in place of the weights of
+                the shards.
+            num_workers: Threads that read, check, parse and tokenise.
+            prefetch: Batches held ready. At most prefetch + 1 batches are in memory.
+            pin_memory: Calls `pin_memory()` of what `tokenize` returns.
+
+        Raises:
+            ConfigError: If an epoch has fewer batches than a step takes, or for an unknown domain or
+                a weight below 0.
+        """
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank}: must be 0 to {world_size - 1}, below the world size")
         if min(accumulate, num_workers, prefetch) < 1 or position < 0:
             raise ValueError("accumulate, num_workers and prefetch must be 1 or more, position 0 or more")
+
         self.shards = shards if isinstance(shards, Shards) else open_shards(shards)
         self.order = self.shards.order(seed=seed, weights=weights)
         self.step_size = world_size * accumulate
@@ -105,8 +131,9 @@ class BatchStream(Generic[T]):
             )
         self.position = self.order.step_at(position, self.step_size)
         self.waited_s = 0.0
+
         self._stop = stop
-        self._places = [a * world_size + rank for a in range(accumulate)]
+        self._offsets = [a * world_size + rank for a in range(accumulate)]
         self._tokenize = tokenize
         self._num_workers = num_workers
         self._prefetch = prefetch
@@ -127,15 +154,15 @@ class BatchStream(Generic[T]):
         self.close()
 
     def close(self) -> None:
-        """Ends the iterations that run, and their threads."""
+        """Ends the running iterations and their threads."""
         for iteration in list(self._running):
             iteration.close()
 
     def positions(self) -> Iterator[int]:
-        """The positions of this rank, in order."""
+        """Yields the positions of this rank, in order."""
         start = self.position
         while self._stop is None or start + self.step_size <= self._stop:
-            yield from (start + place for place in self._places)
+            yield from (start + offset for offset in self._offsets)
             start = self.order.next_step(start, self.step_size)
 
     def _iterate(self) -> Generator[T]:
@@ -154,7 +181,8 @@ class BatchStream(Generic[T]):
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _submit(self, pool: ThreadPoolExecutor, position: int) -> Future[Any]:
-        return pool.submit(self._load, self.order.batch_at(position), position)  # one thread draws an epoch's order
+        # The consumer's thread looks up the row, so that only one thread draws the order of an epoch.
+        return pool.submit(self._load, self.order.batch_at(position), position)
 
     def _load(self, row: int, position: int) -> Any:
         batch = self.shards.read_batch(row, position)

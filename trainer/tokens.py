@@ -1,7 +1,7 @@
 """Texts as ragged token ids, and their padding chunk by chunk. Imports nothing of this project.
 
-A batch is tokenised once, without padding; padding happens where a chunk of rows of like length is read, so that little
-of it is computed with.
+A batch is tokenised once, without padding. Rows of similar length are padded together when their
+chunk is computed, so that little padding is computed.
 
 Legend: N texts, C texts of a chunk, T tokens of the longest of them.
 """
@@ -26,31 +26,35 @@ _LEAST_TEXTS_OF_PIECE = 16
 class Tokens:
     """N texts as token ids, one after the other without padding.
 
-    `ids` are int64, which every embedding takes as it is: at 512 texts of 512 tokens 2 MiB, so nothing is gained by
-    less. Only `ids` move with `to`: lengths stay on the CPU, so that shapes are known without waiting for a GPU.
+    Only `ids` move with `to`. The lengths stay on the CPU, so that shapes are known without waiting
+    for a GPU.
     """
 
-    ids: Tensor  # int64, of all texts
-    lengths_N: Tensor  # int64, on the CPU, at least 1
-    prompt_lengths_N: Tensor  # int64, on the CPU: leading tokens that belong to a prompt, 0 without one
+    ids: Tensor
+    """int64, the tokens of all texts. Embeddings take int64 as it is, and a batch of 512 texts of
+    512 tokens is only 2 MiB."""
+    lengths_N: Tensor
+    """int64, on the CPU, at least 1."""
+    prompt_lengths_N: Tensor
+    """int64, on the CPU: leading tokens that belong to a prompt, 0 without one."""
 
     def __len__(self) -> int:
         return len(self.lengths_N)
 
     @cached_property
     def starts_N(self) -> Tensor:  # noqa: N802 the shape of what it returns
-        """The place in `ids` (int64, on the CPU) where each text begins.
+        """The index in `ids` (int64, on the CPU) at which each text begins.
 
-        Computed once, since `pad` is called for each chunk of what may be millions of texts.
+        It is computed once, since `pad` is called for each chunk of what may be millions of texts.
         """
         return self.lengths_N.cumsum(0) - self.lengths_N
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Tokens:
-        """The same with `ids` on `device`."""
+        """Returns the same texts with `ids` on `device`."""
         return replace(self, ids=self.ids.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Tokens:
-        """The same with `ids` in pinned memory."""
+        """Returns the same texts with `ids` in pinned memory."""
         return replace(self, ids=self.ids.pin_memory())
 
 
@@ -63,17 +67,25 @@ class Padded:
     prompt_lengths_C: Tensor
 
     def without_prompt_CT(self) -> Tensor:  # noqa: N802 the shape of what it returns
-        """mask_CT without the tokens of the prompt: what a mean that leaves out the prompt is taken over."""
+        """Returns mask_CT without the tokens of the prompt, for a mean that leaves the prompt out."""
         places_T = torch.arange(self.mask_CT.shape[1], device=self.mask_CT.device)
         return self.mask_CT & (places_T >= self.prompt_lengths_C[:, None])
 
 
 def pad(tokens: Tokens, rows_C: Tensor, pad_id: int) -> Padded:
-    """The texts `rows_C` (on the CPU, at least one), on the device of the ids."""
+    """Pads some of the texts, on the device of their ids.
+
+    Args:
+        tokens: The texts.
+        rows_C: Which of them, on the CPU; at least one.
+        pad_id: The id of the padding token.
+    """
     device = tokens.ids.device
     lengths_C = tokens.lengths_N[rows_C]
     starts_C = tokens.starts_N[rows_C]
     places_T = torch.arange(int(lengths_C.max()), device=device)
+
+    # One copy to the device instead of three.
     of_rows = torch.stack([starts_C, lengths_C, tokens.prompt_lengths_N[rows_C]]).to(device, non_blocking=True)
     mask_CT = places_T < of_rows[1, :, None]
     ids_CT = tokens.ids[(of_rows[0, :, None] + places_T).where(mask_CT, 0)].where(mask_CT, pad_id)
@@ -81,7 +93,7 @@ def pad(tokens: Tokens, rows_C: Tensor, pad_id: int) -> Padded:
 
 
 def concat(parts: Sequence[Tokens]) -> Tokens:
-    """The texts of all parts, one part after the other."""
+    """Joins the texts of all parts, one part after the other."""
     return Tokens(
         ids=torch.cat([part.ids for part in parts]),
         lengths_N=torch.cat([part.lengths_N for part in parts]),
@@ -90,9 +102,9 @@ def concat(parts: Sequence[Tokens]) -> Tokens:
 
 
 def chunk_by_length(lengths_N: Tensor, chunk_size: int) -> list[Tensor]:
-    """Rows in chunks of at most `chunk_size`, every row once, by falling length, ties in order of row.
+    """Cuts rows into chunks of at most `chunk_size` by decreasing length; ties keep the order of the rows.
 
-    The longest come first, so that a chunk too large for the memory shows at once.
+    The longest texts come first, so that a chunk too large for the memory fails at once.
     """
     if len(lengths_N) == 0:
         return []
@@ -100,21 +112,30 @@ def chunk_by_length(lengths_N: Tensor, chunk_size: int) -> list[Tensor]:
 
 
 def chunk_by_tokens(lengths_N: Tensor, chunk_tokens: int, *, context_size: int = 0) -> list[Tensor]:
-    """Rows in chunks of at most `chunk_tokens` computed tokens, every row once, by falling length.
+    """Cuts rows into chunks of at most `chunk_tokens` computed tokens, by decreasing length.
 
-    What is computed of a chunk is its pieces (`split_tightly`): each text counts as long as the
-    longest of its piece, and `context_size` tokens more. A text that alone has more than
-    `chunk_tokens` is a chunk by itself. The longest texts come first, ties in order of row, so that
-    a chunk too large for the memory shows at once.
+    A chunk is computed in pieces (`split_tightly`): each text counts as long as the longest of its
+    piece, plus `context_size` tokens. A text that alone exceeds `chunk_tokens` is a chunk by itself.
+    The longest texts come first, so that a chunk too large for the memory fails at once; ties keep
+    the order of the rows.
 
-    For example, lengths 9, 9, 5 behind 3 tokens of context are 12 tokens each in one piece: two
-    chunks of at most 24.
+    For example, texts of 9, 9 and 5 tokens with 3 tokens of context count 12 tokens each in one
+    piece. At `chunk_tokens` = 24 they make two chunks.
+
+    Args:
+        lengths_N: Tokens of each text.
+        chunk_tokens: The largest number of tokens of a chunk, padding and context included.
+        context_size: Tokens of context in front of each text.
+
+    Returns:
+        The rows of each chunk; every row is in one chunk.
     """
     if len(lengths_N) == 0:
         return []
+
     order_N = torch.argsort(lengths_N, descending=True, stable=True)
-    sizes, size, tokens = [], 0, 0
-    longest, piece_size = 0, 0
+    sizes, size, tokens = [], 0, 0  # of finished chunks; of the chunk at hand
+    longest, piece_size = 0, 0  # of the piece at hand
 
     for length in lengths_N[order_N].tolist():
         if piece_size == 0 or _ends_piece(length, longest, piece_size):
@@ -132,29 +153,29 @@ def chunk_by_tokens(lengths_N: Tensor, chunk_tokens: int, *, context_size: int =
 
 
 def split_tightly(lengths_C: Tensor) -> list[int]:
-    """Sizes of pieces of a chunk that hold little padding when each is padded by itself.
+    """Returns the sizes of pieces of a chunk that have little padding if each is padded by itself.
 
-    The lengths of the chunk fall, as those of `chunk_by_tokens` do.
+    The lengths must decrease, as they do in the chunks of `chunk_by_tokens`.
     """
     lengths = lengths_C.tolist()
     sizes, start = [], 0
-    for place, length in enumerate(lengths):
-        if _ends_piece(length, lengths[start], place - start):
-            sizes.append(place - start)
-            start = place
+    for index, length in enumerate(lengths):
+        if _ends_piece(length, lengths[start], index - start):
+            sizes.append(index - start)
+            start = index
     return [*sizes, len(lengths) - start]
 
 
 def _ends_piece(length: int, longest: int, size: int) -> bool:
-    """Whether a piece of `size` texts ends before a text of `length` tokens.
+    """Returns whether a piece of `size` texts ends before a text of `length` tokens.
 
-    A much shorter text would mostly be padding, but pieces of very few texts are slow.
+    A much shorter text would be mostly padding, but pieces of very few texts are slow.
     """
     return size >= _LEAST_TEXTS_OF_PIECE and length < _SHORTEST_OF_PIECE * longest
 
 
 def computed_tokens(lengths_N: Tensor, chunks: Sequence[Tensor], *, context_size: int = 0) -> int:
-    """Tokens that are computed of all chunks: padding and `context_size` tokens a text are included."""
+    """Counts the tokens computed for all chunks, including padding and `context_size` tokens a text."""
     total = 0
     for rows_C in chunks:
         lengths_C = lengths_N[rows_C]
@@ -164,24 +185,35 @@ def computed_tokens(lengths_N: Tensor, chunks: Sequence[Tensor], *, context_size
 
 
 def padding_ratio(lengths_N: Tensor, chunks: Sequence[Tensor]) -> float:
-    """Tokens computed with, padding included, over tokens of the texts."""
+    """Returns the tokens of padded chunks divided by the tokens of their texts."""
     padded = sum(int(lengths_N[rows_C].max()) * len(rows_C) for rows_C in chunks)
     return padded / sum(int(lengths_N[rows_C].sum()) for rows_C in chunks)
 
 
 class TextTokenizer:
-    """A tokenizer of transformers, set to cut texts at `max_length_tokens` and to pad nothing; threads may share it.
+    """A tokenizer of transformers that truncates texts and pads nothing; threads may share it.
 
-    Its ids are those of `pretrained(texts, truncation=True, max_length=max_length_tokens)`. A text without any token is
-    given the unknown token (the padding token where there is none). Raises ValueError for a tokenizer that is not of
-    the fast kind, and where the special tokens leave no room for a text.
+    Its ids are those of `pretrained(texts, truncation=True, max_length=max_length_tokens)`. A text
+    without any token becomes the unknown token, or the padding token if there is none.
     """
 
     def __init__(self, pretrained: Any, max_length_tokens: int) -> None:
+        """Takes the settings of a tokenizer of transformers.
+
+        Args:
+            pretrained: A fast tokenizer.
+            max_length_tokens: Where texts are truncated, prompt and special tokens included.
+
+        Raises:
+            ValueError: If the tokenizer is not a fast one, or if its special tokens leave no room
+                for a text.
+        """
         backend = getattr(pretrained, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise ValueError(f"{type(pretrained).__name__} is not a fast tokenizer")
-        self._backend = Tokenizer.from_str(backend.to_str())  # that of transformers changes its settings with its calls
+
+        # A copy, since transformers changes the settings of its own from call to call.
+        self._backend = Tokenizer.from_str(backend.to_str())
         least = self._backend.num_special_tokens_to_add(False) + 1
         if max_length_tokens < least:
             raise ValueError(
@@ -189,6 +221,7 @@ class TextTokenizer:
             )
         self._backend.no_padding()
         self._backend.enable_truncation(max_length_tokens, direction=pretrained.truncation_side)
+
         self.max_length_tokens = max_length_tokens
         self.pad_id: int = pretrained.pad_token_id if pretrained.pad_token_id is not None else 0
         self.largest_id: int = max(self._backend.get_vocab(with_added_tokens=True).values())
@@ -198,10 +231,11 @@ class TextTokenizer:
         self._prompt_lengths: dict[str, int] = {"": 0}
 
     def tokenize(self, texts: Sequence[str], prompts: str | Sequence[str] = "") -> Tokens:
-        """Tokens of prompt + text, for one prompt or a prompt for each text.
+        """Tokenises prompt + text, with one prompt for all texts or a prompt for each.
 
-        As in sentence-transformers, the length of a prompt is that of its own tokens, special ones in front included
-        and one at the end left out; at least one token of a text is left beside it.
+        As in sentence-transformers, the length of a prompt is that of its own tokens, with special
+        tokens in front and without one at the end. At least one token of a text does not count as
+        its prompt.
         """
         of_texts = [prompts] * len(texts) if isinstance(prompts, str) else prompts
         encodings = self._backend.encode_batch_fast(

@@ -1,38 +1,62 @@
-"""Figures of the reliability matrix: tests record them by row, and the run ends with the table."""
+"""Fixtures of the reliability matrix: metrics by row, small disks, a training and a rule that no run is left."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.reliability.forked import Forks
-from tests.reliability.trainings import kill_forks
+from tests.reliability import warm
 from tests.trainer_models import tiny_backbone
-
-_PREFIX = "reliability row "
 
 
 @pytest.fixture
 def record_row(record_property: Callable[[str, object], None]) -> Callable[[int, str], None]:
-    """`record_row(row, figure)`: a figure of a row of docs/reliability.md, told at the end of the run."""
-
-    def record(row: int, figure: str) -> None:
-        record_property(f"{_PREFIX}{row}", figure)
-
-    return record
+    """`record_row(row, text)`: what was seen of a row of docs/reliability.md, printed at the end of the run."""
+    return lambda row, text: record_property(f"reliability row {row}", text)
 
 
-@pytest.fixture(scope="session")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    """Runs of the command line that start in no time; see forked.py."""
-    if not Path("/proc/self/stat").exists():
-        pytest.skip("looks at processes in /proc")
-    forks = Forks(tmp_path_factory.mktemp("forks"))
-    yield forks
-    forks.close()
+@pytest.fixture(autouse=True)
+def _no_run_is_left() -> Iterator[None]:
+    yield
+    warm.kill_all()
+
+
+class Disk:
+    """A small tmpfs at `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir()
+        self._mount("-t", "tmpfs", "-o", "size=64m", "tmpfs", str(path))
+
+    @property
+    def used(self) -> int:
+        """Bytes that are taken, in whole pages."""
+        stat = os.statvfs(self.path)
+        return (stat.f_blocks - stat.f_bfree) * stat.f_frsize
+
+    def resize(self, num_bytes: int) -> None:
+        """Makes it large enough for `num_bytes`, and too small for one page more."""
+        self._mount("-o", f"remount,size={max(4_096, num_bytes)}", str(self.path))
+
+    @staticmethod
+    def _mount(*words: str) -> None:
+        done = subprocess.run(["mount", *words], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"mounts a small tmpfs, which takes root: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    """A small disk, gone after the test."""
+    disk = Disk(tmp_path / "disk")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk.path)], check=True)
 
 
 @pytest.fixture(scope="session")
@@ -60,9 +84,3 @@ def flags(finished_run: tuple[Path, Path, Path], backbone: Path, tmp_path: Path)
         "--log-every": 1,
         "--save-every": 2,
     }
-
-
-@pytest.fixture(autouse=True)
-def _no_fork_is_left() -> Iterator[None]:
-    yield
-    kill_forks()

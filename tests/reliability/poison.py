@@ -8,22 +8,18 @@ what is wrong where, or complete with every row accounted for: rows in = pairs +
 
 from __future__ import annotations
 
-import io
 import json
 import re
-import signal
 import sys
 import tempfile
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from tests.reliability import processes
+from tests.reliability import processes, warm
 
 GOOD = 40  # pairs beside the poison, so that there are batches
 _CELL_CHARACTERS = 400
@@ -54,8 +50,8 @@ class Kind:
     arguments: tuple[str, ...] = ()
     allowed: float = 1.0  # ingest.max_quarantined_fraction
     code: int = 0
-    says: tuple[str, ...] = ()  # what the line must hold, where the run is refused
-    rows: int = 0  # where the run completes: rows of the source
+    says: tuple[str, ...] = ()  # what the line must contain if the run is refused
+    rows: int = 0  # rows of the source if the run completes
     reasons: dict[str, int] = field(default_factory=dict)  # and what is quarantined
     no_vector: int = 0  # pairs left over without a vector
     manifest: bytes | None = None  # instead of the usual one
@@ -63,10 +59,13 @@ class Kind:
     unfamiliar: bool = False  # not in the matrix
     is_long: bool = False
 
+    def __str__(self) -> str:
+        return self.name
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a run ended: exit code, what the user saw on stderr, what is wrong with it."""
+    """How a run ended: its exit code, what it printed, and what is wrong with it."""
 
     kind: Kind
     code: int
@@ -102,29 +101,6 @@ def comma_separated(*odd: bytes) -> bytes:
 
 def run(kind: Kind, folder: Path) -> Outcome:
     """Writes a kind below `folder`, which must not be there, and runs `hardbatch run` over it."""
-    ended = processes.run(prepare(kind, folder), timeout_s=300)
-    return judge(kind, ended.code, ended.output, ended.errors, folder)
-
-
-def run_here(kind: Kind, folder: Path) -> Outcome:
-    """The same in this process, which spares the imports; a hang ends the process."""
-    import hardbatch.pipeline.cli
-
-    words = prepare(kind, folder)
-    output, errors = io.StringIO(), io.StringIO()
-    signal.alarm(200)
-    with redirect_stdout(output), redirect_stderr(errors):
-        try:
-            code = hardbatch.pipeline.cli.main(words[len(processes.HARDBATCH) :])
-        except BaseException:
-            code = 1
-            traceback.print_exc()
-    signal.alarm(0)
-    return judge(kind, code, output.getvalue(), errors.getvalue(), folder)
-
-
-def prepare(kind: Kind, folder: Path) -> list[str]:
-    """Writes a kind below `folder`; returns the command to run over it."""
     data = folder / "data"
     data.mkdir(parents=True)
     kind.write(data)
@@ -134,26 +110,28 @@ def prepare(kind: Kind, folder: Path) -> list[str]:
     ).encode()
     manifest.write_bytes(text if kind.manifest is None else kind.manifest)
     arguments = [word.replace("FOLDER", str(folder)) for word in kind.arguments]
-    return [*processes.HARDBATCH, "run", str(manifest), "--workspace", str(folder / "workspace"), *arguments]
+    started = warm.start(warm.PIPELINE, ["run", manifest, "--workspace", folder / "workspace", *arguments])
+    ended = started.wait(300)
+    return judge(kind, ended.code, ended.errors, folder)
 
 
-def judge(kind: Kind, code: int, output: str, errors: str, folder: Path) -> Outcome:
+def judge(kind: Kind, code: int, printed: str, folder: Path) -> Outcome:
     """What is wrong with how a run over a kind ended."""
     faults = []
     if code != kind.code:
         faults.append(f"exit code {code}, expected {kind.code}")
-    if "Traceback" in errors:
+    if "Traceback" in printed:
         faults.append("a traceback")
-    if not errors.replace("\n", "").isprintable():
-        faults.append("signs on stderr that do not print")
+    if not printed.replace("\n", "").isprintable():
+        faults.append("signs that do not print")
     if code == 0:
-        faults += account(kind, Path(output.splitlines()[-1]))
+        faults += account(kind, Path(printed.splitlines()[-1]))
     else:
-        lines = [line for line in errors.splitlines() if line.startswith("hardbatch:")]
+        lines = [line for line in printed.splitlines() if line.startswith("hardbatch:")]
         if len(lines) != 1:
             faults.append(f"{len(lines)} lines of the error instead of 1")
         faults += [f"'{word}' is missing" for word in kind.says if word not in "".join(lines)]
-    return Outcome(kind=kind, code=code, errors=errors, faults=tuple(faults))
+    return Outcome(kind=kind, code=code, errors=printed, faults=tuple(faults))
 
 
 def account(kind: Kind, shards: Path) -> Iterator[str]:
@@ -219,7 +197,7 @@ def all_kinds() -> list[Kind]:
 
 
 def quick_kinds() -> list[Kind]:
-    """Those that are small, all rows in one file."""
+    """Those that are small; kinds that are rows of a good file are taken all at once."""
     from tests.reliability.poison_rows import rows
 
     kinds = all_kinds()
@@ -229,27 +207,20 @@ def quick_kinds() -> list[Kind]:
     return [together, *(kind for kind in kinds if not kind.odd and not kind.is_long)]
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Runs all kinds and writes docs/bad_inputs.md; `quick FILE`: those that are quick, and their faults to FILE.
-
-    Returns 1 where one ended otherwise than it must.
-    """
-    kinds = quick_kinds() if arguments else all_kinds()
+def main() -> int:
+    """Runs all kinds and writes docs/bad_inputs.md; returns 1 if one did not end as it must."""
     outcomes = []
     with tempfile.TemporaryDirectory() as scratch:
-        for number, kind in enumerate(kinds):
+        for number, kind in enumerate(all_kinds()):
             folder = Path(scratch) / str(number)
-            outcomes.append((run_here(kind, folder), folder))
-            print(f"{'; '.join(outcomes[-1][0].faults) or 'as expected'}: {kind.name}", file=sys.stderr)
-            if outcomes[-1][0].faults:
-                print(without_machine(outcomes[-1][0].errors[-2_000:], folder), file=sys.stderr)
-    faults = {outcome.kind.name: outcome.faults for outcome, _ in outcomes}
-    if arguments:
-        Path(arguments[1]).write_text(json.dumps(faults), encoding="utf-8")
-    else:
-        (processes.ROOT / "docs" / "bad_inputs.md").write_text(table(outcomes), encoding="utf-8")
-    return int(any(faults.values()))
+            outcome = run(kind, folder)
+            outcomes.append((outcome, folder))
+            print(f"{'; '.join(outcome.faults) or 'as expected'}: {kind.name}", file=sys.stderr)
+            if outcome.faults:
+                print(without_machine(outcome.errors[-2_000:], folder), file=sys.stderr)
+    (processes.ROOT / "docs" / "bad_inputs.md").write_text(table(outcomes), encoding="utf-8")
+    return int(any(outcome.faults for outcome, _ in outcomes))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -24,7 +24,7 @@ def manifest(kind: str, content: str | bytes, *says: str) -> Kind:
 
 
 def stub_model(**files: bytes) -> Callable[[Path], object]:
-    """What looks like a model up to where it is refused; `__` in a name stands for a folder or a dot."""
+    """Makes a folder that looks like a model until it is refused; `__` in a name stands for a folder or a dot."""
 
     def write(folder: Path) -> None:
         good_file(folder)

@@ -14,9 +14,9 @@ import pytest
 
 from hardbatch.pipeline.artifacts.lock import lock
 from hardbatch.pipeline.errors import ConfigError, LockedError
-from tests.reliability.forked import Forks, Run, kill, wait_until_stopped
-from tests.reliability.processes import KILLED
-from tests.reliability.workspaces import assert_same, content, faults_in, write_corpus
+from tests.reliability import warm
+from tests.reliability.processes import KILLED, Ended
+from tests.reliability.workspaces import assert_same, content, faults_in, run_over, write_corpus
 
 Record = Callable[[int, str], None]
 HELD = r"hardbatch: \S+: being written by process {} on \S+ since 20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ; wait for it"
@@ -24,84 +24,68 @@ HELD = r"hardbatch: \S+: being written by process {} on \S+ since 20\d\d-\d\d-\d
 
 @pytest.fixture
 def command(tmp_path: Path) -> list[object]:
-    manifest = write_corpus(tmp_path / "corpus", {"alpha": 60, "beta": 40})
-    return ["run", manifest, "--workspace", tmp_path / "workspace"]
+    return run_over(write_corpus(tmp_path / "corpus", {"alpha": 60, "beta": 40}))
 
 
 @pytest.fixture
-def expected(tmp_path: Path, forks: Forks, command: list[object]) -> dict[str, bytes]:
-    """What one run alone makes."""
-    assert forks.run([*command[:-1], tmp_path / "clean"]).code == 0
+def expected(tmp_path: Path, command: list[object]) -> dict[str, bytes]:
+    """What a single run makes."""
+    assert warm.run(warm.PIPELINE, [*command, tmp_path / "clean"]).code == 0
     return content(tmp_path / "clean")
 
 
-def assert_held(run: Run, pid: object = r"\d+") -> None:
-    assert run.code == LockedError.exit_code, run.log
-    lines = [line for line in run.log.splitlines() if line.startswith("hardbatch: ")]
-    assert len(lines) == 1 and re.match(HELD.format(pid), lines[0]), run.log
-    assert "Traceback" not in run.log
+def assert_held(run: Ended, pid: object = r"\d+") -> None:
+    assert run.code == LockedError.exit_code, run.errors
+    lines = [line for line in run.errors.splitlines() if line.startswith("hardbatch: ")]
+    assert len(lines) == 1 and re.match(HELD.format(pid), lines[0]), run.errors
+    assert "Traceback" not in run.errors
 
 
-@pytest.mark.parametrize("point", ["unit.written:1", "unit.renamed:3", "file.fsynced:7", "manifest.written:2"])
-def test_a_second_run_leaves_and_says_who_works_since_when(
-    tmp_path: Path, forks: Forks, command: list[object], expected: dict[str, bytes], point: str, record_row: Record
+@pytest.mark.parametrize(
+    ("point", "dies"),
+    [
+        *((point, False) for point in ("unit.written:1", "unit.renamed:3", "file.fsynced:7", "manifest.written:2")),
+        ("unit.fsynced:4", True),
+    ],
+)
+def test_a_second_run_leaves_and_names_the_owner(
+    tmp_path: Path, command: list[object], expected: dict[str, bytes], point: str, dies: bool, record_row: Record
 ) -> None:
-    first = forks.start(command, f"{point}=stop")
-    assert wait_until_stopped(first)
-    assert_held(forks.run(command), first)
-    assert faults_in(tmp_path / "workspace") == []
-    os.kill(first, signal.SIGCONT)
-    assert forks.wait(first).code == 0
-    assert_same(tmp_path / "workspace", expected)
-    record_row(4, "the owner stopped at 4 points: a second run leaves with 5 and names it, 4 of 4")
+    """While the owner is alive; if it dies, its lock is taken over."""
+    workspace = tmp_path / "workspace"
+    owner = warm.start(warm.PIPELINE, [*command, workspace], fault=f"{point}=stop")
+    owner.wait_until_stopped()
+    assert_held(warm.run(warm.PIPELINE, [*command, workspace]), owner.pid)
+    assert faults_in(workspace) == []
+    if dies:
+        owner.kill()
+        assert owner.wait().code == KILLED
+        assert list(workspace.rglob(".*.lock"))
+        assert warm.run(warm.PIPELINE, [*command, workspace]).code == 0
+    else:
+        os.kill(owner.pid, signal.SIGCONT)
+        assert owner.wait().code == 0
+    assert_same(workspace, expected)
+    record_row(4, "a second run leaves with 5 and names the owner; the lock of an owner that was killed is taken over")
 
 
-def test_an_owner_that_dies_is_taken_over(
-    tmp_path: Path, forks: Forks, command: list[object], expected: dict[str, bytes], record_row: Record
-) -> None:
-    first = forks.start(command, "unit.fsynced:4=stop")
-    assert wait_until_stopped(first)
-    assert_held(forks.run(command), first)
-    kill(first)
-    assert forks.wait(first).code == KILLED
-    assert list((tmp_path / "workspace").rglob(".*.lock"))
-    assert forks.run(command).code == 0
-    assert_same(tmp_path / "workspace", expected)
-    record_row(4, "a killed owner's lock is taken over")
-
-
-def start_together(forks: Forks, command: list[object], number: int) -> list[Run]:
-    return [forks.wait(pid) for pid in [forks.start(command) for _ in range(number)]]
-
-
-@pytest.mark.parametrize("number", [2, 4])
+@pytest.mark.parametrize(("number", "trials"), [(2, 1), (4, 1), pytest.param(4, 25, marks=pytest.mark.soak)])
 def test_runs_that_start_together(
-    tmp_path: Path, forks: Forks, command: list[object], expected: dict[str, bytes], number: int, record_row: Record
-) -> None:
-    assert_one_wins(tmp_path, start_together(forks, command, number), expected)
-    record_row(4, f"{number} started together: one works, others leave with 5 or find all done, no mixed artifact")
-
-
-@pytest.mark.soak
-def test_runs_that_start_together_again_and_again(
-    tmp_path: Path, forks: Forks, command: list[object], expected: dict[str, bytes], record_row: Record
+    tmp_path: Path, command: list[object], expected: dict[str, bytes], number: int, trials: int, record_row: Record
 ) -> None:
     num_left = 0
-    for trial in range(25):
-        folder = tmp_path / str(trial)
-        runs = start_together(forks, [*command[:-1], folder / "workspace"], 4)
-        assert_one_wins(folder, runs, expected)
-        num_left += sum(run.code == LockedError.exit_code for run in runs)
-    record_row(4, f"25 times 4 started together: {100 - num_left} worked or waited, {num_left} left with 5, 0 mixed")
-
-
-def assert_one_wins(folder: Path, runs: list[Run], expected: dict[str, bytes]) -> None:
-    assert any(run.code == 0 for run in runs), runs
-    for run in runs:
-        if run.code != 0:
+    for trial in range(trials):
+        workspace = tmp_path / f"workspace-{trial}"
+        started = [warm.start(warm.PIPELINE, [*command, workspace]) for _ in range(number)]
+        runs = [run.wait() for run in started]
+        left = [run for run in runs if run.code != 0]
+        assert len(left) < number, runs
+        for run in left:
             assert_held(run)
-    assert faults_in(folder / "workspace") == []
-    assert_same(folder / "workspace", expected)
+        assert faults_in(workspace) == []
+        assert_same(workspace, expected)
+        num_left += len(left)
+    record_row(4, f"{trials} times {number} started together: {num_left} left with 5, others worked or waited, 0 mixed")
 
 
 # what is left of a lock

@@ -1,6 +1,6 @@
 """Row 3: the process dies, or a step fails, at each fault point between the writes of the pipeline; it then recovers.
 
-Each case runs into a fault in a workspace of its own, looks at what lies there, and runs again.
+Each case has a workspace of its own.
 """
 
 from __future__ import annotations
@@ -8,60 +8,70 @@ from __future__ import annotations
 import errno
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hardbatch.pipeline import cli
 from hardbatch.pipeline.artifacts.artifact import MANIFEST, find_artifact
 from hardbatch.pipeline.artifacts.commit import open_builder, write_unit
 from hardbatch.pipeline.artifacts.faults import LONG_POINTS, POINTS
 from hardbatch.pipeline.errors import DiskError, IntegrityError, NoSpaceError
-from tests.reliability.forked import Forks
-from tests.reliability.processes import KILLED, ROOT
-from tests.reliability.workspaces import assert_same, content, faults_in, hidden, write_corpus
+from tests.reliability import warm
+from tests.reliability.processes import KILLED, ROOT, Ended
+from tests.reliability.workspaces import assert_same, content, faults_in, hidden, run_over, write_corpus
 
 Record = Callable[[int, str], None]
 CODES = {"kill": KILLED, "ENOSPC": NoSpaceError.exit_code, "EIO": DiskError.exit_code}
 TOLD = {"kill": "", "ENOSPC": "no space left", "EIO": "input/output error"}
-BEFORE = {  # points that only a run passes which goes on after a kill: where that was
+
+# Points that only a run passes which continues after a kill, and where that kill was.
+BEFORE = {
     "sweep.removed": ("unit.fsynced:1", "file.written:2", "manifest.fsynced:3"),
     "unit.unrecorded": ("manifest.written:2", "manifest.fsynced:2", "manifest.fsynced:6"),
 }
 
 
 class Corpus:
-    """A corpus, what a clean run makes of it, and how often that run and one that goes on pass each point."""
+    """A corpus, what a clean run makes of it, and how often that run passes each point."""
 
-    def __init__(self, folder: Path, forks: Forks) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.forks = forks
-        self.manifest = write_corpus(folder / "corpus", {"alpha": 26})
-        self.counts = Counter(forks.count_points(self.arguments(folder / "clean")))
+        self.command = run_over(write_corpus(folder / "corpus", {"alpha": 26}))
+        self.counts = self.count_points(folder / "clean")
         self.expected = content(folder / "clean")
-        self._num_cases = 0
 
-    def arguments(self, workspace: Path) -> list[object]:
-        return ["run", self.manifest, "--workspace", workspace]
+    def count_points(self, workspace: Path) -> Counter[str]:
+        """Runs over a workspace to the end; how often the run passed each fault point."""
+        passed: list[str] = []
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in warm.SMALL_MODEL.items():  # as the other runs over this workspace have it
+                patch.setattr(name, value)
+            for module in ("commit", "files", "lock"):
+                patch.setattr(f"hardbatch.pipeline.artifacts.{module}.fault_point", passed.append)
+            assert cli.main([*map(str, self.command), str(workspace)]) == 0
+        return Counter(passed)
 
-    def case(self, point: str, number: int, action: str) -> None:
-        """One fault, and the run after it."""
-        self._num_cases += 1
-        workspace = self.folder / f"case-{self._num_cases}"
+    def run(self, workspace: Path, fault: str = "") -> Ended:
+        return warm.run(warm.PIPELINE, [*self.command, workspace], fault=fault)
+
+    def case(self, workspace: Path, point: str, number: int, action: str) -> None:
+        """Runs into one fault, looks at what is there, and runs again."""
         name = f"{point}:{number}={action}"
         if point in BEFORE:
-            before = self.forks.run(self.arguments(workspace), f"{BEFORE[point][number - 1]}=kill")
-            assert before.code == KILLED, f"{name}\n{before.log}"
+            assert self.run(workspace, f"{BEFORE[point][number - 1]}=kill").code == KILLED
             number = 1
-        broken = self.forks.run(self.arguments(workspace), f"{point}:{number}={action}")
-        assert broken.code == CODES[action], f"{name}\n{broken.log}"
+        broken = self.run(workspace, f"{point}:{number}={action}")
+        assert broken.code == CODES[action], f"{name}\n{broken.errors}"
         assert faults_in(workspace) == [], name
         if action != "kill":
-            assert TOLD[action] in broken.log and "Traceback" not in broken.log, f"{name}\n{broken.log}"
+            assert TOLD[action] in broken.errors and "Traceback" not in broken.errors, f"{name}\n{broken.errors}"
             assert point == "sweep.removed" or hidden(workspace) == [], name
-        again = self.forks.run(self.arguments(workspace))
-        assert again.code == 0, f"{name}\n{again.log}"
+
+        again = self.run(workspace)
+        assert again.code == 0, f"{name}\n{again.errors}"
         assert_same(workspace, self.expected, name)
         assert faults_in(workspace) == [], name
 
@@ -72,8 +82,8 @@ class Corpus:
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Iterator[Corpus]:
-    yield Corpus(tmp_path_factory.mktemp("faults"), forks)
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return Corpus(tmp_path_factory.mktemp("faults"))
 
 
 def test_every_point_is_listed_and_passed(corpus: Corpus, tmp_path: Path) -> None:
@@ -81,28 +91,24 @@ def test_every_point_is_listed_and_passed(corpus: Corpus, tmp_path: Path) -> Non
     assert sorted(written) == sorted((*POINTS, *LONG_POINTS))
     passed = set(corpus.counts)
     for point, (before, *_) in BEFORE.items():
-        workspace = tmp_path / point
-        assert corpus.forks.run(corpus.arguments(workspace), f"{before}=kill").code == KILLED
-        passed |= set(corpus.forks.count_points(corpus.arguments(workspace)))
+        assert corpus.run(tmp_path / point, f"{before}=kill").code == KILLED
+        passed |= set(corpus.count_points(tmp_path / point))
     assert passed == set(POINTS)
 
 
+@pytest.mark.parametrize("everywhere", [False, pytest.param(True, marks=pytest.mark.soak)], ids=["once", "everywhere"])
 @pytest.mark.parametrize("action", CODES)
 @pytest.mark.parametrize("point", POINTS)
-def test_a_fault_at_a_point(corpus: Corpus, point: str, action: str, record_row: Record) -> None:
-    numbers = corpus.numbers(point, 3)
-    corpus.case(point, numbers[(POINTS.index(point) + list(CODES).index(action)) % len(numbers)], action)
-    record_row(3, f"quick: {len(POINTS)} points, kill, ENOSPC and EIO at one place each: all recovered")
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("action", CODES)
-@pytest.mark.parametrize("point", POINTS)
-def test_a_fault_at_a_point_wherever_it_is_passed(corpus: Corpus, point: str, action: str, record_row: Record) -> None:
-    numbers = corpus.numbers(point, 7)
+def test_a_fault_at_a_point(
+    corpus: Corpus, tmp_path: Path, point: str, action: str, everywhere: bool, record_row: Record
+) -> None:
+    numbers = corpus.numbers(point, 7 if everywhere else 3)
+    if not everywhere:
+        numbers = [numbers[(POINTS.index(point) + list(CODES).index(action)) % len(numbers)]]
     for number in numbers:
-        corpus.case(point, number, action)
-    record_row(3, f"{point} {action}: {len(numbers)} tried, {len(numbers)} recovered")
+        corpus.case(tmp_path / str(number), point, number, action)
+    where = f"{point} {action}: {len(numbers)} places" if everywhere else f"{len(POINTS)} points, {len(CODES)} actions"
+    record_row(3, f"{where}: all recovered")
 
 
 # what the mechanism rests on, one step at a time
@@ -171,7 +177,7 @@ def test_a_filesystem_without_hard_links(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_every_new_folder_is_entered_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loss of power after a commit must not take the folder away that a committed file lies in."""
+    """A loss of power after a commit must not take away the folder of a committed file."""
     synced: list[Path] = []
     monkeypatch.setattr("hardbatch.pipeline.artifacts.files.fsync_path", lambda path: synced.append(path))
     path = tmp_path / "stage" / "key"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -18,21 +17,12 @@ from hardbatch.pipeline.cli import main
 from hardbatch.pipeline.errors import IntegrityError
 from hardbatch.trainer.shards import open_shards
 from hardbatch.trainer.stream import BatchStream
-from tests.reliability.workspaces import faults_in
+from tests.reliability.workspaces import faults_in, rewrite_manifest
 
 Record = Callable[[int, str], None]
 Run = tuple[Path, Path, Path]
 STAGES = ("pairs", "vectors", "clusters", "hardness", "batches", "shards")
 NEW_IN_2 = ("footer_sha256", "record_offset", "record_length")
-
-
-def rewrite(manifest: Path, change: Callable[[dict], None]) -> None:
-    """Changes a manifest, and its digest with it."""
-    content = json.loads(manifest.read_bytes())
-    change(content)
-    content.pop("digest")
-    content["digest"] = hashlib.sha256(canonical_json(content)).hexdigest()
-    manifest.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def make_older(workspace: Path, shards: Path) -> None:
@@ -41,8 +31,8 @@ def make_older(workspace: Path, shards: Path) -> None:
     index.write_parquet(shards / "index.parquet")
     data = {"sha256": sha256_file(shards / "index.parquet"), "bytes": (shards / "index.parquet").stat().st_size}
     for path in list(iter_artifact_paths(workspace)):
-        rewrite(path / MANIFEST, lambda content: content.update(format_version=1))
-    rewrite(shards / MANIFEST, lambda content: content["files"]["index.parquet"].update(data))
+        rewrite_manifest(path / MANIFEST, lambda content: content.update(format_version=1))
+    rewrite_manifest(shards / MANIFEST, lambda content: content["files"]["index.parquet"].update(data))
     record = shards / "units" / "index.json"
     content = json.loads(record.read_bytes())
     content["files"]["index.parquet"].update(data)
@@ -94,7 +84,7 @@ def test_a_newer_format_is_refused(
     def change(content: dict) -> None:
         content.update(format_version=FORMAT_VERSION + 1, files={"new": ["shape"]}, a_new_field=1)
 
-    rewrite(path / MANIFEST, change)
+    rewrite_manifest(path / MANIFEST, change)
     commands = [
         ["run", str(manifest), "--workspace", str(workspace)],
         ["plan", str(manifest), "--workspace", str(workspace)],

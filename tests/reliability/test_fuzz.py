@@ -1,4 +1,4 @@
-"""Row 17, by chance: whatever a manifest, a setting or a file holds, rows are accounted for or a clear line is told."""
+"""Row 17, by chance: whatever a manifest, a setting or a file has, rows are accounted for or an error says why not."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ def fuzz(check: Callable[[Any], str], strategy: Any, examples: int) -> Counter[s
     return found
 
 
-def told(error: HardbatchError) -> str:
+def refusal(error: HardbatchError) -> str:
     """Checks that a user can read what an error says."""
     lines = str(error).split("\n")
     assert error.exit_code in (2, 3, 7), error
     assert all(line.isprintable() and 10 < len(line) < 2_100 for line in lines), lines
-    return "told"
+    return "refused"
 
 
 # files
@@ -126,7 +126,7 @@ def ingest(name: str, content: bytes) -> str:
             run_step(step)
         except HardbatchError as error:
             assert name in str(error)
-            return told(error)
+            return refusal(error)
         counts = read_artifact(step.path).manifest.counts
         kept = pq.read_table(step.path / "pairs.parquet")["source_row"].to_numpy()
         dropped = pq.read_table(step.path / "quarantine.parquet")["source_row"].to_numpy()
@@ -159,9 +159,9 @@ def parquet() -> bytes:
 )
 def test_files(name: str, content: bytes, examples: int, record_row: Record) -> None:
     found = fuzz(lambda raw: ingest(name, raw), changed(content), examples)
-    assert found["told"] > 0 and (found["rows accounted for"] > 0 or "jsonl" not in name)
-    figures = ", ".join(f"{count} {what}" for what, count in sorted(found.items()))
-    record_row(17, f"{found.total()} changed {name}: {figures}")
+    assert found["refused"] > 0 and (found["rows accounted for"] > 0 or "jsonl" not in name)
+    counts = ", ".join(f"{count} {what}" for what, count in sorted(found.items()))
+    record_row(17, f"{found.total()} changed {name}: {counts}")
 
 
 # manifests and settings
@@ -210,7 +210,7 @@ def plan(example: tuple[str, list[str]]) -> str:
         try:
             steps = plan_corpus(folder / "c.toml", folder / "workspace", overrides=overrides).steps
         except HardbatchError as error:
-            return told(error)
+            return refusal(error)
         assert all(step.path.resolve().is_relative_to((folder / "workspace").resolve()) for step in steps)
         return "planned"
 
@@ -223,5 +223,5 @@ def test_manifests_and_settings(examples: int, record_row: Record, monkeypatch: 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     monkeypatch.setattr("fsspec.core.url_to_fs", unreachable)
     found = fuzz(plan, manifests(), 2 * examples)
-    assert found["told"] > 0 and found["planned"] > 0
-    record_row(17, f"{found.total()} changed manifests: {found['planned']} planned, {found['told']} told")
+    assert found["refused"] > 0 and found["planned"] > 0
+    record_row(17, f"{found.total()} changed manifests: {found['planned']} planned, {found['refused']} refused")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,52 +11,31 @@ import pytest
 from hardbatch.pipeline.errors import HardbatchError, InputError
 from hardbatch.pipeline.run import Plan, plan_corpus, run_step
 from tests import models
-from tests.reliability import poison, processes
+from tests.reliability import poison
 
-KINDS = poison.all_kinds()
+KINDS = {kind.name: kind for kind in poison.all_kinds()}
+QUICK = poison.quick_kinds()
+SOAK = [kind for kind in KINDS.values() if kind not in QUICK]
 Record = Callable[[int, str], None]
 
 
-def test_every_quick_kind_ends_as_it_must(tmp_path: Path, record_row: Record) -> None:
-    """All of them in one process, which imports once."""
-    script = Path(__file__).with_name("poison.py")
-    ended = processes.run([sys.executable, script, "quick", tmp_path / "faults.json"], timeout_s=400)
-    faults = json.loads((tmp_path / "faults.json").read_text()) if (tmp_path / "faults.json").exists() else {}
-    assert ended.code == 0, ended.errors
-    assert list(faults) == [kind.name for kind in poison.quick_kinds()]
-    assert not any(faults.values())
-    tried = [kind for kind in KINDS if not kind.is_long]
-    done = sum(kind.code == 0 for kind in tried)
-    record_row(
-        17, f"{len(tried)} kinds of poison: {done} complete with all rows accounted for, the others end in a line"
-    )
-
-
-@pytest.mark.parametrize("name", ["a pipe for a file", "half of the rows broken"])
-def test_a_kind_by_the_command_itself(tmp_path: Path, name: str) -> None:
-    (kind,) = (kind for kind in KINDS if kind.name == name)
-    outcome = poison.run(kind, tmp_path / "kind")
-    assert not outcome.faults, outcome.errors
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_every_kind_by_the_command_itself(tmp_path: Path, kind: poison.Kind, record_row: Record) -> None:
+@pytest.mark.parametrize("kind", [*QUICK, *(pytest.param(kind, marks=pytest.mark.soak) for kind in SOAK)], ids=str)
+def test_every_kind_ends_as_it_must(tmp_path: Path, kind: poison.Kind, record_row: Record) -> None:
     if "tiny_model" in kind.write.__qualname__:
         models.require_minilm()
     outcome = poison.run(kind, tmp_path / "kind")
     assert not outcome.faults, outcome.errors
-    if kind.is_long:
-        record_row(17, f"{kind.name}: exit code {outcome.code}")
+    done = sum(kind.code == 0 for kind in KINDS.values())
+    record_row(17, f"{len(KINDS)} kinds of poison: {done} complete with all rows accounted for, others end in a line")
 
 
 def test_the_judge_finds_what_is_wrong(tmp_path: Path, finished_run: tuple[Path, Path, Path]) -> None:
-    """A run that loses a row, prints a traceback or says nothing is told as such."""
-    (kind,) = (kind for kind in KINDS if kind.name == "an empty file")
-    tracebacks = poison.judge(kind, 1, "", "Traceback (most recent call last):\n", tmp_path)
+    """Runs that lose a row, print a traceback or signs that do not print are recognised."""
+    kind = KINDS["an empty file"]
+    tracebacks = poison.judge(kind, 1, "Traceback (most recent call last):\n", tmp_path)
     assert tracebacks.faults[:2] == ("exit code 1, expected 3", "a traceback")
-    raw = poison.judge(kind, 3, "", "hardbatch: pairs.jsonl: the file is empty \x1b[31m\n", tmp_path)
-    assert raw.faults == ("signs on stderr that do not print",)
+    raw = poison.judge(kind, 3, "hardbatch: pairs.jsonl: the file is empty \x1b[31m\n", tmp_path)
+    assert raw.faults == ("signs that do not print",)
     lossy = poison.Kind(name="one row more", write=lambda folder: None, rows=49, no_vector=1)
     assert list(poison.account(lossy, finished_run[2])) == [
         "49 rows in, 48 pairs + 0 quarantined + 0 held out",

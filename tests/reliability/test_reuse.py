@@ -12,9 +12,8 @@ import pytest
 
 from hardbatch.pipeline import planner
 from hardbatch.pipeline.cli import main
-from hardbatch.pipeline.models import encoders
-from hardbatch.pipeline.models import resolve as pipeline_models
 from tests import models
+from tests.reliability import warm
 from tests.reliability.processes import run
 from tests.reliability.workspaces import faults_in, stamps, write_corpus, write_rows
 
@@ -87,7 +86,7 @@ def test_a_rerun_reads_no_weights(tmp_path: Path, record_row: Record) -> None:
 
 Step = tuple[str, str]
 OF_DOMAIN = ("pairs", "vectors", "clusters", "hardness", "batches")
-AFTER = {  # what a new version of a stage makes anew, by what needs what
+AFTER = {  # the stages that a new version of a stage recomputes
     "pairs": {"pairs", "vectors", "clusters", "hardness", "batches", "shards"},
     "vectors": {"vectors", "clusters", "hardness", "batches", "shards"},
     "clusters": {"clusters", "batches", "shards"},
@@ -105,8 +104,8 @@ def steps(stages: set[str], domains: tuple[str, ...]) -> set[Step]:
 @pytest.fixture(autouse=True)
 def small_lexical_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """One whose projection is drawn in no time."""
-    for module in (encoders, pipeline_models):
-        monkeypatch.setattr(module, "LEXICAL_FEATURES", 1_024)
+    for name, value in warm.SMALL_MODEL.items():
+        monkeypatch.setattr(name, value)
 
 
 @pytest.fixture
@@ -119,65 +118,75 @@ def corpus(tmp_path: Path) -> Path:
     return manifest.parent
 
 
-def predicted(manifest: Path, workspace: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> set[Step]:
+def predicted(manifest: Path, workspace: Path, capsys: pytest.CaptureFixture[str]) -> set[Step]:
+    """The steps that `plan` would run."""
     capsys.readouterr()
-    assert main(["plan", str(manifest), "--workspace", str(workspace), *words]) == 0
+    assert main(["plan", str(manifest), "--workspace", str(workspace)]) == 0
     rows = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
     marked = [(row[0], row[1], row[2]) for row in rows if len(row) == 3 and row[2] in ("run", "reuse")]
     assert {stage for stage, _, _ in marked} == {*OF_DOMAIN, "shards"}
     return {(stage, domain) for stage, domain, mark in marked if mark == "run"}
 
 
-def assert_recomputed(corpus: Path, capsys: pytest.CaptureFixture[str], expected: set[Step], *settings: str) -> None:
+def assert_recomputed(corpus: Path, capsys: pytest.CaptureFixture[str], expected: set[Step]) -> None:
     """What `plan` predicts is what the run then makes, and what it should be; the rest is left as it is."""
     manifest, workspace = corpus / "toy.toml", corpus.parent / "workspace"
-    words = [word for setting in settings for word in ("--set", setting)]
     before = {path: stamp for path, stamp in stamps(workspace / "toy").items() if path.is_file()}
-    told = predicted(manifest, workspace, words, capsys)
-    assert main(["run", str(manifest), "--workspace", str(workspace), *words]) == 0
+    announced = predicted(manifest, workspace, capsys)
+    assert main(["run", str(manifest), "--workspace", str(workspace)]) == 0
     after = stamps(workspace / "toy")
     assert {path: after[path] for path in before} == before
     new = [path for path in after if path.name == "manifest.json" and path not in before]
     contents = [json.loads(path.read_bytes()) for path in new]
     made = {(content["stage"], content["domain"]) for content in contents}
     assert len(made) == len(new)
-    assert told == made == expected
-    assert predicted(manifest, workspace, words, capsys) == set()
+    assert announced == made == expected
+    assert predicted(manifest, workspace, capsys) == set()
     assert faults_in(workspace) == []
 
 
-def test_one_changed_file(corpus: Path, capsys: pytest.CaptureFixture[str], record_row: Record) -> None:
+def edit(corpus: Path, old: str, new: str) -> None:
+    """Changes the manifest."""
+    text = (corpus / "toy.toml").read_text()
+    assert old in text
+    (corpus / "toy.toml").write_text(text.replace(old, new))
+
+
+def change_file(corpus: Path) -> None:
     write_rows(corpus / "alpha-2.jsonl", 14, seed="others")
-    assert_recomputed(corpus, capsys, steps(AFTER["pairs"], ("alpha",)))
+
+
+def add_domain(corpus: Path) -> None:
+    write_rows(corpus / "gamma.jsonl", 20, seed="gamma")
+    edit(corpus, "[embed]", '[[dataset]]\nname = "gamma"\nsource = "gamma.jsonl"\n[embed]')
+
+
+BETA = 'source = "beta.jsonl"\n'
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (change_file, steps(AFTER["pairs"], ("alpha",))),
+        (lambda corpus: edit(corpus, BETA, f"{BETA}limit = 16\n"), steps(AFTER["pairs"], ("beta",))),
+        (add_domain, steps(AFTER["pairs"], ("gamma",))),
+        (lambda corpus: edit(corpus, f'[[dataset]]\nname = "beta"\n{BETA}', ""), {("shards", "toy")}),
+        (lambda corpus: edit(corpus, "[pack]\n", "[pack]\nseed = 1\n"), steps(AFTER["batches"], ("alpha", "beta"))),
+    ],
+    ids=["a changed file", "a changed domain", "a new domain", "a domain that is gone", "another packing seed"],
+)
+def test_a_change(
+    corpus: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[Path], None],
+    expected: set[Step],
+    record_row: Record,
+) -> None:
+    change(corpus)
+    assert_recomputed(corpus, capsys, expected)
     record_row(
         6, "one file, one domain (changed, new, gone), the packing seed, six stage versions: as predicted by plan"
     )
-
-
-def test_one_changed_domain(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = (corpus / "toy.toml").read_text()
-    (corpus / "toy.toml").write_text(text.replace('source = "beta.jsonl"\n', 'source = "beta.jsonl"\nlimit = 16\n'))
-    assert_recomputed(corpus, capsys, steps(AFTER["pairs"], ("beta",)))
-
-
-def test_a_new_domain(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_rows(corpus / "gamma.jsonl", 20, seed="gamma")
-    text = (corpus / "toy.toml").read_text()
-    new = '[[dataset]]\nname = "gamma"\nsource = "gamma.jsonl"\n'
-    (corpus / "toy.toml").write_text(text.replace("[embed]", new + "[embed]"))
-    assert_recomputed(corpus, capsys, steps(AFTER["pairs"], ("gamma",)))
-
-
-def test_a_domain_that_is_gone(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = (corpus / "toy.toml").read_text()
-    gone = '[[dataset]]\nname = "beta"\nsource = "beta.jsonl"\n'
-    assert gone in text
-    (corpus / "toy.toml").write_text(text.replace(gone, ""))
-    assert_recomputed(corpus, capsys, {("shards", "toy")})
-
-
-def test_another_packing_seed(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert_recomputed(corpus, capsys, steps(AFTER["batches"], ("alpha", "beta")), "pack.seed=1")
 
 
 @pytest.mark.parametrize("stage", AFTER)
@@ -192,7 +201,7 @@ def test_a_domain_of_a_corpus_that_is_changed_back_is_a_look_up(
     corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = (corpus / "alpha-2.jsonl").read_bytes()
-    write_rows(corpus / "alpha-2.jsonl", 14, seed="others")
+    change_file(corpus)
     assert_recomputed(corpus, capsys, steps(AFTER["pairs"], ("alpha",)))
     (corpus / "alpha-2.jsonl").write_bytes(first)
     assert_recomputed(corpus, capsys, set())

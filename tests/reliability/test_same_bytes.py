@@ -17,6 +17,7 @@ from hardbatch.pipeline.artifacts.artifact import Artifact, read_artifact
 from hardbatch.pipeline.run import Plan, plan_corpus
 from tests import models
 from tests.reliability.processes import run, tree
+from tests.reliability.workspaces import real_corpus
 
 # how much is held or read at a time: none of it may be seen in a result
 BLOCKS: dict[str, int] = {
@@ -131,28 +132,29 @@ def test_threads_and_blocks_change_no_byte(
 # the long half
 
 
-def real_corpus(folder: Path, name: str, domains: Sequence[str], settings: str, *, limit: int | None = None) -> Path:
-    """The manifest of domains of HARDBATCH_DATA."""
-    if "HARDBATCH_DATA" not in os.environ:
-        pytest.skip("needs real pairs: set HARDBATCH_DATA to a folder with train/*.parquet")
-    bound = f"limit = {limit}\n" if limit else ""
-    datasets = "".join(f'[[dataset]]\nname = "{each}"\nsource = "train/{each}.parquet"\n{bound}' for each in domains)
-    manifest = folder / f"{name}.toml"
-    manifest.write_text(f'corpus = "{name}"\n{settings}{datasets}')
-    return manifest
-
-
-_LEXICAL = '[embed]\nmodel = "lexical"\nsurrogate_model = "lexical"\n'
-_LARGE = {
+_LARGE: dict[str, tuple[dict[str, int | None], str]] = {  # pairs of each domain, settings
     # k = 315 and less, in two levels, on the graph tour
-    "two-levels": (
-        ("medical", "stackexchange"),
+    "two levels": (
+        {"medical": 68_000, "stackexchange": 68_000},
         "[cluster]\ntwo_level_above = 16\n[pack]\nexact_tour_below = 16\nnum_packings = 2\n",
     ),
     # k = 8,500: two levels and the graph tour by cells, as they are by default
-    "as-shipped": (("reddit",), "[pack]\nbatch_size = 8\nrefine_rounds = 3\n"),
-    "one-level": (("medical", "science_acl"), '[pack]\nremainder = "mix"\n[cluster]\nbalance = 0.0\n'),
-    "doubled": (("stackexchange", "science_acl"), '[cluster]\nmethod = "doubled"\niterations = 10\n'),
+    "as shipped": ({"reddit": 68_000}, "[pack]\nbatch_size = 8\nrefine_rounds = 3\n"),
+    "one level": (
+        {"medical": 68_000, "science_acl": 68_000},
+        '[pack]\nremainder = "mix"\n[cluster]\nbalance = 0.0\n',
+    ),
+    "doubled": (
+        {"stackexchange": 68_000, "science_acl": 68_000},
+        '[cluster]\nmethod = "doubled"\niterations = 10\n',
+    ),
+    **{
+        f"MiniLM in {dtype}": (
+            dict.fromkeys(("medical", "code_python", "intents_clinc"), 120),
+            f'[embed]\ndtype = "{dtype}"\nmax_length_tokens = 96\n[pack]\nbatch_size = 16\n',
+        )
+        for dtype in ("float32", "bfloat16")
+    },
 }
 
 
@@ -161,10 +163,11 @@ _LARGE = {
 def test_threads_change_no_byte_of_real_domains(
     name: str, tmp_path: Path, record_row: Callable[[int, str], None]
 ) -> None:
-    domains, settings = _LARGE[name]
     if name == "doubled":
         pytest.importorskip("faiss", reason="doubled needs FAISS: pip install 'hardbatch[cpu]'")
-    manifest = real_corpus(tmp_path, name, domains, _LEXICAL + settings, limit=68_000)
+    if name.startswith("MiniLM"):
+        models.require_minilm()
+    manifest = real_manifest(tmp_path, *_LARGE[name])
     plans = {threads: make(manifest, tmp_path / str(threads), threads=threads, timeout_s=900) for threads in (1, 2, 4)}
     found = {threads: differing(plans[1], plan) for threads, plan in plans.items()}
     files = len(tree(plans[1].corpus))
@@ -173,53 +176,36 @@ def test_threads_change_no_byte_of_real_domains(
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_threads_change_no_byte_of_a_transformer(
-    dtype: str, tmp_path: Path, record_row: Callable[[int, str], None]
-) -> None:
-    models.require_minilm()
-    settings = f'[embed]\ndtype = "{dtype}"\nmax_length_tokens = 96\n[pack]\nbatch_size = 16\n'
-    manifest = real_corpus(tmp_path, "minilm", ("medical", "code_python", "intents_clinc"), settings, limit=120)
-    plans = {threads: make(manifest, tmp_path / str(threads), threads=threads, timeout_s=900) for threads in (1, 2, 4)}
-    found = {threads: differing(plans[1], plan) for threads, plan in plans.items()}
-    record_row(9, f"MiniLM {dtype}: 1, 2, 4 threads, {sum(map(len, found.values()))} files differ")
-    assert found == {1: [], 2: [], 4: []}
-
-
-@pytest.mark.soak
 def test_each_other_block_size_changes_no_byte(tmp_path: Path, record_row: Callable[[int, str], None]) -> None:
-    domains, settings = _LARGE["two-levels"]
-    manifest = real_corpus(tmp_path, "blocks", domains, _LEXICAL + settings)
+    manifest = real_manifest(tmp_path, *_LARGE["two levels"])
     plan = make(manifest, tmp_path / "as-shipped")
-    found = {}
-    for name, value in BLOCKS.items():
-        found[name] = differing(plan, make(manifest, tmp_path / name, blocks={name: value}))
+    found = {name: differing(plan, make(manifest, tmp_path / name, blocks={name: BLOCKS[name]})) for name in BLOCKS}
     differ = [name for name, files in found.items() if files]
     record_row(9, f"{len(BLOCKS)} other block sizes, each alone, {len(tree(plan.corpus))} files: {len(differ)} differ")
     assert differ == []
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("model", ["lexical", "minilm"])
+@pytest.mark.parametrize(("model", "limit"), [("lexical", None), ("minilm", 200)])
 def test_other_pieces_of_work_give_the_same_rows(
-    model: str, tmp_path: Path, record_row: Callable[[int, str], None]
+    model: str, limit: int | None, tmp_path: Path, record_row: Callable[[int, str], None]
 ) -> None:
     """Other `embed.unit_rows` and `write.batches_per_part` make other files; what is in them is the same."""
-    limit = None
     if model == "minilm":
         models.require_minilm()
-        limit = 200
     settings = f'[embed]\nmodel = "{model}"\nsurrogate_model = "{model}"\nmax_length_tokens = 96\n'
-    manifest = real_corpus(tmp_path, "units", ("stackexchange", "medical"), settings, limit=limit)
-    plans = [
-        make(manifest, tmp_path / str(unit_rows), settings=pieces, timeout_s=900)
-        for unit_rows in (8_192, 100, 37)
-        for pieces in [[f"embed.unit_rows={unit_rows}", f"write.batches_per_part={unit_rows // 10}"]]
-    ]
-    rows = [rows_of(plan) for plan in plans]
+    manifest = real_manifest(tmp_path, {"stackexchange": limit, "medical": limit}, settings)
+    rows = []
+    for unit_rows in (8_192, 100, 37):
+        pieces = [f"embed.unit_rows={unit_rows}", f"write.batches_per_part={unit_rows // 10}"]
+        rows.append(rows_of(make(manifest, tmp_path / str(unit_rows), settings=pieces, timeout_s=900)))
     differ = [name for name in rows[0] if any(other[name] != rows[0][name] for other in rows[1:])]
     record_row(9, f"{model}: 3 sizes of units and parts, {len(rows[0])} tables, {len(differ)} differ")
     assert differ == []
+
+
+def real_manifest(folder: Path, domains: Mapping[str, int | None], settings: str) -> Path:
+    return Path(str(real_corpus(folder, domains, settings)[1]))
 
 
 def rows_of(plan: Plan) -> dict[str, bytes | pq.FileMetaData | list]:

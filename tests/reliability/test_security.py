@@ -17,7 +17,7 @@ import pytest
 from hardbatch.flows import service
 from hardbatch.pipeline import cli
 from hardbatch.pipeline.artifacts.artifact import MANIFEST, find_artifact, verify_artifact
-from hardbatch.pipeline.artifacts.files import DigestCache, canonical_json
+from hardbatch.pipeline.artifacts.files import DigestCache
 from hardbatch.pipeline.config import EmbedConfig, load_manifest
 from hardbatch.pipeline.errors import ConfigError, HardbatchError, IntegrityError
 from hardbatch.pipeline.models.encoders import open_encoder
@@ -25,6 +25,7 @@ from hardbatch.pipeline.models.resolve import resolve_model
 from hardbatch.pipeline.run import plan_corpus
 from tests import models
 from tests.reliability import processes
+from tests.reliability.workspaces import rewrite_manifest
 
 Record = Callable[[int, str], None]
 SOURCES = sorted(
@@ -157,11 +158,8 @@ def test_an_artifact_names_no_file_outside(copied_run: tuple[Path, Path, Path], 
     _, _, shards = copied_run
     outside = shards.parents[1] / "outside.txt"
     outside.write_text("x")
-    content = json.loads((shards / MANIFEST).read_bytes())
-    content["files"][name] = {"sha256": hashlib.sha256(b"x").hexdigest(), "bytes": 1, "rows": None}
-    del content["digest"]
-    content["digest"] = hashlib.sha256(canonical_json(content)).hexdigest()
-    (shards / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    record = {"sha256": hashlib.sha256(b"x").hexdigest(), "bytes": 1, "rows": None}
+    rewrite_manifest(shards / MANIFEST, lambda content: content["files"].update({name: record}))
     with pytest.raises(IntegrityError, match="names files that are not below its folder"):
         find_artifact(shards)
     assert verify_artifact(shards) == [f"{shards / MANIFEST}: names files that are not below its folder; do not use it"]
@@ -187,17 +185,6 @@ def refusal(folder: Path, **settings: Any) -> str:
     with pytest.raises(ConfigError) as caught:
         open_encoder(resolve_model(config, "cluster", folder.parent, DigestCache(folder.parent / ".digests.json")))
     return str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "adapter/adapter_model.bin"])
-def test_pickled_weights_are_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / "model" / "other").mkdir(parents=True)
-    (tmp_path / "model" / "config.json").write_text("{}")
-    (tmp_path / "model" / "other" / "model.safetensors").write_bytes(b"")
-    path = tmp_path / "model" / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(b"cos\nsystem\n")
-    assert "pickled weights are not loaded" in refusal(tmp_path / "model")
 
 
 def test_a_module_of_elsewhere_is_refused(tmp_path: Path) -> None:

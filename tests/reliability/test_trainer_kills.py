@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,36 +15,40 @@ from hardbatch.pipeline.artifacts.artifact import verify_artifact
 from hardbatch.pipeline.artifacts.faults import POINTS, TRAINER_POINTS
 from hardbatch.trainer.checkpoint import find_checkpoint
 from hardbatch.trainer.export import open_model
-from hardbatch.trainer.replace import _exchange, replace_folder
-from tests.reliability.processes import KILLED, Ended, tree
-from tests.reliability.trainings import export_of, figures_of, fork, join, run_fork, state_of
+from tests.reliability import warm
+from tests.reliability.processes import KILLED, tree
+from tests.reliability.trainings import assert_same_training, run_warm
 from tests.trainer_models import save_model_folder, tiny_encoder
 
 RecordRow = Callable[[int, str], None]
 
 QUICK_POINTS = ("unit.renamed:3", "checkpoint.disowned:1")
-# a training deletes a checkpoint before it writes it anew, and sweeps nothing but what a kill left
+
+# Every point as it is passed first, and later, while an earlier checkpoint is there.
+ALL_POINTS = tuple(f"{point}:{number}" for point in (*POINTS, *TRAINER_POINTS) for number in (1, 4))
+
+# A training deletes a checkpoint before it writes it again, and sweeps only what a kill left.
 NOT_OF_A_TRAINING = {"sweep.removed", "unit.unrecorded", "export.set-aside"}
 
 
-def soak_points() -> list[str]:
-    """Every point as it is passed first, and later, while an earlier checkpoint is there."""
-    return [f"{point}:{number}" for point in (*POINTS, *TRAINER_POINTS) for number in (1, 4)]
+def name_of(point: str) -> str:
+    return point.split(":")[0]
 
 
-def resume_after_kill(point: str, flags: dict[str, Any], log: Path) -> bool:
-    """A training that dies at `point`, and goes on to its end; False where it does not pass that point."""
-    ended = run_fork(flags, log, fault=f"{point}=kill")
+def resume_after_kill(point: str, flags: dict[str, Any]) -> bool:
+    """A training that dies at `point` and continues to its end; False if it does not pass that point."""
+    ended = run_warm(flags, f"{point}=kill")
     if ended.code == 0:
         return False
     assert ended.code == KILLED, ended.errors
     output = Path(flags["--output"])
-    checkpoint, told = find_checkpoint(output, "auto")
-    assert told == [], "what a kill leaves is a whole checkpoint or none"
+    checkpoint, notices = find_checkpoint(output, "auto")
+    assert notices == [], "what a kill leaves is a whole checkpoint or none"
     if checkpoint is not None:
         assert verify_artifact(checkpoint) == []
         open_model(checkpoint, "--checkpoint")
-    again = run_fork({**flags, "--resume": "auto"}, log)
+
+    again = run_warm({**flags, "--resume": "auto"})
     assert again.code == 0, again.errors
     newest = sorted((output / "checkpoints").glob("step-*"))[-1:]
     left = [path for path in output.rglob(".*") if path.parent not in newest and path.name != ".training.lock"]
@@ -54,98 +56,67 @@ def resume_after_kill(point: str, flags: dict[str, Any], log: Path) -> bool:
     return True
 
 
-@pytest.mark.parametrize("points", [QUICK_POINTS, pytest.param((), marks=pytest.mark.soak)], ids=["quick", "soak"])
+@pytest.mark.parametrize(
+    "points", [QUICK_POINTS, pytest.param(ALL_POINTS, marks=pytest.mark.soak)], ids=["quick", "soak"]
+)
 def test_killed_while_a_checkpoint_is_written(
     flags: dict[str, Any], points: tuple[str, ...], tmp_path: Path, record_row: RecordRow
 ) -> None:
     flags |= {"--epochs": 1, "--keep-last": 1, "--save-every": 1}
     unbroken = {**flags, "--output": tmp_path / "unbroken"}
-    assert run_fork(unbroken, tmp_path / "log").code == 0
-    expected, export = figures_of(unbroken), export_of(unbroken)
-    passed, others = set(), set()
-    for point in points or soak_points():
+    assert run_warm(unbroken).code == 0
+    passed = set()
+    for point in points:
         shutil.rmtree(flags["--output"], ignore_errors=True)
-        if resume_after_kill(point, flags, tmp_path / "log"):
-            assert figures_of(flags) == expected and export_of(flags) == export
+        if resume_after_kill(point, flags):
+            assert_same_training(flags, unbroken)
             passed.add(point)
-        else:
-            others.add(point.split(":")[0])
-    assert others - {point.split(":")[0] for point in passed} <= NOT_OF_A_TRAINING
+    assert {name_of(point) for point in points} - {name_of(point) for point in passed} <= NOT_OF_A_TRAINING
     record_row(
         14,
         f"killed at {len(passed)} points of saving and deleting checkpoints and of the export: a whole checkpoint or "
-        "none each time; all went on to the same figures and export",
+        "none each time; all continued to the same metrics and export",
     )
 
 
-@pytest.mark.parametrize(
-    "exchange", [True, pytest.param(False, marks=pytest.mark.soak)], ids=["in-one-step", "in-two-steps"]
-)
-def test_killed_while_an_export_is_replaced(
-    flags: dict[str, Any], tmp_path: Path, exchange: bool, record_row: RecordRow
-) -> None:
+def test_killed_while_an_export_is_replaced(flags: dict[str, Any], tmp_path: Path, record_row: RecordRow) -> None:
     flags |= {"--epochs": 1, "--save-every": 3}
-    log = tmp_path / "log"
-    assert run_fork(flags, log).code == 0
+    assert run_warm(flags).code == 0
     first, last = sorted((tmp_path / "out" / "checkpoints").glob("step-*"))
     target = tmp_path / "exports" / "export"
 
-    def export(checkpoint: Path, fault: str = "") -> Ended:
-        words = {"--checkpoint": checkpoint, "--output": target}
-        return run_fork(words, log, fault=fault, program="hardbatch.trainer.export", exchange=exchange)
+    def export(checkpoint: Path, fault: str = "") -> int:
+        return warm.run(warm.EXPORT, ["--checkpoint", checkpoint, "--output", target], fault=fault).code
 
-    assert export(first).code == 0
+    assert export(first) == 0
     earlier = tree(target)
-    assert export(last).code == 0
+    assert export(last) == 0
     later = tree(target)
     assert earlier.keys() == later.keys() and earlier != later
-    points = ["export.written", "export.set-aside", "export.replaced", "export.swept"]
-    for point in points if not exchange else [point for point in points if point != "export.set-aside"]:
-        assert export(first).code == 0
-        assert export(last, fault=f"{point}=kill").code == KILLED
-        if point == "export.set-aside":  # the one moment without; the next run begins by putting it back
+    for point in ("export.written", "export.set-aside", "export.replaced", "export.swept"):
+        assert export(first) == 0
+        code = export(last, f"{point}=kill")
+        if code == 0 and point == "export.set-aside":
+            continue  # this file system exchanges two names in one step
+        assert code == KILLED
+        if point == "export.set-aside":  # the one moment without an export; the next run begins by putting it back
             assert not target.exists()
-            assert export(last, fault="export.written=kill").code == KILLED
+            assert export(last, "export.written=kill") == KILLED
         assert tree(target) == (earlier if point in ("export.written", "export.set-aside") else later)
         open_model(target, "--model")
-        assert export(last).code == 0 and tree(target) == later
+        assert export(last) == 0 and tree(target) == later
         assert list(target.parent.iterdir()) == [target], "nothing is left beside it"
     record_row(14, "an export killed at every point of its replacement: the earlier one or the new one, whole")
-
-
-def test_an_export_is_never_gone(tmp_path: Path) -> None:
-    target = tmp_path / "export"
-    target.mkdir()
-    if not _exchange(*(shutil.copytree(target, tmp_path / name) for name in "ab")):
-        pytest.skip("this file system exchanges no names")
-    missed, done = [0], threading.Event()
-
-    def look() -> None:
-        while not done.is_set():
-            missed[0] += not target.exists()
-
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    for number in range(300):
-        new = tmp_path / f".export.{number}.tmp"
-        new.mkdir()
-        (new / "number").write_text(str(number))
-        replace_folder(new, target)
-    done.set()
-    watcher.join()
-    assert missed == [0] and (target / "number").read_text() == "299"
 
 
 def test_two_exports_to_one_folder(tmp_path: Path) -> None:
     """The second one leaves, and does not sweep what the first one writes."""
     checkpoint = save_model_folder(tmp_path / "checkpoint", tiny_encoder())
-    words = {"--checkpoint": checkpoint, "--output": tmp_path / "exports" / "export"}
-    process = fork(words, tmp_path / "log", program="hardbatch.trainer.export", fault="export.written=stop")
-    while state_of(process.pid) != "T":
-        assert process.is_alive()
-        time.sleep(0.01)
-    second = run_fork(words, tmp_path / "second", program="hardbatch.trainer.export")
-    assert second.code == 5 and f"being written by process {process.pid}" in second.errors
-    os.kill(process.pid, signal.SIGCONT)
-    assert join(process, tmp_path / "log").code == 0
+    words = ["--checkpoint", checkpoint, "--output", tmp_path / "exports" / "export"]
+    first = warm.start(warm.EXPORT, words, fault="export.written=stop")
+    first.wait_until_stopped()
+    second = warm.run(warm.EXPORT, words)
+    assert second.code == 5 and f"being written by process {first.pid}" in second.errors
+    os.kill(first.pid, signal.SIGCONT)
+    assert first.wait().code == 0
     open_model(tmp_path / "exports" / "export", "--model")

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from hardbatch.pipeline.artifacts.artifact import MANIFEST, verify_artifact
 from hardbatch.pipeline.artifacts.files import sha256_file
 from hardbatch.trainer import evaluate, export
 from hardbatch.trainer.checkpoint import find_checkpoint
 from hardbatch.trainer.main import main
-from tests.reliability.trainings import run_fork
+from tests.reliability.trainings import run_warm, words_of
+from tests.reliability.workspaces import rewrite_manifest
+from tests.trainer.test_evaluate import write_collection
 from tests.trainer_models import save_model_folder, tiny_encoder
 
 RecordRow = Callable[[int, str], None]
@@ -62,7 +63,7 @@ def with_code(folder: Path, canary: Path, **keys: Any) -> Path:
 
 def refusal(flags: dict[str, Any], capsys: pytest.CaptureFixture[str], *, command: Any = main) -> str:
     """The one line of a command that refuses."""
-    code = command([str(word) for pair in flags.items() for word in pair if word != ""])
+    code = command(words_of(flags))
     errors = capsys.readouterr().err
     assert code in (2, 4) and errors.startswith("trainer: ") and errors.count("\n") == 1, (code, errors)
     return errors
@@ -77,7 +78,7 @@ def test_pickles_are_never_loaded(
     capsys: pytest.CaptureFixture[str],
     record_row: RecordRow,
 ) -> None:
-    assert run_fork({**flags, "--epochs": 1}, tmp_path / "log").code == 0
+    assert run_warm({**flags, "--epochs": 1}).code == 0
     trained = find_checkpoint(Path(flags["--output"]), "auto")[0]
     assert trained is not None
     number = 0
@@ -101,7 +102,9 @@ def test_pickles_are_never_loaded(
         other = pickled(backbone, replaced="model.safetensors", by=name)
         refusal({**flags, "--output": tmp_path / "c", "--backbone": other}, capsys)
         refusal({"--checkpoint": start_from, "--output": tmp_path / "d"}, capsys, command=export.main)
-        refusal({"--model": start_from, "--eval": collection(tmp_path)}, capsys, command=evaluate.main)
+        refusal(
+            {"--model": start_from, "--eval": write_collection(tmp_path / "collection")}, capsys, command=evaluate.main
+        )
     for name in ("optimizer.pt", "optimizer.safetensors"):
         own = pickled(trained, replaced="optimizer.safetensors", by=name)
         refusal({**flags, "--output": tmp_path / "e", "--epochs": 1, "--resume": own}, capsys)
@@ -109,32 +112,14 @@ def test_pickles_are_never_loaded(
     record_row(20, f"{5 * len(names) + 2} commands given a pickle for weights or moments: refused, nothing run")
 
 
-def collection(tmp_path: Path) -> Path:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    folder = tmp_path / "collection"
-    folder.mkdir(exist_ok=True)
-    for name, columns in (
-        ("corpus", {"doc_id": ["1"], "text": ["one"]}),
-        ("queries", {"query_id": ["1"], "text": ["one"]}),
-        ("qrels", {"query_id": ["1"], "doc_id": ["1"], "score": [1]}),
-    ):
-        pq.write_table(pa.table(columns), folder / f"{name}.parquet")
-    return folder
-
-
 def vouch(folder: Path, replaced: str, by: str) -> None:
     """Makes the manifest of a checkpoint say that `by` was written in place of `replaced`."""
-    import hashlib
 
-    from hardbatch.pipeline.artifacts.files import canonical_json
+    def change(content: dict[str, Any]) -> None:
+        del content["files"][replaced]
+        content["files"][by] = {"sha256": sha256_file(folder / by), "bytes": (folder / by).stat().st_size, "rows": None}
 
-    content = json.loads((folder / MANIFEST).read_text())
-    del content["digest"], content["files"][replaced]
-    content["files"][by] = {"sha256": sha256_file(folder / by), "bytes": (folder / by).stat().st_size, "rows": None}
-    content["digest"] = hashlib.sha256(canonical_json(content)).hexdigest()
-    (folder / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    rewrite_manifest(folder / MANIFEST, change)
     assert verify_artifact(folder) == []
 
 
@@ -153,12 +138,9 @@ def test_code_of_a_model_is_never_run(
     start_from = with_code(saved, canary, model_type="unheard_of")
     refusal({**flags, "--init-from": start_from}, capsys)
     refusal({"--checkpoint": start_from, "--output": tmp_path / "export"}, capsys, command=export.main)
-    refusal({"--model": start_from, "--eval": collection(tmp_path)}, capsys, command=evaluate.main)
+    refusal({"--model": start_from, "--eval": write_collection(tmp_path / "collection")}, capsys, command=evaluate.main)
     known = with_code(shutil.copytree(backbone, tmp_path / "known"), canary)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    code = main([str(word) for pair in ({**flags, "--backbone": known, "--max-steps": 1}).items() for word in pair])
-    torch.set_num_threads(threads)
-    assert code == 0, capsys.readouterr().err
+    ended = run_warm({**flags, "--backbone": known, "--max-steps": 1})
+    assert ended.code == 0, ended.errors
     assert not canary.exists()
     record_row(20, "code that a model's folder brings: refused with an unknown type, left alone with a known one")

@@ -1,37 +1,23 @@
-"""Trainings as processes: their flags, ranks, kills, and what their logs say.
-
-`fork` starts one rank alone from a process that has torch loaded, in a second; it is a process like any other, the
-leader of a session of its own. `start` and `run` start the command itself, of one rank or of several.
-"""
+"""Trainings as processes: their flags, their ranks, how they are killed, and what their logs say."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.reliability import processes
+from tests.reliability import processes, warm
 from tests.reliability.processes import ROOT, Ended
 
 TRAINER = (sys.executable, str(ROOT / "trainer" / "main.py"))
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 Flags = Mapping[str, object]
-_FORKS = multiprocessing.get_context("forkserver")
-_started: list[BaseProcess] = []
-_FORKS.set_forkserver_preload(
-    ["torch", "hardbatch.trainer.loop", "hardbatch.trainer.training", "hardbatch.trainer.sentence_module"]
-)
 
 
 def words_of(flags: Flags) -> list[str]:
@@ -39,79 +25,26 @@ def words_of(flags: Flags) -> list[str]:
     return [str(word) for pair in flags.items() for word in pair if word != ""]
 
 
-def fork(
-    flags: Flags, log: Path, *, fault: str = "", program: str = "hardbatch.trainer.main", exchange: bool = True
-) -> BaseProcess:
-    """Starts `program` in a fork, all that it prints in `log`; `exchange` off: on a disk that exchanges no names."""
-    log.unlink(missing_ok=True)
-    process = _FORKS.Process(target=_forked, args=(program, words_of(flags), str(log), fault, exchange))
-    process.start()
-    _started.append(process)
-    return process
+def start_warm(flags: Flags, fault: str = "") -> warm.Run:
+    """Starts a training of one rank in a process that has its libraries loaded."""
+    return warm.start(warm.TRAINER, words_of(flags), fault=fault)
 
 
-def kill_forks() -> None:
-    """Kills the forks that a test left behind: one that is stopped would never end."""
-    while _started:
-        process = _started.pop()
-        process.kill()
-        process.join()
-
-
-def join(process: BaseProcess, log: Path, *, timeout_s: float = 120) -> Ended:
-    """Waits for the end of a fork; one that outlives the timeout is killed, and fails the test."""
-    process.join(timeout_s)
-    if process.exitcode is None:
-        process.kill()
-        raise AssertionError(f"still running after {timeout_s} s\n{log.read_text()}")
-    return Ended(code=process.exitcode, output="", errors=log.read_text(errors="replace") if log.exists() else "")
-
-
-def run_fork(flags: Flags, log: Path, **options: Any) -> Ended:
-    """Runs a fork to its end."""
-    return join(fork(flags, log, **options), log)
-
-
-def _forked(program: str, words: Sequence[str], log: str, fault: str, exchange: bool) -> None:
-    os.setsid()
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(output, stream)
-    import torch
-
-    from hardbatch.pipeline.artifacts import faults
-    from hardbatch.trainer import replace
-
-    torch.set_num_threads(1)
-    faults._chosen = fault
-    if not exchange:
-        replace._exchange = lambda first, second: False
-    try:
-        code = importlib.import_module(program).main(words)
-    except SystemExit as leaving:
-        code = leaving.code
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def command(flags: Flags, *, ranks: int = 1) -> list[object]:
-    """The command line of a training: python alone, or torchrun where there are several ranks."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, TRAINER[1]]
-    return [*(launcher if ranks > 1 else TRAINER), *words_of(flags)]
+def run_warm(flags: Flags, fault: str = "") -> Ended:
+    """Runs a training of one rank to its end in a process that has its libraries loaded."""
+    return start_warm(flags, fault).wait()
 
 
 def start(flags: Flags, *, ranks: int = 1) -> subprocess.Popen[str]:
-    """Starts a training, in a session of its own."""
-    return processes.start(command(flags, ranks=ranks), environment=ENVIRONMENT)
+    """Starts a training by its command line: python alone, or torchrun if there are several ranks."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, TRAINER[1]]
+    command = [*(launcher if ranks > 1 else TRAINER), *words_of(flags)]
+    return processes.start(command, environment={"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
 
 
 def run(flags: Flags, *, ranks: int = 1) -> Ended:
-    """Runs a training to its end."""
-    return processes.finish(start(flags, ranks=ranks), timeout_s=300)
+    """Runs a training to its end: one rank warm, several ranks under torchrun."""
+    return run_warm(flags) if ranks == 1 else processes.finish(start(flags, ranks=ranks), timeout_s=300)
 
 
 def workers_of(output: Path) -> list[int]:
@@ -125,27 +58,23 @@ def workers_of(output: Path) -> list[int]:
 
 
 def kill_all(process: subprocess.Popen[str], output: Path) -> None:
-    """SIGKILL to a launcher and all its workers; returns when they are gone."""
-    for victim in [process.pid, *workers_of(output)]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(victim, signal.SIGKILL)
-    process.communicate()
+    """Sends SIGKILL to a launcher and all its workers; returns when they are gone."""
+    victims = [process.pid, *workers_of(output)]
     deadline = time.monotonic() + 30
-    while workers_of(output):
+    while victims:
         assert time.monotonic() < deadline, "workers outlive a SIGKILL"
-        for victim in workers_of(output):  # one that the launcher started after we looked
+        for victim in victims:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
-        time.sleep(0.02)
+        victims = workers_of(output)  # the launcher may have started one after we looked
+    process.communicate()
 
 
 def log_of(flags: Flags, kind: str = "train") -> list[dict[str, Any]]:
     """The records of one kind in the log; a line that a kill cut in two is left out."""
     path = Path(str(flags["--output"])) / "log.jsonl"
-    if not path.exists():
-        return []
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             record: dict[str, Any] = json.loads(line)
             if record["kind"] == kind:
@@ -153,7 +82,7 @@ def log_of(flags: Flags, kind: str = "train") -> list[dict[str, Any]]:
     return records
 
 
-def figures_of(flags: Flags) -> list[tuple[Any, ...]]:
+def metrics_of(flags: Flags) -> list[tuple[Any, ...]]:
     """What must be equal to the bit: (step, position, loss, accuracy, gradient norm, learning rate) of every step."""
     names = ("step", "position", "loss", "accuracy", "gradient_norm", "learning_rate")
     return [tuple(record[name] for name in names) for record in log_of(flags)]
@@ -164,11 +93,12 @@ def export_of(flags: Flags) -> dict[str, bytes]:
     return processes.tree(Path(str(flags["--output"])) / "export")
 
 
+def assert_same_training(flags: Flags, other: Flags) -> None:
+    """Both have the same metrics in every step and the same export, to the bit."""
+    assert metrics_of(flags) == metrics_of(other) != []
+    assert export_of(flags) == export_of(other) != {}
+
+
 def steps_logged(flags: Flags, number: int) -> Callable[[], bool]:
     """Whether the log has `number` steps."""
     return lambda: len(log_of(flags)) >= number
-
-
-def state_of(pid: int) -> str:
-    """The state of a process as the kernel tells it: T where it is stopped, Z where it has ended."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

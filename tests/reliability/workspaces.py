@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from hardbatch.pipeline.artifacts.artifact import iter_artifact_paths, verify_artifact
-from hardbatch.pipeline.artifacts.files import DIGESTS, sha256_file
+from hardbatch.pipeline.artifacts.files import DIGESTS, canonical_json, sha256_file
 from tests.reliability.processes import tree
-from tests.samples import WORDS
+from tests.samples import LEXICAL, WORDS
 
 BATCH_SIZE = 4
-REDONE_ON_RESUME = {"invalid", "index"}  # small units that gather the others, committed again by a run that goes on
+
+# Small units that gather the others: a run that continues after a kill commits them again.
+REDONE_ON_RESUME = {"invalid", "index"}
 
 
-def write_corpus(folder: Path, domains: Mapping[str, int], *, unit_rows: int = 16, batches_per_part: int = 2) -> Path:
+def run_over(manifest: Path) -> list[object]:
+    """`run` over a manifest: words that the path of a workspace completes."""
+    return ["run", manifest, "--workspace"]
+
+
+def write_corpus(folder: Path, domains: Mapping[str, int], *, batches_per_part: int = 2) -> Path:
     """A manifest below `folder` and its sources: so many pairs of each domain, small units; texts may repeat."""
     folder.mkdir(parents=True, exist_ok=True)
     text = 'corpus = "toy"\n'
@@ -31,10 +41,32 @@ def write_corpus(folder: Path, domains: Mapping[str, int], *, unit_rows: int = 1
         text += f'[[dataset]]\nname = "{name}"\nsource = "{name}.jsonl"\n'
     manifest = folder / "toy.toml"
     manifest.write_text(
-        f'{text}[embed]\nmodel = "lexical"\nsurrogate_model = "lexical"\nunit_rows = {unit_rows}\n'
+        f'{text}[embed]\nmodel = "lexical"\nsurrogate_model = "lexical"\nunit_rows = 16\n'
         f"[pack]\nbatch_size = {BATCH_SIZE}\n[write]\nbatches_per_part = {batches_per_part}\n"
     )
     return manifest
+
+
+def real_corpus(folder: Path, domains: Mapping[str, int | None], settings: str = "") -> list[object]:
+    """`run` over domains of HARDBATCH_DATA, so many pairs of each: words that the path of a workspace completes."""
+    if "HARDBATCH_DATA" not in os.environ:
+        pytest.skip("needs real pairs: set HARDBATCH_DATA to a folder with train/*.parquet")
+    text = 'corpus = "real"\n'
+    for name, limit in domains.items():
+        text += f'[[dataset]]\nname = "{name}"\nsource = "train/{name}.parquet"\n'
+        text += f"limit = {limit}\n" if limit else ""
+    manifest = folder / "real.toml"
+    manifest.write_text(text + (settings if "[embed]" in settings else LEXICAL + settings))
+    return ["run", manifest, "--data-root", os.environ["HARDBATCH_DATA"], "--workspace"]
+
+
+def rewrite_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes what the manifest at `path` says, and its digest with it."""
+    content = json.loads(path.read_bytes())
+    change(content)
+    del content["digest"]
+    content["digest"] = hashlib.sha256(canonical_json(content)).hexdigest()
+    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def write_rows(path: Path, num_pairs: int, *, seed: str) -> None:

@@ -92,6 +92,6 @@ def test_what_cannot_be_a_backbone(tmp_path):
         (lambda: initial_encoder(settings(), tmp_path, flag="--init-from"), "no config.json and model.safetensors"),
     ]
     for act, message in cases:
-        with pytest.raises(ConfigError, match=message) as told:
+        with pytest.raises(ConfigError, match=message) as caught:
             act()
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(caught.value)

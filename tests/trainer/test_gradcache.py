@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import socket
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,9 +55,9 @@ def make_tokens(num_texts, generator):
     return Tokens(ids=ids, lengths_N=lengths, prompt_lengths_N=torch.ones_like(lengths))
 
 
-def make_batch(position, num_negatives=0):
+def make_batch(position, num_negatives=0, masked=True):
     generator = torch.Generator().manual_seed(1000 + position)
-    equivalent = torch.rand(SIZE, SIZE, generator=generator) < 0.2
+    equivalent = (torch.rand(SIZE, SIZE, generator=generator) < 0.2) & masked
     return Batch(
         position=position,
         batch_id=position,
@@ -95,24 +96,18 @@ def one_graph(encoder, config, batch):
     return loss.value.detach(), gradients_of(encoder)
 
 
-@pytest.mark.parametrize("model_type", BACKBONE_TYPES)
-@pytest.mark.parametrize("num_negatives", [0, 5])
-def test_cached_equals_one_graph_over_the_same_chunks_and_draws(model_type, num_negatives):
-    batch = make_batch(3, num_negatives)
-    expected_loss, expected = one_graph(make_encoder(model_type), STEP, batch)
-    encoder = make_encoder(model_type)
+@pytest.mark.parametrize(
+    ("model_type", "context_size"), [*((name, CONTEXT_SIZE) for name in BACKBONE_TYPES), ("bert", 0)]
+)
+@pytest.mark.parametrize(("num_negatives", "masked"), [(0, True), (5, True), (0, False)])
+def test_cached_equals_one_graph_over_the_same_chunks_and_draws(model_type, context_size, num_negatives, masked):
+    batch = make_batch(3, num_negatives, masked)
+    expected_loss, expected = one_graph(make_encoder(model_type, context_size), STEP, batch)
+    encoder = make_encoder(model_type, context_size)
     loss = GradCache(encoder, STEP).backward(batch)
     assert torch.equal(loss.value, expected_loss)
     assert worst_error(gradients_of(encoder), expected) < BOUND
     assert all(gradient.any() for name, gradient in expected.items() if "position" not in name)
-
-
-def test_cached_biencoder():
-    batch = make_batch(3)
-    expected_loss, expected = one_graph(make_encoder(context_size=0), STEP, batch)
-    encoder = make_encoder(context_size=0)
-    assert torch.equal(GradCache(encoder, STEP).backward(batch).value, expected_loss)
-    assert worst_error(gradients_of(encoder), expected) < BOUND
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 60, 100, 250, 600])
@@ -178,36 +173,6 @@ def test_no_context_rate_nulls_a_whole_batch():
     assert encoder.second_stage_model.null_context.grad.any()
 
 
-def test_a_masked_document_has_no_influence_on_the_others():
-    """Document 2 is masked for every other query and no context: gradients of the rest are those without it."""
-    batch = make_batch(6)
-    masked = batch.equivalent_BB.clone()
-    masked[:, 2] = True
-    batch = replace(batch, equivalent_BB=masked.fill_diagonal_(False))
-    generator = torch.Generator().manual_seed(99)
-    other = make_tokens(SIZE, generator)
-    lengths, places = batch.documents.lengths_N.tolist(), batch.documents.ids.split(batch.documents.lengths_N.tolist())
-    swapped = [*places]
-    swapped[2] = other.ids.split(other.lengths_N.tolist())[2][: lengths[2]]
-    assert len(swapped[2]) >= 3 and not torch.equal(swapped[2], places[2][: len(swapped[2])])
-    lengths[2] = len(swapped[2])
-    changed = Tokens(
-        ids=torch.cat(swapped), lengths_N=torch.tensor(lengths), prompt_lengths_N=batch.documents.prompt_lengths_N
-    )
-
-    def queries_gradient(documents):
-        encoder = make_encoder(context_size=0, dropout=0.0)
-        step = GradCache(encoder, WHOLE)
-        plan = step._plan(replace(batch, documents=documents))
-        embeddings = step._embed(plan, None).detach().requires_grad_()
-        step._loss(plan, embeddings).value.backward()
-        return embeddings.grad[:SIZE]
-
-    before, after = queries_gradient(batch.documents), queries_gradient(changed)
-    kept = torch.arange(SIZE) != 2
-    assert torch.allclose(before[kept], after[kept], atol=1e-7) and not torch.allclose(before[2], after[2], atol=1e-4)
-
-
 def test_bf16_autocast_gives_every_weight_its_gradient():
     """A weight cast in the pass without a graph and cached by autocast would get none in the second pass."""
     batch = make_batch(2)
@@ -227,7 +192,7 @@ def test_bf16_autocast_gives_every_weight_its_gradient():
 ACCUMULATE, NUM_STEPS = 2, 50
 
 
-def train_rank(rank, world_size, accumulate, config, num_negatives=lambda position: 0):
+def train_rank(rank, world_size, accumulate, config, batch_at=make_batch):
     """Yields (gradients, parameters) of one rank after each step; batches in the order of the stream."""
     encoder = make_encoder()
     ranks = Ranks(rank=rank, world_size=world_size, device=torch.device("cpu"))
@@ -236,8 +201,7 @@ def train_rank(rank, world_size, accumulate, config, num_negatives=lambda positi
     position = 0
     while True:
         for number in range(accumulate):
-            place = position + number * world_size + rank
-            step.backward(make_batch(place, num_negatives(place)), scale=1 / accumulate)
+            step.backward(batch_at(position + number * world_size + rank), scale=1 / accumulate)
         ranks.average_gradients(encoder)
         gradients = gradients_of(encoder)
         torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
@@ -251,15 +215,20 @@ def digest(tensors):
     return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors.values())).hexdigest()
 
 
-CONFIGS = {
-    "dropping": STEP,
-    "one_chunk": WHOLE,
-    "nothing_dropped": replace(STEP, sequence_dropout=0.0),
-    "sometimes_no_context": replace(STEP, no_context_rate=0.5, sequence_dropout=0.0),
+def uneven_batch(position):
+    """A batch of one pass or, every second time, of chunks: it has hard negatives. Ranks differ in what they do."""
+    return make_batch(position, 12 * (position % 2))
+
+
+UNEVEN = replace(STEP, chunk_tokens=520)
+CASES = {  # settings, batches that a rank accumulates, batches
+    "dropping": (STEP, ACCUMULATE, make_batch),
+    "no mask": (STEP, ACCUMULATE, partial(make_batch, masked=False)),
+    "one chunk": (WHOLE, ACCUMULATE, make_batch),
+    "nothing dropped": (replace(STEP, sequence_dropout=0.0), ACCUMULATE, make_batch),
+    "sometimes no context": (replace(STEP, no_context_rate=0.5, sequence_dropout=0.0), ACCUMULATE, make_batch),
+    "uneven": (UNEVEN, 1, uneven_batch),
 }
-
-
-UNEVEN = replace(STEP, chunk_tokens=520)  # one pass, or chunks where there are negatives
 
 
 def test_a_batch_of_no_more_tokens_than_a_chunk_takes_one_pass():
@@ -284,47 +253,27 @@ def test_a_batch_of_no_more_tokens_than_a_chunk_takes_one_pass():
 def test_uneven_batches_are_uneven():
     step = GradCache(make_encoder(), UNEVEN)
     for position in range(15):
-        plan = step._plan(make_batch(position, uneven(position)))
-        assert (plan.num_tokens > UNEVEN.chunk_tokens) == bool(uneven(position))
-
-
-def uneven(position):
-    """Hard negatives of the batch at `position`: none on some ranks, some on others."""
-    return 12 * (position % 2)
+        assert (step._plan(uneven_batch(position)).num_tokens > UNEVEN.chunk_tokens) == bool(position % 2)
 
 
 def rank_main(rank, world_size, port, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     results = {}
-    for name, config in CONFIGS.items():
-        steps = train_rank(rank, world_size, ACCUMULATE, config)
+    for name, (config, accumulate, batch_at) in CASES.items():
+        steps = train_rank(rank, world_size, accumulate, config, batch_at)
         gradients, parameters = next(steps)
         for _ in range((NUM_STEPS if name == "dropping" else 4) - 1):
             _, parameters = next(steps)
         results[name] = {"gradients": gradients, "digest": digest(parameters)}
-    steps = train_rank(rank, world_size, 1, UNEVEN, uneven)
-    results["uneven"] = {"gradients": next(steps)[0], "digest": digest([next(steps) for _ in range(4)][-1][1])}
-    results["reduced"] = count_reduced(rank, world_size)
-    torch.save(results, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
 
-
-def count_reduced(rank, world_size):
-    """Elements that a step reduces, and the number of parameters."""
     counted = []
     reduce = dist.all_reduce
-
-    def count(tensor, **options):
-        counted.append(tensor.numel())
-        return reduce(tensor, **options)
-
-    dist.all_reduce = count
-    try:
-        next(train_rank(rank, world_size, ACCUMULATE, STEP))
-    finally:
-        dist.all_reduce = reduce
-    return sum(counted), sum(parameter.numel() for parameter in make_encoder().parameters())
+    dist.all_reduce = lambda tensor: (counted.append(tensor.numel()), reduce(tensor))
+    next(train_rank(rank, world_size, ACCUMULATE, STEP))
+    results["reduced"] = sum(counted)
+    torch.save(results, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
 
 
 def free_port():
@@ -337,15 +286,8 @@ def free_port():
 def test_ranks_equal_one_rank_that_accumulates(world_size, tmp_path):
     mp.spawn(rank_main, args=(world_size, free_port(), str(tmp_path)), nprocs=world_size)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
-    for name, config in CONFIGS.items():
-        alone, _ = next(train_rank(0, 1, ACCUMULATE * world_size, config))
-        for rank in range(world_size):
-            assert worst_error(found[rank][name]["gradients"], alone) < BOUND, name
-        assert len({found[rank][name]["digest"] for rank in range(world_size)}) == 1, name
-    alone, _ = next(train_rank(0, 1, world_size, UNEVEN, uneven))
-    for rank in range(world_size):
-        assert worst_error(found[rank]["uneven"]["gradients"], alone) < BOUND
-        assert found[rank]["uneven"]["digest"] == found[0]["uneven"]["digest"]
-    for rank in range(world_size):
-        counted, parameters = found[rank]["reduced"]
-        assert counted == parameters
+    for name, (config, accumulate, batch_at) in CASES.items():
+        alone, _ = next(train_rank(0, 1, accumulate * world_size, config, batch_at))
+        assert max(worst_error(of_rank[name]["gradients"], alone) for of_rank in found) < BOUND, name
+        assert len({of_rank[name]["digest"] for of_rank in found}) == 1, name
+    assert {of_rank["reduced"] for of_rank in found} == {sum(p.numel() for p in make_encoder().parameters())}

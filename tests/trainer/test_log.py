@@ -1,4 +1,4 @@
-"""What a training says, and what its log keeps over a resume."""
+"""What a training reports, and what its log keeps over a resume."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ import json
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hardbatch.trainer.batch import Batch, Tokens
 from hardbatch.trainer.log import LOG, StepMetrics, TrainingLog, model_flops, peak_flops
 from tests.trainer_models import tiny_encoder
 
 
-def make_figures(loss=1.0, **changed):
-    figures = {
-        "accuracy": 0.5,
-        "mask_rate": 0.1,
-        "gradient_norm": 2.0,
-        "learning_rate": 1e-4,
-        "pairs": 8,
-        "tokens": 100,
-        "flops": 1e6,
-        "wait_s": 0.0,
-    }
-    return StepMetrics(loss=loss, **{**figures, **changed})
+def make_metrics(loss=1.0, wait_s=0.0):
+    return StepMetrics(
+        loss=loss,
+        wait_s=wait_s,
+        accuracy=0.5,
+        mask_rate=0.1,
+        gradient_norm=2.0,
+        learning_rate=1e-4,
+        pairs=8,
+        tokens=100,
+        flops=1e6,
+    )
 
 
 def open_log(folder, first_step=0, peak_flops=0.0):
@@ -35,10 +36,10 @@ def records(folder):
     return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
 
 
-def test_a_line_tells_means_rates_and_time_left(tmp_path):
+def test_a_line_has_means_rates_and_the_time_left(tmp_path):
     log = open_log(tmp_path)
-    log.step(make_figures(1.0))
-    log.step(make_figures(2.0, wait_s=1e-6))
+    log.step(make_metrics(1.0))
+    log.step(make_metrics(2.0, wait_s=1e-6))
     log.flush(step=2, position=4, batches_per_step=2)
     log.flush(step=2, position=4, batches_per_step=2)  # nothing new: no line
     (record,) = records(tmp_path)
@@ -46,11 +47,10 @@ def test_a_line_tells_means_rates_and_time_left(tmp_path):
     assert record["loss"] == 1.5 and record["learning_rate"] == 1e-4 and record["data_wait"] > 0
     assert record["tokens_per_s"] == pytest.approx(record["pairs_per_s"] * 12.5)
     line = log._stream.getvalue()
-    assert "batch 4 of 100" in line and "loss 1.5000" in line and "left" in line and line.count("\n") == 1
-    assert list((tmp_path / "tensorboard").glob("events*"))
+    assert "batch 4 of 100" in line and "loss 1.5000" in line and "0:00:00 left" in line and line.count("\n") == 1
 
 
-def test_a_resumed_log_goes_on_where_its_checkpoint_was(tmp_path):
+def test_a_resumed_log_and_its_curves_continue_at_the_checkpoint(tmp_path):
     log = open_log(tmp_path)
     for step in (1, 2, 3):
         log.write("train", {"loss": float(step)}, step=step, position=step)
@@ -58,23 +58,27 @@ def test_a_resumed_log_goes_on_where_its_checkpoint_was(tmp_path):
         file.write('{"kind": "train", "st')  # a kill amid a line
     log = open_log(tmp_path, first_step=2)
     log.write("train", {"loss": 3.5}, step=3, position=3)
-    assert [(record["step"], record["loss"]) for record in records(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 3.5)]
-    open_log(tmp_path)  # a new training
-    assert records(tmp_path) == []
+    expected = [(1, 1.0), (2, 2.0), (3, 3.5)]
+    assert [(record["step"], record["loss"]) for record in records(tmp_path)] == expected
+    curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(point.step, point.value) for point in curves.Scalars("train/loss")] == expected
 
 
-def test_a_new_training_keeps_no_evaluation_of_the_old_one(tmp_path):
+@pytest.mark.parametrize(("first_step", "kept"), [(0, []), (5, [0])], ids=["a new training", "a resume"])
+def test_the_evaluation_before_step_1_survives_a_resume_only(tmp_path, first_step, kept):
+    open_log(tmp_path).write("eval/x", {"loss": 1.0}, step=0, position=0)
+    log = open_log(tmp_path, first_step=first_step)
+    assert [record["step"] for record in records(tmp_path)] == kept
+    assert log.evaluations == ({"x": {0: {"loss": 1.0}}} if kept else {})
+
+
+def test_curves_that_cannot_be_written_are_reported_once(tmp_path):
+    (tmp_path / "tensorboard").write_text("a file where the folder should be")
     log = open_log(tmp_path)
-    log.write("eval/x", {"loss": 1.0}, step=0, position=0)
-    open_log(tmp_path, first_step=0)
-    assert records(tmp_path) == []
-
-
-def test_the_evaluation_before_step_1_survives_a_resume(tmp_path):
-    log = open_log(tmp_path)
-    log.write("eval/x", {"loss": 1.0}, step=0, position=0)
-    open_log(tmp_path, first_step=5)
-    assert len(records(tmp_path)) == 1
+    for step in (1, 2):
+        log.write("train", {"loss": 1.0}, step=step, position=step)
+    assert len(records(tmp_path)) == 2
+    assert log._stream.getvalue().count("no more curves for TensorBoard") == 1
 
 
 def tokens(lengths):
@@ -128,10 +132,10 @@ def test_the_speed_of_a_gpu_goes_by_its_whole_name(name, peak, monkeypatch):
     assert peak_flops(torch.device("cpu")) == 0.0
 
 
-def test_utilisation_is_told_where_the_speed_is_known(tmp_path):
-    for peak, told in ((1e12, True), (0.0, False)):
+def test_utilisation_is_reported_if_the_speed_is_known(tmp_path):
+    for peak, reported in ((1e12, True), (0.0, False)):
         log = open_log(tmp_path, peak_flops=peak)
-        log.step(make_figures())
+        log.step(make_metrics())
         log.flush(step=1, position=1, batches_per_step=1)
-        assert ("MFU" in log._stream.getvalue()) == told
-        assert ("model_flop_utilisation" in records(tmp_path)[-1]) == told
+        assert ("MFU" in log._stream.getvalue()) == reported
+        assert ("model_flop_utilisation" in records(tmp_path)[-1]) == reported

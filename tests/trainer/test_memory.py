@@ -97,19 +97,19 @@ def test_the_line_tells_tokens_and_memory():
     [(32_768, "give --chunk-tokens 16384 in place of 32768"), (2_047, "give a smaller --max-length, --context-size")],
 )
 def test_out_of_memory_names_the_flag(chunk_tokens, advice):
-    with pytest.raises(DeviceMemoryError) as told, naming_the_flag(CPU, chunk_tokens, NEEDS):
+    with pytest.raises(DeviceMemoryError) as caught, naming_the_flag(CPU, chunk_tokens, NEEDS):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nand more lines")
-    assert isinstance(told.value, HardbatchError) and told.value.exit_code == 1
-    assert advice in str(told.value) and "\n" not in str(told.value)
+    assert isinstance(caught.value, HardbatchError) and caught.value.exit_code == 1
+    assert advice in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_out_of_memory_tells_what_a_gpu_has(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 78 * 2**30)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    with pytest.raises(DeviceMemoryError) as told, naming_the_flag(torch.device("cuda", 1), 4_096, NEEDS):
+    with pytest.raises(DeviceMemoryError) as caught, naming_the_flag(torch.device("cuda", 1), 4_096, NEEDS):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-    assert "78.0 of 80.0 GiB in use on cuda:1, NVIDIA H100 80GB HBM3" in str(told.value)
+    assert "78.0 of 80.0 GiB in use on cuda:1, NVIDIA H100 80GB HBM3" in str(caught.value)
 
 
 def test_other_errors_stay_as_they_are():

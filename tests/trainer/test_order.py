@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hardbatch.pipeline.errors import ConfigError, IntegrityError
@@ -142,23 +143,6 @@ def test_a_tail_shorter_than_a_step_is_left_out(num_batches: int, step_size: int
             assert following == (end // num_batches + 1) * num_batches
 
 
-@given(world_size=st.integers(1, 4), accumulate=st.integers(1, 3), num_batches=st.integers(12, 30))
-@settings(max_examples=40)
-def test_any_number_of_ranks_covers_the_order_of_one(world_size: int, accumulate: int, num_batches: int) -> None:
-    order = make_order([num_batches])
-    step_size = world_size * accumulate
-    taken = [
-        start + a * world_size + rank
-        for start in steps(order, 0, step_size)
-        for a in range(accumulate)
-        for rank in range(world_size)
-    ]
-    assert len(set(taken)) == len(taken)
-    whole = num_batches - num_batches % step_size
-    expected = [epoch * num_batches + offset for epoch in range(len(taken)) for offset in range(whole)]
-    assert taken == expected[: len(taken)]
-
-
 @given(position=st.integers(0, 100), seed=st.integers(0, 3))
 def test_any_position_gives_the_same_batch_whatever_was_read_before(position: int, seed: int) -> None:
     fresh, used = (make_order([7, 6], num_packings=2, weights={"plants": 0.5}, seed=seed) for _ in range(2))
@@ -177,20 +161,17 @@ def test_packings_of_different_length_are_refused() -> None:
         )
 
 
-@pytest.mark.parametrize("weight", [-0.5, float("nan"), float("inf")])
-def test_a_weight_below_zero_or_no_number_is_refused(weight: float) -> None:
-    with pytest.raises(ConfigError, match="weight of 'animals'"):
-        make_order([3], weights={"animals": weight})
-
-
-def test_the_weight_of_an_unknown_domain_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"weight of 'birds': no such domain.*animals, plants"):
-        make_order([3, 3], weights={"birds": 2.0})
-
-
-def test_a_negative_seed_is_refused() -> None:
-    with pytest.raises(ConfigError, match="seed -1"):
-        make_order([3], seed=-1)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        *(({"weights": {"animals": weight}}, "weight of 'animals'") for weight in (-0.5, float("nan"), float("inf"))),
+        ({"weights": {"birds": 2.0}}, r"weight of 'birds': no such domain.*animals, plants"),
+        ({"seed": -1}, "seed -1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_order([3, 3], **settings)
 
 
 def test_a_million_batches_are_ordered_exactly_once() -> None:

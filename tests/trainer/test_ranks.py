@@ -26,31 +26,31 @@ def rank_main(rank, world_size, port, folder):
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
-    told = []
+    seen = []
     with join_ranks("cpu") as ranks:
-        told.append([ranks.rank, ranks.is_main, ranks.sum(rank + 0.5, 1.0), ranks.max(10 * rank), ranks.min(5 - rank)])
+        seen.append([ranks.rank, ranks.is_main, ranks.sum(rank + 0.5, 1.0), ranks.max(10 * rank), ranks.min(5 - rank)])
         for bad in ({1: "on one"}, {0: "same", 1: "same"}, {0: "first", 1: "second"}, {}):
             try:
                 with ranks.errors_raised_together():
                     if rank in bad:
                         raise (InputError if rank else IntegrityError)(bad[rank])
-                told.append("nothing")
+                seen.append("nothing")
             except (InputError, IntegrityError) as error:
-                told.append([type(error).__name__, str(error)])
+                seen.append([type(error).__name__, str(error)])
         for facts in ({"step": 3}, {"step": rank, "shards": "x"}):
             try:
                 ranks.require_equal(facts, "share it")
-                told.append("agreed")
+                seen.append("agreed")
             except ConfigError as error:
-                told.append(str(error))
+                seen.append(str(error))
         layer = torch.nn.Linear(2, 1)
         with torch.no_grad():
             layer.weight.fill_(rank + 1.0)
         ranks.share_weights(layer)
         layer.weight.grad = torch.full_like(layer.weight, float(rank))  # and none for the bias
         ranks.average_gradients(layer)
-        told.append([layer.weight.tolist(), layer.weight.grad.tolist(), layer.bias.grad.tolist()])
-    Path(folder, f"{rank}.json").write_text(json.dumps(told))
+        seen.append([layer.weight.tolist(), layer.weight.grad.tolist(), layer.bias.grad.tolist()])
+    Path(folder, f"{rank}.json").write_text(json.dumps(seen))
 
 
 def test_errors_of_any_rank_are_raised_by_all(tmp_path):
@@ -129,15 +129,15 @@ def late_rank(rank, world_size, port, folder, exchange):
             os._exit(0)
         try:
             exchanges[exchange]()
-            told = "no error"
+            seen = "no error"
         except RuntimeError as error:
-            told = str(error)
-        Path(folder, "told").write_text(f"{time.monotonic() - started:.3f} {told}")
+            seen = str(error)
+        Path(folder, "seen").write_text(f"{time.monotonic() - started:.3f} {seen}")
         os._exit(0)
 
 
 @pytest.mark.parametrize("exchange", ["control", "gradients"])
 def test_a_rank_that_waits_in_vain_gives_up_after_the_timeout(exchange, tmp_path):
     mp.spawn(late_rank, args=(2, free_port(), str(tmp_path), exchange), nprocs=2)
-    seconds, told = (tmp_path / "told").read_text().split(" ", 1)
-    assert 1.5 < float(seconds) < 7 and re.search("[Tt]imed out", told), told
+    seconds, seen = (tmp_path / "seen").read_text().split(" ", 1)
+    assert 1.5 < float(seconds) < 7 and re.search("[Tt]imed out", seen), seen

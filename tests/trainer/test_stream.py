@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -80,15 +80,6 @@ def test_ranks_share_the_order_of_one(shards: Shards, world_size: int, accumulat
     taken = sorted(batch.position for rank in ranks for batch in rank)
     whole = N - N % step_size
     assert taken == [*range(whole), *range(N, N + whole)]
-
-
-def test_another_number_of_ranks_goes_on_where_one_stopped(shards: Shards) -> None:
-    alone = take(shards, 2 * N)
-    first = take(shards, 2)
-    pairs = [take(shards, 2, position=2, rank=rank, world_size=2) for rank in range(2)]
-    rest = take(shards, N, position=6)
-    together = first + [batch for step in zip(*pairs, strict=True) for batch in step] + rest
-    assert together == alone
 
 
 def test_a_position_in_a_tail_too_short_starts_the_next_epoch(shards: Shards) -> None:
@@ -198,30 +189,31 @@ def test_an_error_of_tokenize_comes_as_it_is(shards: Shards) -> None:
     assert caught.value is error
 
 
-@pytest.mark.parametrize("way", ["close iterator", "close stream", "with", "break", "forget", "exhaust"])
-def test_threads_end_with_the_iteration(shards: Shards, way: str) -> None:
-    stream = BatchStream(shards, num_workers=3, prefetch=8, stop=5 if way == "exhaust" else None)
-    batches: Any = iter(stream)
-    next(batches)
+def use_as_context(stream: BatchStream, batches: Any) -> None:
+    with stream:
+        pass
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda stream, batches: batches.close(),
+        lambda stream, batches: stream.close(),
+        use_as_context,
+        lambda stream, batches: None,  # both are forgotten
+        lambda stream, batches: list(batches),
+    ],
+    ids=["close iterator", "close stream", "with", "forget", "exhaust"],
+)
+def test_threads_end_with_the_iteration(shards: Shards, end: Callable[[BatchStream, Any], object]) -> None:
+    stream = BatchStream(shards, num_workers=3, prefetch=8, stop=5)
+    batches = iter(stream)
+    other = iter(stream)
+    next(batches), next(other)
+    other.close()  # the iterations of a stream are independent
     assert threads()
-    if way == "close iterator":
-        batches.close()
-    elif way == "close stream":
-        other = iter(stream)
-        next(other)
-        stream.close()
-        assert list(batches) == list(other) == []
-    elif way == "with":
-        with stream:
-            pass
-    elif way == "break":
-        for _ in stream:
-            break
-        del batches
-    elif way == "forget":
-        del batches
-    else:
-        assert len(list(batches)) == 4
+    end(stream, batches)
+    del batches
     assert threads() == []
 
 
