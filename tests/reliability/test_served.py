@@ -131,4 +131,4 @@ def test_the_command_without_a_service_is_killed(tmp_path: Path, record_row: Rec
     assert faults_in(workspace) == []
     assert subprocess.run(command, cwd=tmp_path, env=environment, timeout=600, check=False).returncode == 0
     assert_same_artifacts(workspace, tmp_path / "clean")
-    record_row(22, "the command without a service killed: what it had started ends, the next run goes on")
+    record_row(22, "the command without a service killed: what it had started ends, the next run resumes")
