@@ -3,6 +3,9 @@ PYTHON ?= python3
 export HF_HUB_OFFLINE ?= 1
 export DO_NOT_TRACK = 1
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
+# PyPI's torch for Linux brings gigabytes of CUDA. pip takes a CPU build instead, if it is given an index or a folder
+# that has one, but only while PyPI has no newer version within this bound. Set TORCH=torch to get the newest.
+TORCH ?= 'torch<2.14'
 BIN = .venv/bin
 SHELL = /bin/bash
 .SHELLFLAGS = -o pipefail -c
@@ -48,5 +51,5 @@ clean:
 
 .venv/.installed-%: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,$*]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,$*]' $(TORCH)
 	@touch $@

@@ -1,25 +1,25 @@
-"""What runs on one GPU, how fast, and whether it agrees with the CPU: one command of about eight minutes.
+"""Measure on one GPU what runs, how fast, and whether it agrees with the CPU, in about eight minutes.
 
     python benchmarks/gpu.py --shards DIR --json FILE [--only PART,PART] [--seconds 480] [--toy]
 
-DIR holds shards of batches of 512 real pairs. Each part runs in a process of its own under its own time limit, so that
-a failure costs that part alone; what it measured before failing is kept. `--toy` runs every part at toy size on
-whatever device there is. The model has random weights in the shape of NomicBERT (137M), or of a toy: speed and
-agreement do not depend on the weights, and nothing is downloaded.
+DIR has shards with batches of 512 real pairs. Each part runs in a process of its own under its own time limit, so a
+failure costs that part alone, and what the part measured before it is kept. `--toy` runs every part at toy size on
+any device. The model has the shape of NomicBERT (137M), or of a toy, and random weights: speed and agreement do not
+depend on the weights, and nothing is downloaded.
 
 device      versions, and the peaks that other figures are compared with: products, copies
-sdpa        what cuDNN's attention costs at shapes it has not met, and whether its gradients are finite
+sdpa        what cuDNN's attention costs at new shapes, and whether its gradients are finite
 attention   packed attention on flash kernels against float32, and its speed
 gradcache   loss and gradients of a chunked step on CUDA against the CPU, three backbones
 clustering  labels, K-Means and refined batches on CUDA against the CPU
-padded      the training step on padded texts, cuDNN's attention off and on
+padded      the training step on padded texts, with cuDNN's attention off and on
 packed      the training step on packed rows: full and shared context, eager and compiled
-chunks      the compiled step with shared context: speed and memory by tokens of a chunk
-trainer     trainer/main.py killed and resumed, its export loaded by sentence-transformers
+chunks      speed and memory of the compiled step with shared context, by tokens of a chunk
+trainer     trainer/main.py interrupted and resumed, and its export loaded by sentence-transformers
 embed       the embed stage against `SentenceTransformer.encode`
-kmeans      assignment of a million points: as the pipeline does it, and with points resident on the device
-masks       masks and hardness: as the pipeline does it, and as batched products on the device
-syncs       lines that make the CPU wait for the GPU, in one training step and one unit of embedding
+kmeans      assignment of a million points, as the pipeline does it and with the points resident on the device
+masks       masks and hardness, as the pipeline does it and as batched products on the device
+syncs       lines that make the CPU wait for the GPU in one training step and one unit of embedding
 nccl        NCCL beside a gloo group
 """
 
@@ -48,7 +48,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU must not open CUDA before a fork
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU must not start CUDA before a fork
 
 import numpy as np
 import torch
@@ -58,12 +58,14 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from packed_step import PackedStep, cosine_of_gradients, layers_of, step_flops, take_gradients  # noqa: E402
+
 Note = Callable[[str, Any], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Sizes of a run, and where it reads and writes."""
+    """The sizes of a run, and the folders that it reads and writes."""
 
     shards: Path
     work: Path
@@ -75,7 +77,7 @@ class Setting:
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     def size(self, real: int, toy: int) -> int:
-        """The size to use: `real`, or `toy` under --toy."""
+        """Return the size to use: `real`, or `toy` under --toy."""
         return toy if self.toy else real
 
     @property
@@ -144,7 +146,7 @@ def measure_sdpa(setting: Setting, note: Note) -> None:
             note(f"{label}_new_shape_ms", 1e3 * float(np.median(new)))
             note(f"{label}_same_shape_ms", 1e3 * float(np.median(again)))
 
-    # a row whose scores are all far below zero, at a length of 64 modulo 128: cuDNN's backward pass gave NaN
+    # cuDNN's backward pass gave NaN for a row whose scores are all far below zero, at a length of 64 modulo 128.
     torch.manual_seed(0)
     length, width = setting.size(704, 64), 64
     q = torch.randn(1, 1, length, width, device=setting.device, dtype=torch.bfloat16) * 0.1
@@ -290,7 +292,7 @@ def measure_padded(setting: Setting, note: Note) -> None:
 
 
 class PackedTraining:
-    """A training on packed rows for measurements: the trainer's encoder and batches, steps by `PackedStep`."""
+    """A training on packed rows: the trainer's encoder and batches, and the steps of `PackedStep`."""
 
     def __init__(self, setting: Setting, note: Note, *, num_batches: int) -> None:
         self.setting, self._note = setting, note
@@ -307,7 +309,7 @@ class PackedTraining:
         note("text_tokens", [batch.num_tokens for batch in self.batches])
 
     def pack(self) -> None:
-        """Changes both stages from padded texts to packed rows."""
+        """Change both stages from padded texts to packed rows."""
         from hardbatch.trainer import attention
 
         for stage in self.stages:
@@ -315,7 +317,7 @@ class PackedTraining:
         self._optimizer = torch.optim.AdamW(self.encoder.parameters(), lr=2e-5, fused=self.half)
 
     def compile(self) -> None:
-        """Compiles the layers, which share their graphs, and the merge of the two parts of attention."""
+        """Compile the layers, which share their graphs, and the merge of the two parts of attention."""
         from hardbatch.trainer import attention
 
         attention._merge = torch.compile(attention._merge, dynamic=True)
@@ -324,7 +326,7 @@ class PackedTraining:
                 layer.compile(dynamic=True, fullgraph=True)
 
     def rows(self, batch: Any) -> Tensor:
-        """The documents of a batch that are its context."""
+        """Return the documents of a batch that are its context."""
         from hardbatch.trainer.draws import draw_context
 
         return draw_context(len(batch.documents), self.setting.context_size, seed=0, position=batch.position)
@@ -333,7 +335,7 @@ class PackedTraining:
         return PackedStep(self.encoder, self.autocast, shared=shared, chunk_tokens=chunk_tokens)
 
     def measure(self, label: str, *, shared: bool, chunk_tokens: int, num_steps: int) -> None:
-        """Notes seconds, pairs a second, utilisation and memory of whole steps; the first one warms up."""
+        """Note seconds, pairs per second, utilisation and memory of whole steps, of which the first one warms up."""
         steps: list[float] = []
         if self.half:
             torch.cuda.reset_peak_memory_stats()
@@ -370,10 +372,10 @@ def measure_packed(setting: Setting, note: Note) -> None:
     batch = run.batches[0]
 
     run.training.gradients().backward(batch)
-    padded = gradients_of(run.encoder)
+    padded = take_gradients(run.encoder)
     run.pack()
     run.step(shared=False, chunk_tokens=chunk).backward(batch, run.rows(batch))
-    note("full_packed_to_padded_gradient_cosine", cosine_of_gradients(padded, gradients_of(run.encoder)))
+    note("full_packed_to_padded_gradient_cosine", cosine_of_gradients(padded, take_gradients(run.encoder)))
     del padded
 
     run.measure("eager_full", shared=False, chunk_tokens=chunk, num_steps=setting.size(3, 2))
@@ -460,6 +462,8 @@ def measure_embed(setting: Setting, note: Note) -> None:
     texts = [list(dict.fromkeys(pairs[side].to_pylist())) for side in ("query", "document")]
     note("distinct_texts", sum(map(len, texts)))
     shapes = {"minilm_shape": ("bert", 384, 6, 6), "gtr_shape": ("bert", 768, 12, 12)}
+    if setting.toy:  # both shapes are the same toy
+        del shapes["gtr_shape"]
     for name, (model_type, width, num_layers, num_heads) in shapes.items():
         model = backbone_folder(setting, model_type, (width, num_layers, num_heads), weights=True, name=name)
         manifest = folder / f"{name}.toml"
@@ -473,7 +477,7 @@ def measure_embed(setting: Setting, note: Note) -> None:
         run_step(steps["pairs"])
         for cudnn in (False, True):
             torch.backends.cuda.enable_cudnn_sdp(cudnn)
-            for attempt in ("first", "again"):  # the first loads the model
+            for attempt in ("first", "again"):  # the first attempt also loads the model
                 shutil.rmtree(steps["vectors"].path, ignore_errors=True)
                 taken = seconds_of(lambda steps=steps: run_step(steps["vectors"]), setting)
                 note(f"{name}_ours_cudnn_{'on' if cudnn else 'off'}_{attempt}_s", taken)
@@ -563,19 +567,11 @@ def measure_kmeans(setting: Setting, note: Note) -> None:
         parts = torch.zeros(k, dimension, device=setting.device)
         return parts + torch.segment_reduce(on_device[order].float(), "sum", lengths=counts, axis=0, unsafe=True)
 
-    def sums_by_product() -> None:
-        # one-hot products: a GEMM per block, in a fixed order
-        for start in range(0, n, block_rows):
-            block = on_device[start : start + block_rows]
-            one_hot = F.one_hot(chosen[start : start + block_rows], k).to(block.dtype)
-            total.add_(one_hot.T @ block)
-
     for name, once in (
         ("products", products),
         ("assignment", assign),
         ("sums_by_index", sums_by_index),
         ("sums_by_sort", sums_by_sort),
-        ("sums_by_product", sums_by_product),
     ):
         taken = median_seconds(once, setting, rounds=3)
         note(f"resident_{name}_points_per_s", n / taken)
@@ -680,13 +676,13 @@ def measure_nccl(setting: Setting, note: Note) -> None:
     note("all_reduce_s", median_seconds(lambda: dist.all_reduce(gradients), setting, rounds=3))
     total = torch.ones(1, dtype=torch.float64)
     dist.all_reduce(total, group=control)
-    told: list[Any] = [None]
-    dist.all_gather_object(told, {"fact": 1}, group=control)
+    gathered: list[Any] = [None]
+    dist.all_gather_object(gathered, {"fact": 1}, group=control)
     note("gloo_beside_it", float(total))
     dist.destroy_process_group()
 
 
-# seconds that each part may take
+# The parts, and the seconds that each may take.
 PARTS: dict[str, tuple[Callable[[Setting, Note], None], int]] = {
     "device": (measure_device, 30),
     "sdpa": (measure_sdpa, 60),
@@ -705,152 +701,8 @@ PARTS: dict[str, tuple[Callable[[Setting, Note], None], int]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------- packed training step
-
-
-class PackedStep:
-    """Loss and gradients of a batch on packed rows: what `GradCache` is on padded texts, for measurements.
-
-    Both stages run as `hardbatch.trainer.attention` describes. `shared`: all texts of a chunk read one context, which
-    reads only itself; otherwise each text carries its own copy of the context, as in the paper.
-    """
-
-    def __init__(self, encoder: Any, autocast: torch.dtype | None, *, shared: bool, chunk_tokens: int) -> None:
-        self._first, self._second = encoder.first_stage_model, encoder.second_stage_model
-        self._autocast, self._shared, self._chunk_tokens = autocast, shared, chunk_tokens
-
-    def backward(self, batch: Any, context_rows_M: Tensor) -> Tensor:
-        from hardbatch.trainer.loss import info_nce
-        from hardbatch.trainer.tokens import concat
-
-        texts = concat(batch.sides)
-        context_size = len(context_rows_M)
-        carried = 0 if self._shared else context_size
-        text_chunks = chunks_of(texts.lengths_N, self._chunk_tokens, carried)
-        context_chunks = [
-            context_rows_M[chunk]
-            for chunk in chunks_of(batch.documents.lengths_N[context_rows_M], self._chunk_tokens, 0)
-        ]
-        whole = len(text_chunks) == len(context_chunks) == 1
-
-        with torch.set_grad_enabled(whole):
-            context_MH = torch.cat([self._embed_context(batch.documents, chunk) for chunk in context_chunks])
-            embeddings_ND = torch.cat([self._embed(texts, chunk, context_MH) for chunk in text_chunks])
-        leaf_ND = embeddings_ND if whole else embeddings_ND.requires_grad_()
-        size = len(batch.queries)
-        loss = info_nce(
-            leaf_ND[:size], leaf_ND[size : 2 * size], batch.equivalent_BB.to(leaf_ND.device), temperature=0.02
-        ).value
-        loss.backward()
-        if whole:
-            return loss.detach()
-
-        context_MH.requires_grad_()
-        for chunk in text_chunks:
-            self._embed(texts, chunk, context_MH).backward(leaf_ND.grad[chunk[0] : chunk[-1] + 1])
-        done = 0
-        for chunk in context_chunks:
-            gradient = context_MH.grad[done : done + len(chunk)]
-            self._embed_context(batch.documents, chunk).backward(gradient)
-            done += len(chunk)
-        return loss.detach()
-
-    def _embed_context(self, documents: Any, rows: Tensor) -> Tensor:
-        ids, lengths = gather(documents, rows)
-        stage = self._first
-        with self._autocasting(ids.device):
-            hidden = run_row(stage.backbone, stage.backbone.get_input_embeddings()(ids), lengths, 0)
-            pooled = mean_of_texts(hidden, lengths)
-            unit = pooled * torch.rsqrt(pooled.pow(2).mean(-1, keepdim=True) + 1e-12)
-            return stage.head(unit).float()
-
-    def _embed(self, texts: Any, rows: Tensor, context_JH: Tensor) -> Tensor:
-        ids, lengths = gather(texts, rows)
-        backbone, size = self._second.backbone, len(context_JH)
-        with self._autocasting(ids.device):
-            states = torch.cat([context_JH, backbone.get_input_embeddings()(ids).float()])
-            if self._shared:
-                hidden = run_row(backbone, states, lengths, size)[size:]
-            else:
-                # each text carries its own copy of the context: [c_1 … c_J | text] as one sequence
-                places = torch.arange(len(ids)).split(lengths.tolist())
-                copies = torch.arange(size)
-                index = torch.cat([part for place in places for part in (copies, place + size)])
-                is_text = torch.cat(
-                    [
-                        torch.arange(size, size + n) + start
-                        for n, start in zip(
-                            lengths.tolist(), ((lengths + size).cumsum(0) - lengths - size).tolist(), strict=True
-                        )
-                    ]
-                )
-                moved = states[index.to(ids.device)]
-                hidden = run_row(backbone, moved, lengths + size, 0, carried=size)[is_text.to(ids.device)]
-            return F.normalize(mean_of_texts(hidden, lengths), dim=-1)
-
-    def _autocasting(self, device: torch.device) -> Any:
-        return torch.autocast(device.type, dtype=self._autocast, enabled=self._autocast is not None)
-
-
-def chunks_of(lengths_N: Tensor, chunk_tokens: int, carried: int) -> list[Tensor]:
-    """Consecutive rows in chunks of about `chunk_tokens` tokens, `carried` tokens a row included."""
-    ends = (lengths_N + carried).cumsum(0)
-    number = (ends - 1) // chunk_tokens
-    return list(torch.arange(len(lengths_N)).split(number.bincount(minlength=1)[number.unique()].tolist()))
-
-
-def gather(tokens: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids of the texts `rows`, one after the other, and their lengths (on the CPU)."""
-    lengths = tokens.lengths_N[rows]
-    starts = (tokens.lengths_N.cumsum(0) - tokens.lengths_N)[rows]
-    inside = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-    index = starts.repeat_interleave(lengths) + inside
-    return tokens.ids[index.to(tokens.ids.device, non_blocking=True)], lengths
-
-
-def run_row(backbone: Any, states: Tensor, lengths: Tensor, num_context: int, *, carried: int = 0) -> Tensor:
-    """Hidden states of one packed row; positions begin anew in each text, after `carried` tokens at position 0."""
-    num_tokens = int(lengths.sum())
-    inside = torch.arange(num_tokens) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-    positions = torch.cat([torch.zeros(num_context, dtype=torch.long), (inside - carried).clamp(min=0)])
-    device = states.device
-    return backbone(
-        inputs_embeds=states[None],
-        position_ids=positions[None].to(device, non_blocking=True),
-        bounds=F.pad(lengths.cumsum(0), (1, 0)).int().to(device, non_blocking=True),
-        longest=int(lengths.max()),
-        num_context=num_context,
-    ).last_hidden_state[0]
-
-
-def mean_of_texts(hidden: Tensor, lengths: Tensor) -> Tensor:
-    """Mean over the tokens of each text, float32."""
-    return torch.segment_reduce(
-        hidden.float(), "mean", lengths=lengths.to(hidden.device, non_blocking=True), axis=0, unsafe=True
-    )
-
-
-def layers_of(backbone: Any) -> Any:
-    return backbone.layers if hasattr(backbone, "layers") else backbone.encoder.layer
-
-
-def gradients_of(encoder: Any) -> dict[str, Tensor]:
-    """The gradient of each parameter that has one, moved out of the model, whose gradients become None."""
-    found = {name: p.grad.flatten().double() for name, p in encoder.named_parameters() if p.grad is not None}
-    encoder.zero_grad(set_to_none=True)
-    return found
-
-
-def cosine_of_gradients(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """Cosine over the parameters that both have a gradient of."""
-    names = sorted(one.keys() & other.keys())
-    product = sum(float(one[name] @ other[name]) for name in names)
-    norms = [math.sqrt(sum(float(side[name] @ side[name]) for name in names)) for side in (one, other)]
-    return product / (norms[0] * norms[1])
-
-
 def profile(note: Note, label: str, run: PackedTraining, chunk_tokens: int) -> None:
-    """Notes the kernels that take most of a step with shared context."""
+    """Note the kernels that take most of a step with shared context."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
@@ -881,7 +733,7 @@ def backbone_folder(
     toy: bool = False,
     name: str | None = None,
 ) -> Path:
-    """A folder with the configuration of a backbone of random weights, and MiniLM's tokenizer."""
+    """Return a folder with the configuration of a backbone, with random weights if asked for, and a tokenizer."""
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     toy = toy or setting.toy
@@ -915,7 +767,7 @@ def backbone_folder(
 
 
 def start_training(setting: Setting, name: str, *flags: str, backbone: Path | None = None) -> Any:
-    """A training about to begin, as `trainer/main.py` would begin it."""
+    """Return a training before its first step, as `trainer/main.py` would start it."""
     from hardbatch.trainer.config import parse_flags
     from hardbatch.trainer.ranks import join_ranks
     from hardbatch.trainer.training import start_training as start
@@ -931,7 +783,7 @@ def start_training(setting: Setting, name: str, *flags: str, backbone: Path | No
 
 
 def first_batches(training: Any, number: int) -> list[Any]:
-    """The first batches of the stream, tokenised."""
+    """Return the first batches of the stream, tokenised."""
     from hardbatch.trainer.stream import BatchStream
 
     with BatchStream(training.shards, seed=0, tokenize=training.tokenizer, stop=number) as stream:
@@ -939,35 +791,11 @@ def first_batches(training: Any, number: int) -> list[Any]:
 
 
 def one_step(training: Any, gradients: Any, batch: Any) -> None:
-    """Gradients of a batch, clipped, and an update."""
+    """Do one step: gradients of a batch, clipped, and an update."""
     gradients.backward(batch)
     torch.nn.utils.clip_grad_norm_(training.encoder.parameters(), 1.0)
     training.optimizer.step()
     training.optimizer.zero_grad(set_to_none=True)
-
-
-def step_flops(encoder: Any, batch: Any, *, shared: bool) -> float:
-    """FLOPs of forward and backward over real tokens: six a weight and token, and twelve a layer, width and score.
-
-    With a shared context its tokens are computed once for the batch, and a text of T tokens has T·(J + T) scores.
-    """
-    size = encoder.config.context_size
-    config = encoder.backbone_config
-    lengths = torch.cat([tokens.lengths_N for tokens in batch.sides]).double()
-    context = batch.documents.lengths_N[:size].double()
-    if shared:
-        tokens = lengths.sum() + size
-        scores = (lengths * (size + lengths)).sum() + size**2
-    else:
-        tokens = (lengths + size).sum()
-        scores = (lengths + size).pow(2).sum()
-
-    def weights(stage: Any) -> int:
-        return sum(p.numel() for name, p in stage.named_parameters() if "embeddings" not in name and p.dim() > 1)
-
-    attention = 12 * config.num_hidden_layers * config.hidden_size
-    first = 6 * weights(encoder.first_stage_model) * context.sum() + attention * context.pow(2).sum()
-    return float(6 * weights(encoder.second_stage_model) * tokens + attention * scores + first)
 
 
 # ---------------------------------------------------------------------------------------------------------- measurement
@@ -979,7 +807,7 @@ def synchronise(setting: Setting) -> None:
 
 
 def seconds_of(once: Callable[[], Any], setting: Setting) -> float:
-    """Seconds of one call, work on the device included."""
+    """Return the seconds of one call, including its work on the device."""
     synchronise(setting)
     start = time.perf_counter()
     once()
@@ -988,7 +816,7 @@ def seconds_of(once: Callable[[], Any], setting: Setting) -> float:
 
 
 def median_seconds(once: Callable[[], Any], setting: Setting, *, rounds: int = 10) -> float:
-    """Median seconds of several calls after two that warm up."""
+    """Return the median seconds of several calls, after two that warm up."""
     for _ in range(2):
         once()
     return float(np.median([seconds_of(once, setting) for _ in range(setting.size(rounds, 2))]))
@@ -999,7 +827,7 @@ def device_name(setting: Setting) -> str:
 
 
 def device_peaks(setting: Setting) -> float:
-    """Dense bf16 FLOP/s of the data sheet, 0 where it is not known."""
+    """Return the dense bf16 FLOP/s of the data sheet, or 0 if the device is not known."""
     return next(
         (peak for name, peak in (("H100 80GB HBM3", 989e12), ("H200", 989e12)) if name in device_name(setting)), 0.0
     )
@@ -1011,7 +839,7 @@ def peak_gib(setting: Setting) -> float:
 
 @contextmanager
 def synchronising_lines() -> Iterator[Counter[str]]:
-    """Counts, by the line of this project or of a library, what makes the CPU wait for the GPU in the body."""
+    """Count what makes the CPU wait for the GPU in the body, by line of this project or of a library."""
     found: Counter[str] = Counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -1029,7 +857,7 @@ def synchronising_lines() -> Iterator[Counter[str]]:
 
 
 def run_part(name: str, setting: Setting, limit_s: float) -> dict[str, Any]:
-    """What a part noted, `error` if it failed or outlived `limit_s`; run in a process of its own."""
+    """Run a part in a process of its own and return what it noted, with `error` if it failed or took too long."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
@@ -1051,7 +879,7 @@ def run_part(name: str, setting: Setting, limit_s: float) -> dict[str, Any]:
         while True:
             left = limit_s - (time.monotonic() - started)
             if left <= 0 or not receiver.poll(left):
-                found["error"] = f"ended after its limit of {limit_s:.0f} s"
+                found["error"] = f"stopped at its limit of {limit_s:.0f} s"
                 break
             key, value = receiver.recv()
             found[key] = value
@@ -1078,11 +906,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shards", type=Path, required=True, help="folder of shards")
     parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer; default: MiniLM's")
-    parser.add_argument("--collection", type=Path, help="folder of corpus/queries/qrels for the trainer to measure")
-    parser.add_argument("--work", type=Path, help="folder for what the parts write; default: a temporary one")
-    parser.add_argument("--json", type=Path, required=True, help="file for the figures")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts to run, by commas")
-    parser.add_argument("--seconds", type=float, default=480, help="no part begins that may end later than this")
+    parser.add_argument(
+        "--collection", type=Path, help="folder of corpus, queries and qrels that the trainer evaluates on"
+    )
+    parser.add_argument("--work", type=Path, help="folder for the files of the parts; default: a temporary one")
+    parser.add_argument("--json", type=Path, required=True, help="file to write the figures to")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts to run, separated by commas")
+    parser.add_argument("--seconds", type=float, default=480, help="time limit for all parts together")
     parser.add_argument("--toy", action="store_true", help="toy sizes")
     options = parser.parse_args()
     started = time.monotonic()
@@ -1092,8 +922,13 @@ def main() -> int:
 
     options.work = options.work or Path(tempfile.mkdtemp(prefix="hardbatch-gpu-"))
     options.work.mkdir(parents=True, exist_ok=True)
+
+    # Each part is a fork of this process, so that what is imported here is not imported again by each of them.
+    import sentence_transformers  # noqa: F401
     from transformers import AutoTokenizer
 
+    import hardbatch.pipeline.run
+    import hardbatch.trainer.training  # noqa: F401
     from hardbatch.pipeline.models.locate import locate_model
 
     tokenizer = options.tokenizer or locate_model("minilm", None, Path())[1]
@@ -1109,9 +944,9 @@ def main() -> int:
     for name in options.only.split(","):
         left = options.seconds - (time.monotonic() - started)
         if left < 10:
-            found[name] = {"error": "not begun: no time was left"}
+            found[name] = {"error": "not started: no time was left"}
         else:
-            found[name] = run_part(name, setting, min(left, PARTS[name][1] * (1 if not options.toy else 4)))
+            found[name] = run_part(name, setting, left if options.toy else min(left, PARTS[name][1]))
         print(f"\n{name}: {found[name].get('seconds', 0):.0f} s", flush=True)
         for key, value in found[name].items():
             print(f"  {key:<52} {as_text(value)}", flush=True)

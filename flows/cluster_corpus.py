@@ -1,9 +1,9 @@
 """The Prefect flow `cluster-corpus`: one task per stage and domain, in the order of the plan.
 
-Prefect schedules, retries and shows; what is already done is decided by the artifacts alone, so no result is
+Prefect schedules, retries and shows the tasks. The artifacts alone decide what is already done, so no result is
 persisted or cached here. Tasks carry paths and digests, never data.
 
-`python -m hardbatch.flows.cluster_corpus MANIFEST` runs the flow without a worker, and needs no service.
+`python -m hardbatch.flows.cluster_corpus MANIFEST` runs the flow without a worker and needs no service.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from hardbatch.pipeline.step import Step
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SERVER_START_TIMEOUT_S = 300
 GRACE_S = 20.0
 SERVER_GRACE_S = 5.0
 
@@ -46,10 +47,21 @@ def cluster_corpus(
     data_root: str | None = None,
     overrides: list[str] | None = None,
 ) -> str:
-    """Turn the corpus of `manifest` into shards and return their folder.
+    """Turn the corpus of a manifest into shards.
 
-    `overrides` are strings `stage.field=value`. Relative paths start at the working directory, which for a
-    deployment is the project's root.
+    Relative paths start at the working directory, which is the project's root in a deployment.
+
+    Args:
+        manifest: Path of the manifest.
+        workspace: Folder of the artifacts.
+        data_root: Folder at which the manifest's local sources start; by default the manifest's own folder.
+        overrides: Settings that replace those of the manifest, as strings `stage.field=value`.
+
+    Returns:
+        The folder of the shards.
+
+    Raises:
+        HardbatchError: If the manifest or its data is wrong, or a stage fails; the message says what to do.
     """
     from hardbatch.pipeline.run import plan_corpus
     from hardbatch.pipeline.runlog import open_run_log
@@ -63,14 +75,16 @@ def cluster_corpus(
     )
     with open_run_log(plan.corpus, Path(manifest), overrides or ()) as log:
         for step in plan.steps:
-            complete_step.with_options(name=step.stage, task_run_name=f"{step.stage} of {step.domain}")(step, log)
+            run = complete_step.with_options(name=step.stage, task_run_name=f"{step.stage} of {step.domain}")
+            run(step, log)
+
     shards = str(plan.shards)
     create_markdown_artifact(summary_markdown(plan.shards), key="cluster-corpus", description=shards)
     return shards
 
 
 def is_worth_retrying(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
-    """Whether a failed task met an I/O error that may pass: no mistake of the user, no full disk."""
+    """Return whether a failed task met an I/O error that may pass, not a user's mistake or a full disk."""
     error = state.data
     if isinstance(error, HardbatchError):
         return error.is_transient
@@ -88,11 +102,20 @@ def is_worth_retrying(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
     log_prints=True,
 )
 def complete_step(step: Step, log: RunLog | None = None) -> bool:
-    """Make the artifact of `step` complete, with its records in `log`; False if it already was."""
+    """Complete the artifact of a step.
+
+    Args:
+        step: The step to run.
+        log: The run log that receives the step's records.
+
+    Returns:
+        False if the artifact was already complete.
+    """
     from hardbatch.pipeline.progress import LineProgress
     from hardbatch.pipeline.run import run_step
 
-    worked = run_step(step, LineProgress(sys.stdout), log)  # which `log_prints` turns into lines of the run's log
+    # `log_prints` turns what is printed to stdout into lines of the flow run's log.
+    worked = run_step(step, LineProgress(sys.stdout), log)
     get_run_logger().info("%s %s", "built" if worked else "already complete:", step.path)
     return worked
 
@@ -100,9 +123,9 @@ def complete_step(step: Step, log: RunLog | None = None) -> bool:
 def main(argv: list[str] | None = None) -> int:
     """Run the flow without a worker and return the exit code (128 + number for a signal).
 
-    It runs on the server of the service if that is up, otherwise on a temporary one. Prefect starts that as a
-    child that outlives a killed flow; so the flow gets a process group, and this process ends all of it. Where this
-    one is killed, the flow ends its own group.
+    The flow uses the server of the service if that is up, otherwise a temporary one, which Prefect starts as a child
+    that outlives a killed flow. So the flow gets a process group of its own, and this process ends the whole group.
+    If this process is killed, the flow ends its own group.
     """
     parser = argparse.ArgumentParser(prog="python -m hardbatch.flows.cluster_corpus", description="Run cluster-corpus.")
     parser.add_argument("manifest")
@@ -117,11 +140,14 @@ def main(argv: list[str] | None = None) -> int:
 
     service.forget_if_dead()
     for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, for example, ignores SIGHUP
             signal.signal(number, _stop)
+
+    # Prefect's own limit for the start of a temporary server is 20 s, which a busy machine exceeds.
     defaults = {
         "PREFECT_HOME": str(service.HOME / "embedded"),
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(SERVER_START_TIMEOUT_S),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
     }
@@ -139,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run_inside(options: dict[str, Any]) -> int:
-    """Run the flow in this process; the last line printed is the shards folder."""
+    """Run the flow in this process; the last line that it prints is the folder of the shards."""
     threading.Thread(target=_end_with_starter, daemon=True).start()
     try:
         print(cluster_corpus(**options))
@@ -150,7 +176,7 @@ def _run_inside(options: dict[str, Any]) -> int:
 
 
 def _end_with_starter() -> None:
-    """Kill this process and its group when the one that started it is gone, which holds the other end of stdin."""
+    """Kill this process and its group once the process that started it, and holds stdin's other end, is gone."""
     os.read(sys.stdin.fileno(), 1)
     os.killpg(0, signal.SIGKILL)
 
@@ -160,12 +186,15 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _end_group(leader: subprocess.Popen[bytes]) -> None:
-    """End the flow, then what is left of its group: TERM first, KILL when that has not helped in time."""
+    """End the flow, then what is left of its group: SIGTERM first, and SIGKILL to what survives it."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    leader.terminate()  # alone, as it still has to tell the server
+
+    # The flow ends before its server does, because it reports to the server how it ended.
+    leader.terminate()
     with suppress(subprocess.TimeoutExpired):
         leader.wait(GRACE_S)
+
     with suppress(ProcessLookupError):
         os.killpg(leader.pid, signal.SIGTERM)
         deadline = time.monotonic() + SERVER_GRACE_S

@@ -1,7 +1,10 @@
 """The local Prefect service, a server and a process worker: `python -m hardbatch.flows.service up|down|status`.
 
-All it keeps is in `.prefect/` of the project: database, logs, the record of its processes. While it is up,
-`prefect.toml` in the project's root tells Prefect's commands where the server is.
+Everything it keeps is in the project's `.prefect/`: the database, the logs and the record of the service. While the
+service is up, `prefect.toml` in the project's root tells Prefect's commands where the server is.
+
+Prefect starts each flow run in a session of its own, and a killed parent leaves no other link to its children. So the
+processes carry a random mark in their environment, which their children inherit, and `down` ends all that carry it.
 """
 
 from __future__ import annotations
@@ -18,12 +21,11 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hardbatch.flows.processes import Process, end, is_alive, start
 from hardbatch.pipeline.artifacts.files import write_file_atomic
 from hardbatch.pipeline.errors import ConfigError, HardbatchError, LockedError
 
@@ -32,37 +34,52 @@ HOME = ROOT / ".prefect"
 RECORD = HOME / "service.json"
 SETTINGS = ROOT / "prefect.toml"
 SETTINGS_MARK = "# Written by flows/service.py while the service is up; `make down` removes it.\n"
-START_TIMEOUT_S = 120.0
+MARK = "HARDBATCH_PROCESS"
+START_TIMEOUT_S = 300.0
+GRACE_S = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
-    """What was started: the server's address, the token that marks its processes, the processes by role."""
+    """The service that was started last.
+
+    Attributes:
+        url: Address of the server.
+        token: Random text that is part of the mark of its processes.
+        pids: Process ids of the server and the worker, by role. A process counts only while it also carries the mark,
+            because the system may have given its id to another one.
+    """
 
     url: str
     token: str
-    processes: dict[str, Process] = field(default_factory=dict)
+    pids: dict[str, int] = field(default_factory=dict)
+
+    def mark(self, role: str) -> str:
+        return f"{self.token}-{role}"
 
     def is_alive(self, role: str) -> bool:
-        return is_alive(self.processes.get(role))
+        return self.pids.get(role) in processes_marked(self.mark(role))
 
 
 def up() -> None:
-    """Start server and worker and register the deployments of prefect.yaml; nothing if both are alive."""
+    """Start server and worker and register the deployments of prefect.yaml, unless both are alive."""
     if (service := _read_record()) and service.is_alive("server") and service.is_alive("worker"):
         print(f"already up: {service.url}")
         return
+
     down()
     if SETTINGS.exists():
-        raise ConfigError(f"{SETTINGS} is not of this service, which needs that name: move it away.")
+        raise ConfigError(f"{SETTINGS} does not belong to this service, which needs that name: move it away.")
     port = _free_port()
     service = Service(url=f"http://127.0.0.1:{port}", token=secrets.token_hex(8))
+
     try:
         server = ["server", "start", "--host", "127.0.0.1", "--port", str(port), "--analytics-off"]
         _start(service, "server", server, is_ready=lambda: _ask(f"{service.url}/api/health") is True)
         worker = ["worker", "start", "--pool", "local", "--type", "process", "--install-policy", "never"]
         _start(service, "worker", [*worker, "--name", service.token], is_ready=lambda: _has_worker(service))
         _deploy(service)
+
         settings = f"home = {json.dumps(str(HOME))}\n[api]\nurl = {json.dumps(service.url + '/api')}\n"
         write_file_atomic(SETTINGS, (SETTINGS_MARK + settings).encode())
     except BaseException:
@@ -72,21 +89,21 @@ def up() -> None:
 
 
 def down() -> bool:
-    """End the service and the flow runs of its worker; False if none of it was alive."""
+    """End the service and the flow runs of its worker; return False if none of it was alive."""
     _remove_settings()
     if (service := _read_record()) is None:
         return False
-    server, worker = service.processes.get("server"), service.processes.get("worker")
-    # Flow runs first, the server last: runs, and the worker for those that cannot, tell it how they ended.
-    if worker is not None:
-        end(worker, f"{service.token}-worker", spare_leader=True)
-    ended = [end(worker, f"{service.token}-worker"), end(server, f"{service.token}-server")]
+
+    # The flow runs end first and the server last, because the runs report to the server how they ended, and the
+    # worker reports for those that cannot.
+    runs = service.pids.get("worker") is not None and end(service.mark("worker"), spare=service.pids["worker"])
+    ended = [runs, end(service.mark("worker")), end(service.mark("server"))]
     RECORD.unlink()
     return any(ended)
 
 
 def status() -> bool:
-    """Print what is alive; False unless server and worker both are."""
+    """Print what is alive; return whether server and worker both are."""
     service = _read_record()
     alive = [role for role in ("server", "worker") if service and service.is_alive(role)]
     for role in ("server", "worker"):
@@ -97,30 +114,80 @@ def status() -> bool:
 
 
 def forget_if_dead() -> None:
-    """Remove what would send Prefect to a server that died without `down`, as at a reboot."""
+    """Remove the settings that point to a server that died without `down`, for example at a reboot."""
     service = _read_record()
     if service is None or not service.is_alive("server"):
         _remove_settings()
 
 
+def processes_marked(mark: str) -> set[int]:
+    """Return the ids of the living processes with `mark` in their environment; a zombie has no environment."""
+    entry = f"{MARK}={mark}"
+    if not Path("/proc/self/environ").exists():  # macOS, where ps shows the environment after the command
+        command = ["ps", "-A", "-E", "-ww", "-o", "pid=,command="]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: S603
+        return {int(line.split()[0]) for line in listing.splitlines() if entry in line.split()}
+
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # the process has ended, or belongs to somebody else
+            if entry.encode() in (process / "environ").read_bytes().split(b"\0"):
+                found.add(int(process.name))
+    return found
+
+
+def end(mark: str, *, spare: int | None = None) -> bool:
+    """End the processes with `mark`: SIGTERM to each, and SIGKILL to those that live `GRACE_S` later.
+
+    Args:
+        mark: The mark that `processes_marked` looks for.
+        spare: Id of a process that is left alone.
+
+    Returns:
+        Whether there was a process to end.
+    """
+    found = False
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + GRACE_S
+        signalled: set[int] = set()
+        while (living := processes_marked(mark) - {spare}) and time.monotonic() < deadline:
+            found = True
+            for pid in living - signalled:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            signalled |= living
+            time.sleep(0.1)
+    return found
+
+
 def _start(service: Service, role: str, arguments: list[str], *, is_ready: Callable[[], bool]) -> None:
-    """Start a Prefect command in the background, enter it in the record, wait until it is ready."""
-    _write_record(service)  # the token comes first: it finds the process if we die before the pid is noted
-    log = HOME / f"{role}.log"
-    command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
-    mark = f"{service.token}-{role}"
-    process = start(command, mark=mark, folder=ROOT, environment=_environment(service), log=log)
-    service.processes[role] = process
+    """Start a Prefect command in the background, record it, and wait until it is ready."""
+    # The record is written before the start, so that `down` finds the process even if this one dies right after it.
     _write_record(service)
+    log = HOME / f"{role}.log"
+    with open(log, "wb") as output:
+        process = subprocess.Popen(  # noqa: S603 -- Prefect's own command, its arguments as a list
+            [sys.executable, "-m", "prefect", "--no-prompt", *arguments],
+            cwd=ROOT,
+            env=_environment(service) | {MARK: service.mark(role)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    service.pids[role] = process.pid
+    _write_record(service)
+
     deadline = time.monotonic() + START_TIMEOUT_S
     while not is_ready():
-        if not is_alive(process) or time.monotonic() > deadline:
+        if process.poll() is not None or time.monotonic() > deadline:
             said = _last_line(log.read_text(encoding="utf-8", errors="replace"))
             raise ConfigError(f"the Prefect {role} did not start: {said} (more in {log})")
         time.sleep(0.2)
 
 
 def _deploy(service: Service) -> None:
+    """Register the deployments of prefect.yaml."""
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     result = subprocess.run(  # noqa: S603 -- Prefect's own command, its arguments as a list
         command, cwd=ROOT, env=_environment(service), capture_output=True, text=True, check=False
@@ -130,7 +197,7 @@ def _deploy(service: Service) -> None:
 
 
 def _environment(service: Service) -> dict[str, str]:
-    """The caller's environment without its Prefect settings, which may point elsewhere; no telemetry."""
+    """Return the caller's environment without its Prefect settings, which may point elsewhere, and no telemetry."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     return inherited | {
         "DO_NOT_TRACK": "1",
@@ -143,7 +210,7 @@ def _environment(service: Service) -> dict[str, str]:
 
 
 def _ask(url: str, body: object = None) -> Any:
-    """The JSON that the server answers, None if it does not."""
+    """Return the JSON that the server answers, or None if it does not."""
     data = None if body is None else json.dumps(body).encode()
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(url, data=data, headers=headers)  # noqa: S310 -- our own server's address
@@ -156,11 +223,13 @@ def _ask(url: str, body: object = None) -> Any:
 
 
 def _has_worker(service: Service) -> bool:
+    """Return whether the worker has reported to the server."""
     workers = _ask(f"{service.url}/api/work_pools/local/workers/filter", {}) or []
     return any(worker["name"] == service.token for worker in workers)
 
 
 def _free_port() -> int:
+    """Return the port of the server, or raise ConfigError if it cannot be used."""
     given = os.environ.get("HARDBATCH_PREFECT_PORT", "4200")
     if not given.isdecimal() or not 0 < int(given) < 65536:
         raise ConfigError(f"HARDBATCH_PREFECT_PORT is {given!r}: give a port from 1 to 65535.")
@@ -175,7 +244,8 @@ def _free_port() -> int:
 
 
 def _remove_settings() -> None:
-    for leftover in ROOT.glob(f".{SETTINGS.name}.*.tmp"):  # of an `up` that was killed while it wrote them
+    """Remove our prefect.toml and what an `up` left that was killed while it wrote the file."""
+    for leftover in ROOT.glob(f".{SETTINGS.name}.*.tmp"):
         leftover.unlink(missing_ok=True)
     if SETTINGS.exists() and SETTINGS.read_text(encoding="utf-8").startswith(SETTINGS_MARK):
         SETTINGS.unlink()
@@ -185,8 +255,7 @@ def _read_record() -> Service | None:
     if not RECORD.exists():
         return None
     record = json.loads(RECORD.read_text(encoding="utf-8"))
-    processes = {role: Process(**process) for role, process in record["processes"].items()}
-    return Service(url=record["url"], token=record["token"], processes=processes)
+    return Service(url=record["url"], token=record["token"], pids=record.get("pids", {}))
 
 
 def _write_record(service: Service) -> None:
@@ -200,22 +269,23 @@ def _last_line(text: str) -> str:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """No second `up` or `down` of this project at the same time."""
+    """Refuse a second `up` or `down` of this project at the same time."""
     HOME.mkdir(exist_ok=True)
     with open(HOME / "service.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise LockedError("another `up` or `down` of this project is at work: wait for it.") from None
+            raise LockedError("another `up` or `down` of this project is running: wait for it.") from None
         yield
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return the exit code; `status` returns 1 unless all is up."""
+    """Run one command and return the exit code; `status` returns 1 unless server and worker are both up."""
     parser = argparse.ArgumentParser(prog="python -m hardbatch.flows.service", description="The local Prefect service.")
     parser.add_argument("command", choices=("up", "down", "status"))
     command = parser.parse_args(argv).command
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
     try:
         if command == "status":
             return 0 if status() else 1

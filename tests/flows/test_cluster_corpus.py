@@ -21,8 +21,13 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.states import Failed
 from prefect.testing.utilities import prefect_test_harness
 
-from hardbatch.flows.cluster_corpus import cluster_corpus, complete_step, is_worth_retrying
-from hardbatch.flows.processes import MARK, end
+from hardbatch.flows.cluster_corpus import (
+    SERVER_START_TIMEOUT_S,
+    cluster_corpus,
+    complete_step,
+    is_worth_retrying,
+)
+from hardbatch.flows.service import MARK, end
 from hardbatch.pipeline.errors import NoSpaceError
 from hardbatch.pipeline.runlog import read_log
 
@@ -40,7 +45,7 @@ surrogate_model = "lexical"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
+    with prefect_test_harness(server_startup_timeout=SERVER_START_TIMEOUT_S):
         yield
 
 
@@ -54,7 +59,7 @@ def manifest(tmp_path: Path) -> Path:
 
 
 class DiskError(NoSpaceError, OSError):
-    """A mistake of the user's that is an OSError too."""
+    """A user's mistake that is also an OSError."""
 
 
 @pytest.mark.parametrize(
@@ -100,7 +105,8 @@ def test_the_flow_writes_shards_and_a_summary(server: None, manifest: Path, tmp_
 
     logs = sorted((tmp_path / "workspace" / "tiny" / "logs").iterdir())
     runs = [read_log(path) for path in logs]
-    assert [len(run.steps) for run in runs] == [6, 4]  # one made all, one made nothing, one kept pairs and vectors
+    # The second run had nothing to do and wrote no log; the third one reused pairs and vectors.
+    assert [len(run.steps) for run in runs] == [6, 4]
     assert [run.num_reused for run in runs] == [0, 2]
     assert all(run.ended is not None and run.ended["exit_code"] == 0 for run in runs)
 
@@ -117,12 +123,13 @@ def test_the_flow_writes_shards_and_a_summary(server: None, manifest: Path, tmp_
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="orphans are found through /proc")
 @pytest.mark.parametrize("number", [None, signal.SIGTERM])
 def test_the_command_leaves_no_process(tmp_path: Path, number: int | None) -> None:
-    # a copy, lest a service of this project that is up takes the run
+    # A copy of the project, so that a service of this one that happens to be up does not take the run.
     for package in ("hardbatch", "flows", "pipeline"):
         shutil.copytree(ROOT / package, tmp_path / package, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     mark = secrets.token_hex(8)
     command = [sys.executable, "-m", "hardbatch.flows.cluster_corpus", str(tmp_path / "none.toml")]
-    environment = {**os.environ, MARK: mark, "PREFECT_HOME": str(tmp_path)}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    environment = {**inherited, MARK: mark, "PREFECT_HOME": str(tmp_path)}
     log = tmp_path / "log"
     with open(log, "w") as output:
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=output, stderr=output)
@@ -132,11 +139,11 @@ def test_the_command_leaves_no_process(tmp_path: Path, number: int | None) -> No
                 assert process.poll() is None, log.read_text()
                 time.sleep(0.1)
             process.send_signal(number)
-        return_code = process.wait(timeout=120)
+        return_code = process.wait(timeout=2 * SERVER_START_TIMEOUT_S)
     finally:
-        left = end(None, mark)
-    assert not left
+        left = end(mark)
+    assert not left, log.read_text()
     if number is None:
-        assert return_code == 2 and "none.toml" in log.read_text()
+        assert return_code == 2 and "none.toml" in log.read_text(), log.read_text()
     else:
-        assert return_code == 128 + number
+        assert return_code == 128 + number, log.read_text()

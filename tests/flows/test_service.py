@@ -1,17 +1,22 @@
-"""flows.service, on a copy of the project and real servers: up, a deployment run, down, and nothing left."""
+"""flows.service, on a copy of the project and real servers: up, a deployment run, down, and no process left."""
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from hardbatch.flows.service import MARK, Service, end, processes_marked
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="looks for processes in /proc")
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +35,7 @@ batch_size = 8
 
 @pytest.fixture
 def project(tmp_path: Path) -> Iterator[Path]:
-    """A copy of the project in a folder with a space, with a tiny corpus; its service is ended afterwards."""
+    """A copy of the project with a tiny corpus, in a folder with a space; its service is ended afterwards."""
     root = tmp_path / "a clone"
     for package in ("hardbatch", "flows", "pipeline"):
         shutil.copytree(ROOT / package, root / package, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
@@ -48,10 +53,10 @@ def service(root: Path, command: str, port: int) -> subprocess.CompletedProcess[
 
 
 def run(root: Path, command: list[str], variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run `command` in `root` as a user's shell would: without any Prefect setting in the environment."""
+    """Run `command` in `root` as a user's shell would, without any Prefect setting in the environment."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     environment = {**inherited, "HOME": str(root), "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=180)
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def free_port() -> int:
@@ -61,7 +66,7 @@ def free_port() -> int:
 
 
 def pids_in(root: Path) -> list[int]:
-    """The processes whose working directory or command line is in `root`."""
+    """Return the processes whose working directory or command line is in `root`."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -69,7 +74,7 @@ def pids_in(root: Path) -> list[int]:
             if str(root) in command or str((process / "cwd").readlink()).startswith(str(root)):
                 found.append(int(process.name))
         except OSError:
-            continue  # ended, or another user's
+            continue  # the process has ended, or belongs to somebody else
     return found
 
 
@@ -133,3 +138,51 @@ def test_settings_of_the_user_are_kept(project: Path) -> None:
     assert result.returncode == 2 and "prefect.toml" in result.stderr
     service(project, "down", free_port())
     assert settings.read_text() == "[logging]\nlevel = 'DEBUG'\n"
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    """A mark whose processes are ended afterwards."""
+    mark = f"{secrets.token_hex(8)}-worker"
+    yield mark
+    end(mark)
+
+
+def start_marked(mark: str, ready: Path, *, ignores_sigterm: bool = False) -> subprocess.Popen[bytes]:
+    """Start a process with `mark` that runs until it is ended, and wait until it has started."""
+    code = "import pathlib, signal, sys, time\n"
+    code += "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" if ignores_sigterm else ""
+    code += "pathlib.Path(sys.argv[1]).touch(); time.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", code, str(ready)], env={**os.environ, MARK: mark})
+    while not ready.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    return process
+
+
+def test_one_process_can_be_spared(mark: str, tmp_path: Path) -> None:
+    leader, run = (start_marked(mark, tmp_path / name) for name in ("leader", "run"))
+    assert processes_marked(mark) == {leader.pid, run.pid}
+    assert end(mark, spare=leader.pid)
+    assert run.wait() < 0 and leader.poll() is None
+    assert end(mark) and leader.wait() < 0
+    assert not end(mark)
+
+
+def test_term_is_followed_by_kill(mark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hardbatch.flows.service.GRACE_S", 0.5)
+    stubborn = start_marked(mark, tmp_path / "ready", ignores_sigterm=True)
+    assert end(mark)
+    assert stubborn.wait() == -signal.SIGKILL
+
+
+def test_a_stranger_with_the_recorded_pid_is_not_the_worker(mark: str, tmp_path: Path) -> None:
+    stranger = start_marked("another mark", tmp_path / "ready")
+    try:
+        recorded = Service(url="", token=mark.removesuffix("-worker"), pids={"worker": stranger.pid})
+        assert not recorded.is_alive("worker")
+        assert not end(mark)
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()

@@ -1,4 +1,4 @@
-"""Row 22: what serves a run dies in the middle of it; artifacts are valid, `down` leaves no process, all goes on."""
+"""Row 22: what serves a run dies in the middle of it; artifacts stay valid, `down` leaves no process, runs resume."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc"),
 ]
 Record = Callable[[int, str], None]
-FLOW_RUN = "prefect.engine|prefect.flow_engine|flow-run execute"  # the process in which the worker runs a flow
+# The command of the process in which the worker runs a flow.
+FLOW_RUN = "prefect.engine|prefect.flow_engine|flow-run execute"
 
 
 def process_of(root: Path, role: str) -> int:
-    """The process id of the server, the worker, or the one that does the flow run, which is not in the record."""
+    """Return the id of the server, the worker, or the process of the flow run, which is not in the record."""
     if role != "run":
         record = json.loads((root / ".prefect" / "service.json").read_text())
-        return int(record["processes"][role]["pid"])
+        return int(record["pids"][role])
     commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode() for pid in pids_in(root)}
     found = [pid for pid, command in commands.items() if re.search(FLOW_RUN, command)]
     assert len(found) == 1, commands
     return found[0]
 
 
-def wait_for(ready: Callable[[], object], what: str, timeout_s: float = 120) -> None:
+def wait_for(ready: Callable[[], object], what: str, timeout_s: float = 600) -> None:
     deadline = time.monotonic() + timeout_s
     while not ready():
-        assert time.monotonic() < deadline, f"never came: {what}"
+        assert time.monotonic() < deadline, f"this did not happen: {what}"
         time.sleep(0.02)
 
 
@@ -65,7 +66,7 @@ def test_what_serves_a_run_is_killed(project: Path, tmp_path: Path, victim: str,
     for pid in [process_of(project, role) for role in victims]:
         os.kill(pid, signal.SIGKILL)
     time.sleep(1)
-    assert not list(workspace.glob("toy/shards/*/manifest.json")), "the run was over before the kill"
+    assert not list(workspace.glob("toy/shards/*/manifest.json")), "the run ended before the kill"
     assert faults_in(workspace) == []
     down = service(project, "down", port)
     assert down.returncode == 0, down.stderr
@@ -90,7 +91,7 @@ def assert_same_artifacts(workspace: Path, clean: Path) -> None:
 
 @pytest.mark.parametrize("seconds", [0.5, 3.0, 6.0])
 def test_up_is_killed(project: Path, seconds: float, record_row: Record) -> None:  # noqa: F811
-    """Also before it noted which processes it has started."""
+    """`down` finds what was started even if `up` was killed before it recorded the process."""
     port = free_port()
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     variables |= {"HOME": str(project), "HARDBATCH_PREFECT_PORT": str(port)}
@@ -110,7 +111,7 @@ def test_up_is_killed(project: Path, seconds: float, record_row: Record) -> None
 
 
 def test_the_command_without_a_service_is_killed(tmp_path: Path, record_row: Record) -> None:
-    """Its group is another than that of the flow it runs: what it started ends too, and the next run goes on."""
+    """The flow runs in another process group; it ends too, and the next run resumes."""
     for package in ("hardbatch", "flows", "pipeline"):
         shutil.copytree(ROOT / package, tmp_path / package, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     manifest = write_corpus(tmp_path / "corpus", {"alpha": 1_500, "beta": 1_500}, batches_per_part=1)
@@ -128,6 +129,6 @@ def test_the_command_without_a_service_is_killed(tmp_path: Path, record_row: Rec
     wait_for(lambda: pids_in(tmp_path) == [], "the end of what the killed command had started")
     assert not list(workspace.glob("toy/shards/*/manifest.json"))
     assert faults_in(workspace) == []
-    assert subprocess.run(command, cwd=tmp_path, env=environment, timeout=180, check=False).returncode == 0
+    assert subprocess.run(command, cwd=tmp_path, env=environment, timeout=600, check=False).returncode == 0
     assert_same_artifacts(workspace, tmp_path / "clean")
-    record_row(22, "the command without a service killed: what it had started ends, the next run goes on")
+    record_row(22, "the command without a service killed: what it had started ends, the next run resumes")
