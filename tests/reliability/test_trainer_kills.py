@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,6 @@ from hardbatch.pipeline.artifacts.artifact import verify_artifact
 from hardbatch.pipeline.artifacts.faults import POINTS, TRAINER_POINTS
 from hardbatch.trainer.checkpoint import find_checkpoint
 from hardbatch.trainer.export import open_model
-from hardbatch.trainer.replace import _exchange, replace_folder
 from tests.reliability.processes import KILLED, Ended, tree
 from tests.reliability.trainings import export_of, figures_of, fork, join, run_fork, state_of
 from tests.trainer_models import save_model_folder, tiny_encoder
@@ -78,11 +76,8 @@ def test_killed_while_a_checkpoint_is_written(
     )
 
 
-@pytest.mark.parametrize(
-    "exchange", [True, pytest.param(False, marks=pytest.mark.soak)], ids=["in-one-step", "in-two-steps"]
-)
 def test_killed_while_an_export_is_replaced(
-    flags: dict[str, Any], tmp_path: Path, exchange: bool, record_row: RecordRow
+    flags: dict[str, Any], tmp_path: Path, record_row: RecordRow
 ) -> None:
     flags |= {"--epochs": 1, "--save-every": 3}
     log = tmp_path / "log"
@@ -92,15 +87,14 @@ def test_killed_while_an_export_is_replaced(
 
     def export(checkpoint: Path, fault: str = "") -> Ended:
         words = {"--checkpoint": checkpoint, "--output": target}
-        return run_fork(words, log, fault=fault, program="hardbatch.trainer.export", exchange=exchange)
+        return run_fork(words, log, fault=fault, program="hardbatch.trainer.export")
 
     assert export(first).code == 0
     earlier = tree(target)
     assert export(last).code == 0
     later = tree(target)
     assert earlier.keys() == later.keys() and earlier != later
-    points = ["export.written", "export.set-aside", "export.replaced", "export.swept"]
-    for point in points if not exchange else [point for point in points if point != "export.set-aside"]:
+    for point in ("export.written", "export.set-aside", "export.replaced", "export.swept"):
         assert export(first).code == 0
         assert export(last, fault=f"{point}=kill").code == KILLED
         if point == "export.set-aside":  # the one moment without; the next run begins by putting it back
@@ -111,29 +105,6 @@ def test_killed_while_an_export_is_replaced(
         assert export(last).code == 0 and tree(target) == later
         assert list(target.parent.iterdir()) == [target], "nothing is left beside it"
     record_row(14, "an export killed at every point of its replacement: the earlier one or the new one, whole")
-
-
-def test_an_export_is_never_gone(tmp_path: Path) -> None:
-    target = tmp_path / "export"
-    target.mkdir()
-    if not _exchange(*(shutil.copytree(target, tmp_path / name) for name in "ab")):
-        pytest.skip("this file system exchanges no names")
-    missed, done = [0], threading.Event()
-
-    def look() -> None:
-        while not done.is_set():
-            missed[0] += not target.exists()
-
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    for number in range(300):
-        new = tmp_path / f".export.{number}.tmp"
-        new.mkdir()
-        (new / "number").write_text(str(number))
-        replace_folder(new, target)
-    done.set()
-    watcher.join()
-    assert missed == [0] and (target / "number").read_text() == "299"
 
 
 def test_two_exports_to_one_folder(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_kills_at_random_moments(
     assert run(unbroken, ranks=ranks).code == 0
     amid, again = kill_often(flags, ranks, num_kills, seed=12 + ranks)
     finished = run({**flags, "--resume": "auto"}, ranks=ranks)
-    assert finished.code == 0 and "going on from" in finished.errors, finished.errors
+    assert finished.code == 0 and "resuming from" in finished.errors, finished.errors
     expected, found = figures_of(unbroken), figures_of(flags)
     assert len(expected) == max_steps and found == expected
     assert [record["position"] for record in log_of(flags)] == expected_positions(real_shards, ranks, max_steps)

@@ -39,12 +39,10 @@ def words_of(flags: Flags) -> list[str]:
     return [str(word) for pair in flags.items() for word in pair if word != ""]
 
 
-def fork(
-    flags: Flags, log: Path, *, fault: str = "", program: str = "hardbatch.trainer.main", exchange: bool = True
-) -> BaseProcess:
-    """Starts `program` in a fork, all that it prints in `log`; `exchange` off: on a disk that exchanges no names."""
+def fork(flags: Flags, log: Path, *, fault: str = "", program: str = "hardbatch.trainer.main") -> BaseProcess:
+    """Starts `program` in a fork; `log` receives all that it prints."""
     log.unlink(missing_ok=True)
-    process = _FORKS.Process(target=_forked, args=(program, words_of(flags), str(log), fault, exchange))
+    process = _FORKS.Process(target=_forked, args=(program, words_of(flags), str(log), fault))
     process.start()
     _started.append(process)
     return process
@@ -72,7 +70,7 @@ def run_fork(flags: Flags, log: Path, **options: Any) -> Ended:
     return join(fork(flags, log, **options), log)
 
 
-def _forked(program: str, words: Sequence[str], log: str, fault: str, exchange: bool) -> None:
+def _forked(program: str, words: Sequence[str], log: str, fault: str) -> None:
     os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
@@ -80,12 +78,9 @@ def _forked(program: str, words: Sequence[str], log: str, fault: str, exchange: 
     import torch
 
     from hardbatch.pipeline.artifacts import faults
-    from hardbatch.trainer import replace
 
     torch.set_num_threads(1)
     faults._chosen = fault
-    if not exchange:
-        replace._exchange = lambda first, second: False
     try:
         code = importlib.import_module(program).main(words)
     except SystemExit as leaving:

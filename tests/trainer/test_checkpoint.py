@@ -49,9 +49,7 @@ def saver(tmp_path):
             parameter.grad = torch.randn_like(parameter)
         optimizer.step()
         state = make_state(step, save.position)
-        return save_checkpoint(
-            tmp_path / "run", encoder, optimizer, state, tokenizer_files=tokenizer, keep_last=keep_last
-        )
+        return save_checkpoint(tmp_path / "run", encoder, optimizer, state, model_files=tokenizer, keep_last=keep_last)
 
     save.encoder, save.optimizer, save.output, save.position = encoder, optimizer, tmp_path / "run", None
     return save
@@ -82,7 +80,7 @@ def test_a_fused_optimizer_goes_on_to_the_bit(saver):
         for parameter in saver.encoder.parameters():
             parameter.grad = torch.randn_like(parameter)
         saver.optimizer.step()
-    path = save_checkpoint(saver.output, saver.encoder, saver.optimizer, make_state(2), tokenizer_files={}, keep_last=1)
+    path = save_checkpoint(saver.output, saver.encoder, saver.optimizer, make_state(2), model_files={}, keep_last=1)
 
     loaded = load_encoder(path)
     optimizer = torch.optim.AdamW(loaded.parameters(), lr=0.01, fused=True)

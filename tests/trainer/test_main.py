@@ -170,7 +170,7 @@ def test_killed_and_resumed_losses_are_equal_to_the_bit(flags, nproc, tmp_path):
         kill_all(process, flags["--output"])
     finished = run({**flags, "--resume": "auto"}, nproc=nproc)
     assert finished.returncode == 0, finished.stderr
-    begun_at = re.search(r"going on from .*, step (\d+), batch", finished.stderr)
+    begun_at = re.search(r"resuming from .*, step (\d+), batch", finished.stderr)
     assert begun_at and 0 < int(begun_at[1]) < 36  # the kills did kill
     expected, found = losses_of(unbroken), losses_of(flags)
     assert len(expected) == 36 and found == expected
@@ -439,7 +439,7 @@ def test_what_would_spoil_the_end_is_refused_at_the_start(flags, tmp_path, capsy
     (tmp_path / "out" / "export").mkdir(parents=True)
     (tmp_path / "out" / "export" / "notes.txt").write_text("mine")
     code, error = in_process(flags, capsys)
-    assert code == 2 and "is no earlier export" in error
+    assert code == 2 and "is not an export" in error
     write_jsonl("held.jsonl", rows(80))
     plan = run_corpus('corpus = "held"\n[[dataset]]\nname = "numbers"\nsource = "held.jsonl"\nholdout = 0.2\n')
     holdout = next(plan.shards.parent.parent.glob("pairs/*/*/holdout"))
@@ -461,7 +461,7 @@ def test_a_damaged_checkpoint_is_no_start(flags, tmp_path, capsys):
 
 
 def test_the_learning_rate_never_exceeds_its_peak():
-    from hardbatch.trainer.schedule import learning_rate_factor
+    from hardbatch.trainer.loop import learning_rate_factor
 
     for step_size, warmup, end in ((4, 16, 30), (10, 80, 100), (1, 0, 5), (3, 7, 7), (4, 50, 20)):
         factors = [
