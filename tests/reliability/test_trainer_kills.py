@@ -76,9 +76,7 @@ def test_killed_while_a_checkpoint_is_written(
     )
 
 
-def test_killed_while_an_export_is_replaced(
-    flags: dict[str, Any], tmp_path: Path, record_row: RecordRow
-) -> None:
+def test_killed_while_an_export_is_replaced(flags: dict[str, Any], tmp_path: Path, record_row: RecordRow) -> None:
     flags |= {"--epochs": 1, "--save-every": 3}
     log = tmp_path / "log"
     assert run_fork(flags, log).code == 0
