@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import json
 import os
 import re
@@ -23,10 +22,8 @@ import torch
 from hardbatch.pipeline.errors import ConfigError, IntegrityError, NoSpaceError
 from hardbatch.trainer import export
 from hardbatch.trainer.batch import load_tokenizer
-from hardbatch.trainer.collection import load_collection
 from hardbatch.trainer.context import ContextDocuments, read_documents
 from hardbatch.trainer.embed import Embedder
-from hardbatch.trainer.evaluate import evaluate_retrieval
 from hardbatch.trainer.export import export_model, open_model, read_prompts
 from hardbatch.trainer.model import Encoder, load_encoder
 from tests.models import minilm_folder
@@ -342,80 +339,3 @@ class TestCommand:
             (tmp_path / name).write_text("{")
             with pytest.raises(IntegrityError, match=f"{name}: cannot be read"):
                 read(tmp_path)
-
-
-def test_mtebs_wrapper_for_cde_gives_our_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("mteb", reason="needs mteb, the benchmark: pip install mteb")
-    import mteb
-    from datasets import Dataset
-    from mteb.abstasks import AbsTaskRetrieval
-    from mteb.abstasks.task_metadata import TaskMetadata
-    from mteb.models.model_implementations.cde_models import CDEWrapper
-
-    size = 16
-    documents = [f"document {row} about {row * row} things" for row in range(size)]
-    queries = [f"which one has {row * row} things" for row in range(size)]
-    ids = [f"id-{row}" for row in range(size)]
-
-    class Tiny(AbsTaskRetrieval):
-        metadata = TaskMetadata(
-            name="HardbatchTiny",
-            description="as many documents as the context holds, so that every draw is the same context",
-            reference=None,
-            dataset={"path": "none", "revision": "none"},
-            type="Retrieval",
-            category="t2t",
-            modalities=["text"],
-            eval_splits=["test"],
-            eval_langs=["eng-Latn"],
-            main_score="ndcg_at_10",
-            date=None,
-            domains=None,
-            task_subtypes=None,
-            license=None,
-            annotations_creators=None,
-            dialect=None,
-            sample_creation=None,
-            bibtex_citation=None,
-        )
-
-        def load_data(self, **options: Any) -> None:
-            split = {
-                "corpus": Dataset.from_dict({"id": ids, "text": documents, "title": [""] * len(ids)}),
-                "queries": Dataset.from_dict({"id": ids, "text": queries}),
-                "relevant_docs": {identifier: {identifier: 1} for identifier in ids},
-                "top_ranked": None,
-            }
-            self.dataset = {"default": {"test": split}}
-            self.data_loaded = True
-
-        def convert_v1_dataset_format_to_v2(self, num_proc: int | None = None) -> None:
-            """The wrapper calls it without an argument."""
-
-    tasks = importlib.import_module("mteb.get_tasks")  # the attribute of that name is a function
-    monkeypatch.setitem(tasks._TASKS_REGISTRY, "HardbatchTiny", Tiny)
-    encoder = tiny_encoder("nomic_bert", size)
-    folder = export_model(encoder, minilm_folder(), tmp_path / "export", prompts=PROMPTS, convention="cde")
-    model = CDEWrapper(str(folder), device="cpu", trust_remote_code=True)
-    assert model.max_sentences == size
-    result = mteb.evaluate(model, Tiny(), cache=None, encode_kwargs={"batch_size": 2})
-    scores = result.task_results[0].scores["test"][0]
-
-    for name, columns in {
-        "corpus": {"doc_id": ids, "text": documents},
-        "queries": {"query_id": ids, "text": queries},
-        "qrels": {"query_id": ids, "doc_id": ids, "score": [1] * len(ids)},
-    }.items():
-        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
-    own = evaluate_retrieval(
-        encoder,
-        load_tokenizer(minilm_folder(), max_length_tokens=48),
-        load_collection(tmp_path),
-        seed=0,
-        with_context=True,
-        query_prompt=PROMPTS["query"],
-        document_prompt=PROMPTS["document"],
-    )
-    assert scores["ndcg_at_10"] == pytest.approx(own.ndcg_at_10, abs=1e-5)
-    assert scores["mrr_at_10"] == pytest.approx(own.mrr_at_10, abs=1e-5)
-    assert 0 < own.ndcg_at_10 < 1
