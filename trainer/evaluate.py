@@ -34,6 +34,7 @@ from hardbatch.trainer.context import read_documents
 from hardbatch.trainer.embed import TEXTS_PER_CHUNK, Embedder, no_op
 from hardbatch.trainer.export import exit_code_of, open_model, read_prompts
 from hardbatch.trainer.model import CONFIG_KEY, Encoder
+from hardbatch.trainer.ranks import choose_device
 from hardbatch.trainer.search import search
 from hardbatch.trainer.tokens import TextTokenizer
 
@@ -226,8 +227,8 @@ def main(arguments: Sequence[str]) -> int:
                 f"{num_queries:,} queries"
             )
             print(f"  {'':<44}" + "".join(f"{name:>12}" for name in _METRIC_NAMES))
-            for rows in (*(rows_of(collection) for rows_of in models), _bm25_rows(collection)):
-                for name, metrics in rows:
+            for rows_of in (*models, _bm25_rows):
+                for name, metrics in rows_of(collection):
                     values = "".join(f"{value:>12.4f}" for value in astuple(metrics))
                     print(f"  {name:<44}{values}", flush=True)
 
@@ -239,7 +240,7 @@ _Rows = Iterator[tuple[str, RetrievalMetrics]]
 
 def _open(name: str, options: argparse.Namespace) -> Callable[[Collection], _Rows]:
     """Loads a model. Returns a function that gives the rows of its table for a collection."""
-    device = _choose_device(options.device)
+    device = choose_device(options.device)
     shown, folder, _ = locate_model(name, None, Path())
     if _is_ours(folder):
         return _open_own(folder, shown, options, device)
@@ -319,17 +320,6 @@ def _answered(collection: Collection) -> tuple[NDArray[np.int64], list[str]]:
     """Rows and texts of the queries that have a relevant document."""
     rows_Q = np.unique(collection.query_rows[collection.scores > 0])
     return rows_Q, [collection.queries[row] for row in rows_Q]
-
-
-def _choose_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: no CUDA device can be used here; give auto or cpu")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-
-    # cuDNN builds a plan for each new shape of a chunk, and nearly every chunk has a new shape.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    return torch.device("cuda")
 
 
 if __name__ == "__main__":

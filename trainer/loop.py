@@ -16,7 +16,6 @@ from hardbatch.pipeline.errors import HardbatchError
 from hardbatch.trainer.batch import Batch
 from hardbatch.trainer.checkpoint import TrainState, save_checkpoint
 from hardbatch.trainer.collection import Collection
-from hardbatch.trainer.context import read_documents
 from hardbatch.trainer.draws import draw_context
 from hardbatch.trainer.evaluate import evaluate_retrieval
 from hardbatch.trainer.export import export_model
@@ -240,7 +239,7 @@ class _Loop:
                     self._checkpoint,
                     export_folder(training.config.output),
                     prompts=training.state.prompts,
-                    context=read_documents(self._checkpoint),
+                    context=training.context,
                     trained_on=f"shards {training.shards.key} ({', '.join(training.shards.domains)})",
                 )
                 state = self._state_now()

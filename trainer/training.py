@@ -22,7 +22,7 @@ from hardbatch.trainer.batch import Tokenizer, load_tokenizer
 from hardbatch.trainer.checkpoint import TrainState, check_resumable, load_optimizer, read_state
 from hardbatch.trainer.collection import Collection, load_collection
 from hardbatch.trainer.config import TrainConfig
-from hardbatch.trainer.context import CONTEXT_FILE, draw_from_shards
+from hardbatch.trainer.context import CONTEXT_FILE, ContextDocuments, draw_from_shards
 from hardbatch.trainer.export import refuse_foreign
 from hardbatch.trainer.gradcache import GradCache, StepConfig
 from hardbatch.trainer.memory import MemoryNeeds, bytes_per_token, choose_chunk_tokens, free_memory, memory_line
@@ -44,6 +44,8 @@ class Training:
     tokenizer: Tokenizer
     model_files: dict[str, bytes]
     """Tokenizer and context documents by file name, for checkpoints; on the main rank only."""
+    context: ContextDocuments
+    """Documents of the export's default context; on the main rank only."""
     optimizer: torch.optim.AdamW
     collections: list[Collection]
     state: TrainState
@@ -166,10 +168,11 @@ def start_training(config: TrainConfig, ranks: Ranks, checkpoint: Path | None, n
     if checkpoint is not None:
         load_optimizer(checkpoint, encoder, optimizer)
 
+    context = ContextDocuments()
     model_files = _files_of_tokenizer(folder) if ranks.is_main else {}
     if ranks.is_main and encoder.config.context_size:
-        documents = draw_from_shards(shards, encoder.config.context_size, seed=config.seed)
-        model_files[CONTEXT_FILE] = documents.to_bytes()
+        context = draw_from_shards(shards, encoder.config.context_size, seed=config.seed)
+        model_files[CONTEXT_FILE] = context.to_bytes()
     return Training(
         config=config,
         ranks=ranks,
@@ -178,6 +181,7 @@ def start_training(config: TrainConfig, ranks: Ranks, checkpoint: Path | None, n
         encoder=encoder,
         tokenizer=tokenizer,
         model_files=model_files,
+        context=context,
         optimizer=optimizer,
         collections=collections,
         state=state,

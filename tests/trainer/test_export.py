@@ -26,6 +26,7 @@ from hardbatch.trainer.context import ContextDocuments, read_documents
 from hardbatch.trainer.embed import Embedder
 from hardbatch.trainer.export import export_model, open_model, read_prompts
 from hardbatch.trainer.model import Encoder, load_encoder
+from hardbatch.trainer.replace import replace_folder
 from tests.models import minilm_folder
 from tests.trainer_models import save_model_folder, tiny_encoder
 
@@ -274,6 +275,23 @@ def test_a_full_disk_leaves_the_earlier_export(
         export_model(tiny_encoder(), minilm_folder(), tmp_path / "export", prompts=PROMPTS)
     assert list(tmp_path.iterdir()) == [tmp_path / "export"]
     assert (tmp_path / "export" / "config.json").stat().st_ino == before
+
+
+def test_a_rename_that_fails_leaves_the_earlier_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new, target = tmp_path / ".export.new.tmp", tmp_path / "export"
+    new.mkdir()
+    (target / "earlier").mkdir(parents=True)
+    rename = os.replace
+
+    def fail_for_new(source: Path, to: Path) -> None:
+        if source == new:
+            raise OSError(errno.EIO, "input/output error")
+        rename(source, to)
+
+    monkeypatch.setattr(os, "replace", fail_for_new)
+    with pytest.raises(OSError, match="input/output error"):
+        replace_folder(new, target)
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*")] == [Path("export"), Path("export/earlier")]
 
 
 class TestCommand:

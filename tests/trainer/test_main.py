@@ -81,7 +81,9 @@ def test_a_whole_training(flags, finished_run, write_jsonl, run_corpus, rows, ca
     output = Path(flags["--output"])
     assert list((output / "tensorboard").glob("events*"))
     assert sorted(path.name for path in (output / "checkpoints").glob("step-*")) == ["step-00000092", "step-00000096"]
-    assert (output / "export" / "modules.json").is_file()
+    context = json.loads((output / "export" / "context.json").read_text())
+    assert context["origin"] == f"drawn from the shards {plan.shards.name}, seed 0"
+    assert len(context["documents"]) == 6
     assert "numbers_holdout: loss" in error and "pairs/s" in error
 
 
