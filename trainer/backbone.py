@@ -1,4 +1,4 @@
-"""From the name of a backbone to a fresh encoder: finding it, checking it, loading or drawing its weights."""
+"""From the name of a backbone to a new encoder: finds it, checks it, and loads or draws its weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hardbatch.pipeline.models.locate import locate_model, require_safetensors
 from hardbatch.trainer.config import TrainConfig
 from hardbatch.trainer.model import Encoder, EncoderConfig, backbone_options, load_encoder, new_backbone
 
-_DROPOUTS = (  # what the known backbones call theirs
+_DROPOUTS = (  # names of dropout rates in the configurations of the backbones
     "hidden_dropout_prob",
     "attention_probs_dropout_prob",
     "attention_dropout",
@@ -29,7 +29,11 @@ _DROPOUTS = (  # what the known backbones call theirs
 
 
 def find_backbone(name: str) -> Path:
-    """The folder of a backbone: minilm, a folder, NAME or NAME@COMMIT on the hub. Raises ConfigError otherwise."""
+    """The folder of a backbone, given as minilm, a folder, or NAME or NAME@COMMIT on the hub.
+
+    Raises:
+        ConfigError: There is no such backbone.
+    """
     if name == "lexical":
         raise ConfigError("--backbone: lexical has no weights to train; give minilm, a folder, or a name on the hub")
     hub_name, _, revision = name.partition("@")
@@ -42,10 +46,11 @@ def find_backbone(name: str) -> Path:
 
 
 def build_encoder(config: TrainConfig, folder: Path) -> Encoder:
-    """A new encoder on the backbone in `folder`: pretrained, or of random weights drawn by the seed.
+    """Builds a new encoder on the backbone in `folder`, pretrained or with random weights drawn by the seed.
 
-    Raises ConfigError where the backbone is of an unknown type, has fewer layers or positions than asked for, no
-    safetensors, or no such attention.
+    Raises:
+        ConfigError: The backbone has an unsupported type, fewer layers or positions than the settings
+            ask for, no safetensors, or no such attention.
     """
     backbone = _read_config(folder, config)
     own = EncoderConfig(
@@ -53,6 +58,7 @@ def build_encoder(config: TrainConfig, folder: Path) -> Encoder:
     )
     if not config.random_weights:
         require_safetensors(config.backbone, folder)
+
     num_stages = 2 if own.context_size else 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -64,10 +70,17 @@ def build_encoder(config: TrainConfig, folder: Path) -> Encoder:
 
 
 def initial_encoder(config: TrainConfig, folder: Path, *, flag: str, verified: bool = False) -> Encoder:
-    """The encoder that is saved in `folder`, an export or a checkpoint; its settings must be those of `config`.
+    """Loads the encoder of an export or a checkpoint, whose settings must be those of `config`.
 
-    A checkpoint's files are compared with their digests, unless that was done (`verified`). Raises ConfigError, naming
-    `flag`, where the settings are others, or where `folder` holds no model of ours; IntegrityError for a damaged file.
+    Args:
+        config: The settings.
+        folder: The export or the checkpoint.
+        flag: The option that named the folder, for messages.
+        verified: Whether the files of a checkpoint have been compared with their digests.
+
+    Raises:
+        ConfigError: The settings differ, or the folder does not hold a model of ours.
+        IntegrityError: A file is damaged.
     """
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         raise ConfigError(
@@ -80,6 +93,7 @@ def initial_encoder(config: TrainConfig, folder: Path, *, flag: str, verified: b
             raise IntegrityError(*faults)
     with _as_user_error(flag):
         encoder = load_encoder(folder, attention=config.attention)
+
     given = {"context_size": config.model_context_size, "pool_prompt": config.pool_prompt}
     for name, value in given.items():
         saved = getattr(encoder.config, name)
@@ -102,14 +116,16 @@ def _read_config(folder: Path, config: TrainConfig) -> PreTrainedConfig:
     try:
         json.loads((folder / "config.json").read_bytes())
         backbone = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # whatever transformers says of a configuration that it does not know
+    except Exception as error:  # whatever transformers says about a configuration that it does not know
         reason = (str(error).splitlines() or [""])[0][:160]
         raise ConfigError(f"--backbone {config.backbone}: {folder / 'config.json'} cannot be read: {reason}") from None
     _check_length(backbone, config, config.backbone)
+
     if config.dropout is not None:
         for name in _DROPOUTS:
             if hasattr(backbone, name):
                 setattr(backbone, name, config.dropout)
+
     if config.num_layers is not None:
         if config.num_layers > backbone.num_hidden_layers:
             raise ConfigError(
@@ -154,13 +170,13 @@ def _as_user_error(flag: str) -> Iterator[None]:
         yield
     except HardbatchError:
         raise
-    except Exception as error:  # whatever torch, transformers and safetensors say of files that do not fit
+    except Exception as error:  # whatever torch, transformers and safetensors say about files that do not fit
         raise ConfigError(f"{flag}: {' '.join(str(error).split())[:300]}") from None
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides the report of weights that are left out on purpose: the pooler's, and layers beyond --num-layers."""
+    """Hides the report of weights that are not loaded on purpose: the pooler, and layers beyond --num-layers."""
     disable_progress_bar()
     logger = logging.getLogger("transformers")
     level = logger.level

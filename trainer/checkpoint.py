@@ -1,12 +1,13 @@
-"""Checkpoints: a training's whole state in a folder that is complete or not there.
+"""Checkpoints: the whole state of a training in a folder that is complete or absent.
 
     <output>/checkpoints/step-00000500/
-        config.json, model.safetensors, tokenizer files    the model, readable by `hardbatch.trainer.model.load_encoder`
+        config.json, model.safetensors, tokenizer files    the model, which `hardbatch.trainer.model.load_encoder` reads
+        context.json                                       documents for the default context of an export
         optimizer.safetensors                              AdamW's moments and steps by parameter name
         state.json                                         stream position, schedule, settings, prompts, shards
         manifest.json                                      digests of the above, written last (docs/artifacts.md)
 
-The protocol is that of every artifact: a killed save leaves nothing that looks like a checkpoint.
+The protocol is that of every artifact: a killed save leaves nothing that passes for a checkpoint.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _STAGE = "checkpoint"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Where a training is, and what it must go on with. Positions and batches count the stream (`trainer.order`)."""
+    """The position of a training and what it must continue with. Positions count batches (`trainer.order`)."""
 
     step: int
     position: int
@@ -57,16 +58,28 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: TrainState,
     *,
-    tokenizer_files: Mapping[str, bytes],
+    model_files: Mapping[str, bytes],
     keep_last: int,
 ) -> Path:
-    """Commits a checkpoint below `output`, then deletes all but the newest `keep_last`. Returns its folder.
+    """Commits a checkpoint below `output`, then deletes all but the newest `keep_last`.
 
-    Raises NoSpaceError where the disk is full; what was there before stays whole.
+    Args:
+        output: The folder of the training.
+        encoder: The model.
+        optimizer: Its optimizer.
+        state: The position of the training.
+        model_files: Tokenizer and context documents, by file name.
+        keep_last: How many checkpoints are kept.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        NoSpaceError: The disk is full. Earlier checkpoints are unchanged.
     """
     path = output / "checkpoints" / f"step-{state.step:08d}"
     try:
-        if not _is_saved(path, state):  # absent, unfinished, damaged, or of a run that went on from elsewhere
+        if not _is_saved(path, state):  # absent, incomplete, damaged, or of a run with another history
             _delete(path)
             with open_builder(path) as builder:
                 with write_unit(path, _STAGE) as unit:
@@ -74,10 +87,10 @@ def save_checkpoint(
                     unit.add_file("config.json").write_text(config, encoding="utf-8")
                     save_file(_contiguous(encoder.state_dict()), unit.add_file("model.safetensors"))
                     save_file(_optimizer_tensors(encoder, optimizer), unit.add_file("optimizer.safetensors"))
-                    told = json.dumps(asdict(state), indent=1, sort_keys=True)
-                    unit.add_file("state.json").write_text(told, encoding="utf-8")
-                    for name, content in tokenizer_files.items():
-                        unit.add_file(name).write_bytes(content)
+                    content = json.dumps(asdict(state), indent=1, sort_keys=True)
+                    unit.add_file("state.json").write_text(content, encoding="utf-8")
+                    for name, data in model_files.items():
+                        unit.add_file(name).write_bytes(data)
                 builder.finish(
                     units=[_STAGE],
                     stage=_STAGE,
@@ -94,7 +107,7 @@ def save_checkpoint(
                 _delete(old)
     except OSError as error:
         raise as_user_error(error) or error from None
-    except SafetensorError as error:  # has no errno
+    except SafetensorError as error:  # it has no errno
         if "No space left" in str(error) or "os error 28" in str(error):
             raise NoSpaceError(f"no space left while writing {path}; free some and add --resume auto") from None
         raise
@@ -102,10 +115,18 @@ def save_checkpoint(
 
 
 def find_checkpoint(output: Path, resume: str) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, None for a fresh start, and a line for each damaged one that was passed over.
+    """Finds the checkpoint to resume from.
 
-    `resume` is never, auto or a folder. Raises ConfigError where checkpoints are there and `never` would mix two
-    trainings, IntegrityError where all are damaged or the one named is.
+    Args:
+        output: The folder of the training.
+        resume: "never", "auto" (the newest undamaged checkpoint), or the folder of a checkpoint.
+
+    Returns:
+        The checkpoint, or None for a fresh start, and a line for each damaged one that was skipped.
+
+    Raises:
+        ConfigError: The answer would mix two trainings in `output`, or the folder is not a checkpoint.
+        IntegrityError: The named checkpoint is damaged, or all of them are.
     """
     if resume not in ("never", "auto"):
         path = Path(resume)
@@ -125,23 +146,23 @@ def find_checkpoint(output: Path, resume: str) -> tuple[Path | None, list[str]]:
     if resume == "never":
         if found:
             raise ConfigError(
-                f"--output {output}: already holds checkpoints up to {found[-1].name}; add --resume auto to go on from "
-                "there, or give another folder"
+                f"--output {output}: already holds checkpoints up to {found[-1].name}; add --resume auto to continue, "
+                "or give another folder"
             )
         return None, []
-    passed_over: list[str] = []
+    skipped: list[str] = []
     for path in reversed(found):
         faults = verify_artifact(path)
         if not faults:
-            return path, passed_over
-        passed_over.extend(faults)
-    if passed_over:
-        raise IntegrityError(f"--resume auto: every checkpoint in {output} is damaged", *passed_over)
+            return path, skipped
+        skipped.extend(faults)
+    if skipped:
+        raise IntegrityError(f"--resume auto: every checkpoint in {output} is damaged", *skipped)
     return None, []
 
 
 def read_state(path: Path) -> TrainState:
-    """The state of the checkpoint at `path`. Raises IntegrityError where it cannot be read or is of a newer version."""
+    """Reads the state of a checkpoint. Raises IntegrityError if it is damaged or of a newer version."""
     try:
         content = json.loads((path / "state.json").read_bytes())
         version = content["state_version"]
@@ -155,11 +176,11 @@ def read_state(path: Path) -> TrainState:
 
 
 def check_resumable(path: Path, state: TrainState, *, shards_key: str, settings: dict[str, Any]) -> None:
-    """Raises ConfigError where the checkpoint belongs to other shards or to a training with other settings."""
+    """Raises ConfigError if the checkpoint belongs to other shards or to a training with other settings."""
     if state.shards_key != shards_key:
         raise ConfigError(
-            f"{path}: belongs to the shards {state.shards_key}, --shards gives {shards_key}; give those, or start anew "
-            "in another --output with --init-from"
+            f"{path}: belongs to the shards {state.shards_key}, --shards gives {shards_key}; give those, or start a "
+            "new training in another --output with --init-from"
         )
     saved = setting_defaults() | state.settings
     changed = [
@@ -169,17 +190,17 @@ def check_resumable(path: Path, state: TrainState, *, shards_key: str, settings:
     ]
     if changed:
         raise ConfigError(
-            f"{path}: belongs to another training ({'; '.join(changed)}); give the same flags, or start anew in "
-            "another --output with --init-from"
+            f"{path}: belongs to another training ({'; '.join(changed)}); give the same flags, or start a new "
+            "training in another --output with --init-from"
         )
 
 
 def load_optimizer(path: Path, encoder: Encoder, optimizer: torch.optim.Optimizer) -> None:
-    """Gives `optimizer` the moments of the checkpoint at `path`. Raises IntegrityError where they do not fit."""
+    """Restores the moments of a checkpoint into `optimizer`. Raises IntegrityError if they do not fit the model."""
     try:
         tensors = load_file(path / "optimizer.safetensors")
 
-        # A fused optimizer counts its steps on the parameter's device, any other one on the CPU.
+        # A fused optimizer counts its steps on the device of the parameter, and any other on the CPU.
         fused = {parameter for group in optimizer.param_groups if group["fused"] for parameter in group["params"]}
 
         for name, parameter in encoder.named_parameters():
@@ -214,12 +235,12 @@ def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _checkpoint_folders(output: Path) -> list[Path]:
-    """Complete checkpoints (those with a manifest), the oldest first."""
+    """Complete checkpoints, which are those with a manifest, the oldest first."""
     return sorted(path.parent for path in (output / "checkpoints").glob(f"step-*/{MANIFEST}"))
 
 
 def _delete(path: Path) -> None:
-    (path / MANIFEST).unlink(missing_ok=True)  # from here on it is no checkpoint, whatever happens
+    (path / MANIFEST).unlink(missing_ok=True)  # without it the folder is not a checkpoint, whatever happens next
     fault_point("checkpoint.disowned")
     shutil.rmtree(path, ignore_errors=True)
     fault_point("checkpoint.emptied")

@@ -1,9 +1,9 @@
-"""Retrieval test collections: a folder of corpus.parquet, queries.parquet and qrels.parquet (`hardbatch run` holds such
-folders out).
+"""Retrieval test collections: folders of corpus.parquet, queries.parquet and qrels.parquet.
 
-    corpus   doc_id, text, title (may be absent)     queries   query_id, text     qrels   query_id, doc_id, score
+    corpus   doc_id, text, title (optional)     queries   query_id, text     qrels   query_id, doc_id, score
 
-A document's text is title + " " + text where it has a title. Ids are strings or integers.
+The text of a document that has a title is title + " " + text. Ids are strings or integers. The
+holdout folders of `hardbatch run` are collections.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from numpy.typing import NDArray
 from hardbatch.pipeline.errors import InputError
 from hardbatch.trainer.shelves import KeptShelves
 
+CORPUS = "corpus.parquet"
 _HELP = "give a folder with corpus.parquet, queries.parquet and qrels.parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Collection:
-    """Texts by row, and the answers: `scores[i]` is how relevant document `document_rows[i]` is to `query_rows[i]`.
+    """Texts by row, and relevance judgements.
 
-    A document with a score of 0 or less, or none, is not relevant. At least one is.
+    `scores[i]` says how relevant document `document_rows[i]` is to query `query_rows[i]`. Documents
+    without a score, or with one of 0 or less, are not relevant. At least one score is above 0.
     """
 
     name: str
@@ -38,12 +40,24 @@ class Collection:
     query_rows: NDArray[np.int64]
     document_rows: NDArray[np.int64]
     scores: NDArray[np.int64]
+    source: str = ""
+    """The columns that documents are made of, and their file."""
     kept: KeptShelves = field(default_factory=KeptShelves, init=False, repr=False, compare=False)
-    """Tokens of its texts, which one evaluation leaves for the next."""
+    """Tokens of its texts, which a later evaluation uses again."""
+
+
+def load_documents(folder: Path) -> list[str]:
+    """The documents of the collection in `folder`. Raises InputError as `load_collection` does."""
+    path = folder / CORPUS
+    return _documents(_read(path, ("text",), optional=("title",)), path)[0]
 
 
 def load_collection(folder: Path) -> Collection:
-    """The collection in `folder`. Raises InputError naming the file, and the column, row or id that is wrong in it."""
+    """Loads the collection in `folder`.
+
+    Raises:
+        InputError: A file is missing or wrong; the message names it, and the column, row or id.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; {_HELP}")
     corpus_path, queries_path, qrels_path = (folder / f"{name}.parquet" for name in ("corpus", "queries", "qrels"))
@@ -58,9 +72,11 @@ def load_collection(folder: Path) -> Collection:
     _refuse_repeated(query_rows * len(document_row_of) + document_rows, qrels_path)
     if not (scores > 0).any():
         raise InputError(f"{qrels_path}: no score is above 0, so there is nothing to find; {_HELP}")
+    documents, columns = _documents(corpus, corpus_path)
     return Collection(
         name=_name_of(folder.resolve()),
-        documents=_documents(corpus, corpus_path),
+        source=f"{columns} of {corpus_path}",
+        documents=documents,
         queries=_strings(queries, "text", queries_path),
         query_rows=query_rows,
         document_rows=document_rows,
@@ -69,7 +85,7 @@ def load_collection(folder: Path) -> Collection:
 
 
 def _name_of(folder: Path) -> str:
-    """The folder's name; that of its domain where it is a holdout of the pipeline, pairs/DOMAIN/KEY/holdout."""
+    """The folder's name, or DOMAIN_holdout for a holdout of the pipeline, pairs/DOMAIN/KEY/holdout."""
     return f"{folder.parent.parent.name}_holdout" if folder.name == "holdout" else folder.name
 
 
@@ -83,7 +99,7 @@ def _read(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> p
             if name not in present:
                 raise InputError(f"{path}: no column '{name}', it has {', '.join(present)}")
         table = file.read([*columns, *(name for name in optional if name in present)])
-        table.validate(full=True)  # for one, that strings are UTF-8
+        table.validate(full=True)  # among others, that strings are valid UTF-8
         return table
     except (OSError, pa.ArrowException) as error:
         reason = (str(error).splitlines() or [""])[0][:160]
@@ -103,13 +119,14 @@ def _strings(table: pa.Table, column: str, path: Path) -> list[str]:
     return strings
 
 
-def _documents(corpus: pa.Table, path: Path) -> list[str]:
+def _documents(corpus: pa.Table, path: Path) -> tuple[list[str], str]:
+    """The texts of the documents, and what they are made of, in words."""
     texts = _strings(corpus, "text", path)
     if "title" not in corpus.schema.names or pa.types.is_null(corpus["title"].type):
-        return texts
-    titles = pc.fill_null(corpus["title"], "")
-    titles = _strings(pa.table({"title": titles}), "title", path)
-    return [f"{title} {text}" if title else text for title, text in zip(titles, texts, strict=True)]
+        return texts, "text"
+    titles = _strings(pa.table({"title": pc.fill_null(corpus["title"], "")}), "title", path)
+    documents = [f"{title} {text}" if title else text for title, text in zip(titles, texts, strict=True)]
+    return documents, 'title + " " + text' if any(titles) else "text"
 
 
 def _rows_by_id(ids: Sequence[str], column: str, path: Path) -> dict[str, int]:
@@ -127,14 +144,14 @@ def _look_up(
     qrels: pa.Table, column: str, rows: dict[str, int], qrels_path: Path, other_path: Path
 ) -> NDArray[np.int64]:
     found = np.empty(qrels.num_rows, np.int64)
-    for place, identifier in enumerate(_strings(qrels, column, qrels_path)):
+    for index, identifier in enumerate(_strings(qrels, column, qrels_path)):
         row = rows.get(identifier)
         if row is None:
             raise InputError(
-                f"{qrels_path}: {column} '{identifier}' in row {place} is not in {other_path.name}; "
-                "remove the row, or add what it speaks of"
+                f"{qrels_path}: {column} '{identifier}' in row {index} is not in {other_path.name}; "
+                "remove the row, or add what it names"
             )
-        found[place] = row
+        found[index] = row
     return found
 
 

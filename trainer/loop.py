@@ -1,4 +1,4 @@
-"""The training loop: steps over the stream, checkpoints, evaluations, and leaving in good order."""
+"""The training loop: steps over the stream, checkpoints, evaluations, and an orderly end."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from hardbatch.trainer.batch import Batch
 from hardbatch.trainer.checkpoint import TrainState, save_checkpoint
 from hardbatch.trainer.collection import Collection
 from hardbatch.trainer.draws import draw_context
-from hardbatch.trainer.evaluate import evaluate_retrieval, held_out_loss
+from hardbatch.trainer.evaluate import evaluate_retrieval
 from hardbatch.trainer.export import export_model
+from hardbatch.trainer.held_out import held_out_loss
 from hardbatch.trainer.log import StepMetrics, TrainingLog, model_flops, peak_flops, summary_text
-from hardbatch.trainer.loss import mask_rate
+from hardbatch.trainer.loss import Loss, mask_rate
 from hardbatch.trainer.memory import naming_the_flag
-from hardbatch.trainer.schedule import learning_rate_factor
 from hardbatch.trainer.signals import Stop, StoppedError, deferred_signals
 from hardbatch.trainer.stream import BatchStream
 from hardbatch.trainer.training import Training, export_folder, startup_summary
 
 
 class DivergedError(HardbatchError):
-    """A loss or a gradient that is no number."""
+    """A loss or a gradient is not a finite number."""
 
 
 def train(training: Training) -> int:
-    """Trains to the end of the schedule, or to a signal; returns the exit code: 0, or 128 + the signal.
+    """Trains to the end of the schedule, or until a signal. The last line printed is the folder of the export.
 
-    The last line printed is the folder of the export.
+    Returns:
+        The exit code: 0, or 128 + the signal.
     """
     ranks, config = training.ranks, training.config
     with contextlib.ExitStack() as stack:
@@ -60,12 +61,30 @@ def train(training: Training) -> int:
         if not stopped:
             loop.finish()
         elif log is not None:
-            log.say(f"stopped by a signal after step {training.state.step:,}; add --resume auto to go on from there")
+            log.say(f"stopped by a signal after step {training.state.step:,}; add --resume auto to continue")
     return 128 + stopped if stopped else 0
 
 
+def learning_rate_factor(position: int, step_size: int, *, warmup_batches: int, end_position: int) -> float:
+    """The learning rate of a step, as a share of its peak: linear warm-up, then linear decay.
+
+    Depends on the position in the stream only, so that a resumed training and any number of ranks agree.
+
+    Args:
+        position: Where the step starts, in batches.
+        step_size: Batches in a step.
+        warmup_batches: Length of the warm-up.
+        end_position: Where the rate reaches 0.
+    """
+    done = position + step_size
+    if done <= warmup_batches:
+        return done / warmup_batches
+    remaining = (end_position - position) / max(step_size, end_position - warmup_batches)
+    return min(1.0, max(0.0, remaining))
+
+
 class _Loop:
-    """Steps of a training, and what happens between them."""
+    """The steps of a training, and what happens between them."""
 
     def __init__(self, training: Training, log: TrainingLog | None, stop: Stop) -> None:
         self._training = training
@@ -97,7 +116,7 @@ class _Loop:
         return self._training.order.step_at(self._training.state.position, self._training.step_size)
 
     def step(self) -> None:
-        """One step: W · A batches, their gradients, one update."""
+        """Does one step: W · A batches, their gradients, one update."""
         training = self._training
         with naming_the_flag(training.ranks.device, training.chunk_tokens, training.memory):
             self._step()
@@ -106,20 +125,23 @@ class _Loop:
         training, ranks = self._training, self._training.ranks
         config, step_size = training.config, training.step_size
         position = self.next_position
-        # A damaged batch of one rank, or one that does not fit its memory, ends all of them.
+
+        # A damaged batch on one rank, or one that does not fit its memory, ends all of them.
         with ranks.errors_raised_together(), naming_the_flag(ranks.device, training.chunk_tokens, training.memory):
             batches = [next(self._batches) for _ in range(config.accumulate)]
             losses = [self._gradients.backward(batch, scale=1 / config.accumulate) for batch in batches]
         ranks.average_gradients(training.encoder)
         gradient_norm = float(torch.nn.utils.clip_grad_norm_(training.encoder.parameters(), config.max_gradient_norm))
-        figures = self._figures(position, batches, [(float(one.value), float(one.accuracy)) for one in losses])
-        self._refuse_divergence(batches, [float(one.value) for one in losses], figures["loss"], gradient_norm)
+
         learning_rate = config.learning_rate * learning_rate_factor(
             position,
             step_size,
             warmup_batches=training.state.warmup_batches,
             end_position=training.state.end_position,
         )
+        metrics = self._metrics(batches, losses, gradient_norm=gradient_norm, learning_rate=learning_rate)
+        self._refuse_divergence(batches, [float(one.value) for one in losses], metrics)
+
         for group in training.optimizer.param_groups:
             group["lr"] = learning_rate
         training.optimizer.step()
@@ -128,13 +150,13 @@ class _Loop:
             training.state,
             step=training.state.step + 1,
             position=position + step_size,
-            pairs=training.state.pairs + int(figures["pairs"]),
+            pairs=training.state.pairs + metrics.pairs,
         )
         if self._log is not None:
-            self._log.step(StepMetrics(gradient_norm=gradient_norm, learning_rate=learning_rate, **figures))
+            self._log.step(metrics)
 
     def stopped(self) -> int:
-        """The signal that any rank was sent, 0 for none."""
+        """The signal that any rank has received, 0 for none."""
         return self._training.ranks.max(self._stop.signum)
 
     def _leave_if_stopped(self) -> None:
@@ -142,14 +164,14 @@ class _Loop:
             raise StoppedError
 
     def flush(self) -> None:
-        """A line of the log."""
+        """Writes a line of the log."""
         state = self._training.state
         with self._training.ranks.errors_raised_together():
             if self._log is not None:
                 self._log.flush(step=state.step, position=state.position, batches_per_step=self._training.step_size)
 
     def save(self) -> None:
-        """A checkpoint by the main rank, after a line of the log; before the first step there is nothing to save."""
+        """Saves a checkpoint on the main rank, after a line of the log. Does nothing before the first step."""
         training = self._training
         if training.state.step == 0:
             return
@@ -161,14 +183,15 @@ class _Loop:
                     training.encoder,
                     training.optimizer,
                     self._state_now(),
-                    tokenizer_files=training.tokenizer_files,
+                    model_files=training.model_files,
                     keep_last=training.config.keep_last,
                 )
 
     def evaluate(self, *, due: bool = False) -> None:
-        """Figures of every --eval folder, by all ranks together, where the step is `due` or one of --eval-every.
+        """Evaluates on every --eval folder, all ranks together, if it is `due` or --eval-every says so.
 
-        What the log has is not measured again; a signal ends it within seconds, and what it has of that folder is lost.
+        Metrics that the log has are not measured again. A signal ends the evaluation within seconds,
+        and the metrics of an unfinished folder are lost.
         """
         training, config, state = self._training, self._training.config, self._training.state
         if not due and not (config.eval_every and state.step % config.eval_every == 0):
@@ -179,12 +202,12 @@ class _Loop:
                 if self.stopped() or training.ranks.max(known):
                     continue
                 try:
-                    figures = self._measure(collection)
+                    metrics = self._measure(collection)
                 except StoppedError:
                     return
                 with training.ranks.errors_raised_together():
                     if self._log is not None:
-                        self._log.evaluation(collection.name, figures, step=state.step, position=state.position)
+                        self._log.evaluation(collection.name, metrics, step=state.step, position=state.position)
 
     def _measure(self, collection: Collection) -> dict[str, float]:
         training, config = self._training, self._training.config
@@ -199,15 +222,15 @@ class _Loop:
         }
         sizes: dict[str, Any] = {"batch_size": training.shards.batch_size, "temperature": config.temperature}
         held_out = held_out_loss(encoder, tokenizer, collection, **sizes, **options)
-        figures = {"loss": held_out.loss, "accuracy": held_out.accuracy}
+        metrics = {"loss": held_out.loss, "accuracy": held_out.accuracy}
         for with_context in (False, True) if encoder.config.context_size else (False,):
             suffix = "" if with_context else "_no_context"
             found = evaluate_retrieval(encoder, tokenizer, collection, with_context=with_context, **options)
-            figures |= {name + suffix: value for name, value in asdict(found).items()}
-        return figures
+            metrics |= {name + suffix: value for name, value in asdict(found).items()}
+        return metrics
 
     def finish(self) -> None:
-        """The export, and the summary; the last line printed is the export's folder."""
+        """Exports the model, and prints the summary and then the folder of the export."""
         training = self._training
         with training.ranks.errors_raised_together():
             if self._log is not None:
@@ -216,6 +239,7 @@ class _Loop:
                     self._checkpoint,
                     export_folder(training.config.output),
                     prompts=training.state.prompts,
+                    context=training.context,
                     trained_on=f"shards {training.shards.key} ({', '.join(training.shards.domains)})",
                 )
                 state = self._state_now()
@@ -226,14 +250,16 @@ class _Loop:
                 print(export)
 
     def close(self) -> None:
-        """Ends the background threads."""
+        """Stops the background threads."""
         self._stream.close()
 
     def _state_now(self) -> TrainState:
         state = self._training.state
         return replace(state, seconds=state.seconds + time.monotonic() - self._started)
 
-    def _figures(self, position: int, batches: list[Batch], losses: list[tuple[float, float]]) -> dict[str, Any]:
+    def _metrics(
+        self, batches: list[Batch], losses: list[Loss], *, gradient_norm: float, learning_rate: float
+    ) -> StepMetrics:
         """Sums and means of the step over all ranks."""
         training = self._training
         context_size = training.encoder.config.context_size
@@ -247,39 +273,40 @@ class _Loop:
         )
         waited = self._stream.waited_s - self._waited_s
         self._waited_s = self._stream.waited_s
-        sums = training.ranks.sum(
-            sum(loss for loss, _ in losses),
-            sum(accuracy for _, accuracy in losses),
+
+        loss, accuracy, masked, pairs, tokens, all_flops, all_waited = training.ranks.sum(
+            sum(float(one.value) for one in losses),
+            sum(float(one.accuracy) for one in losses),
             sum(mask_rate(batch.equivalent_BB) for batch in batches),
             sum(len(batch.queries) for batch in batches),
             sum(batch.num_tokens for batch in batches),
             flops,
             waited,
         )
-        return {
-            "loss": sums[0] / training.step_size,
-            "accuracy": sums[1] / training.step_size,
-            "mask_rate": sums[2] / training.step_size,
-            "pairs": int(sums[3]),
-            "tokens": int(sums[4]),
-            "flops": sums[5],
-            "wait_s": sums[6] / training.ranks.world_size,
-        }
+        return StepMetrics(
+            loss=loss / training.step_size,
+            accuracy=accuracy / training.step_size,
+            mask_rate=masked / training.step_size,
+            gradient_norm=gradient_norm,
+            learning_rate=learning_rate,
+            pairs=int(pairs),
+            tokens=int(tokens),
+            flops=all_flops,
+            wait_s=all_waited / training.ranks.world_size,
+        )
 
-    def _refuse_divergence(
-        self, batches: list[Batch], losses: list[float], mean_loss: float, gradient_norm: float
-    ) -> None:
-        """Raises DivergedError on every rank, before the update, where the step's loss or gradient is no number."""
-        if math.isfinite(mean_loss) and math.isfinite(gradient_norm):
+    def _refuse_divergence(self, batches: list[Batch], losses: list[float], metrics: StepMetrics) -> None:
+        """Raises DivergedError on every rank, before the update, if the loss or the gradient is not finite."""
+        if math.isfinite(metrics.loss) and math.isfinite(metrics.gradient_norm):
             return
         bad = [
-            f"batch {batch.batch_id} of {batch.domain} (place {batch.position:,} of the order): loss {loss}"
+            f"batch {batch.batch_id} of {batch.domain} (position {batch.position:,} of the order): loss {loss}"
             for batch, loss in zip(batches, losses, strict=True)
             if not math.isfinite(loss)
         ]
-        if math.isfinite(mean_loss):
+        if math.isfinite(metrics.loss):
             names = ", ".join(str(batch.batch_id) for batch in batches)
-            bad = [f"batches {names}: gradient norm {gradient_norm}"]
+            bad = [f"batches {names}: gradient norm {metrics.gradient_norm}"]
         advice = divergence_advice(self._training.config.attention, on_cuda=self._training.ranks.device.type == "cuda")
         self._training.ranks.raise_together(DivergedError(f"{'; '.join(bad)}; {advice}") if bad else None)
 
@@ -292,20 +319,20 @@ class _Loop:
 
 
 def divergence_advice(attention: str, *, on_cuda: bool) -> str:
-    """What to do about a loss or a gradient that is no number, the likeliest cause first.
+    """Says what to do about a loss or a gradient that is not finite, the likeliest cause first.
 
     On CUDA a fused attention kernel, or bfloat16, is suspected before the learning rate.
     """
-    restart = "start anew with --init-from the last checkpoint, another --output, and"
+    restart = "start again with --init-from the last checkpoint, another --output, and"
     if not on_cuda:
         return f"the model was not updated by it; {restart} a lower --learning-rate or --precision fp32"
 
-    told = f"the model was not updated by it, and attention was that of --attention {attention}"
+    state = f"the model was not updated by it, and attention was that of --attention {attention}"
     if attention == "eager":
-        return f"{told}; {restart} --precision fp32, then a lower --learning-rate"
+        return f"{state}; {restart} --precision fp32, then a lower --learning-rate"
     return (
-        f"{told}; try --resume auto with --attention eager first; if that gives the same, {restart} --precision fp32, "
-        "then a lower --learning-rate"
+        f"{state}; try --resume auto with --attention eager first; if that gives the same, {restart} "
+        "--precision fp32, then a lower --learning-rate"
     )
 
 

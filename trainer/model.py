@@ -1,10 +1,11 @@
-"""The two-stage contextual encoder on stock transformers backbones, and the biencoder without its first stage.
+"""The two-stage contextual encoder on stock transformers backbones, and the biencoder, which has no first stage.
 
-The first stage M1 turns each of the context documents into one vector; the second stage M2 reads J context vectors
-before the tokens of a text and pools over the text alone (Section 4.2 of the paper). Context tokens all take position
-0, so that their order says nothing; the text keeps the positions it would have without them.
+The first stage M1 turns each context document into one vector. The second stage M2 reads J context
+vectors before the tokens of a text, and pools over the text only (Section 4.2 of the paper). Context
+tokens all take position 0, so that their order does not matter; the text keeps the positions that it
+would have without them.
 
-This file stands on torch and transformers alone: an export carries a copy of it.
+This file needs only torch and transformers, because a contextual export carries a copy of it.
 
 Shapes: N texts, T tokens, J context size, M context documents given, H hidden width of the backbone.
 """
@@ -29,12 +30,13 @@ BACKBONE_TYPES = ("bert", "modernbert", "nomic_bert")
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """What makes an encoder of backbones: J (0: a biencoder, no first stage) and how texts are cut and pooled."""
+    """The settings of an encoder beside its backbone: J, and how texts are cut and pooled."""
 
     context_size: int
+    """J; 0 is a biencoder, which has no first stage."""
     max_length_tokens: int
     pool_prompt: bool = True
-    """Whether the tokens of a prompt take part in the mean."""
+    """Whether the tokens of a prompt are pooled."""
 
     @property
     def architecture(self) -> str:
@@ -51,17 +53,18 @@ class FirstStage(nn.Module):
         self.head = nn.Linear(backbone.config.hidden_size, output_size, bias=False)
 
     def initialise_head(self, token_embeddings: Tensor) -> None:
-        """Starts the head as the identity where widths agree, scaled to the RMS of `token_embeddings` (V × H).
+        """Initialises the head: the identity if widths agree, scaled to the RMS of `token_embeddings` (V × H).
 
-        M2's embedding layer adds its own terms to the context vectors and normalises the sum: a vector much smaller
-        than a token's would drown in them, a much larger one would drown them.
+        The embedding layer of M2 adds its own terms to the context vectors and normalises the sum.
+        Much smaller vectors than those of tokens would vanish in these terms, and much larger ones
+        would hide them.
         """
         (nn.init.eye_ if self.head.in_features == self.head.out_features else nn.init.orthogonal_)(self.head.weight)
         with torch.no_grad():
             self.head.weight.mul_(token_embeddings.float().pow(2).mean().sqrt())
 
     def forward(self, ids_NT: Tensor, mask_NT: Tensor, pooled_NT: Tensor) -> Tensor:
-        """Vectors (N × H of M2, float32) of the documents; `pooled_NT` marks the tokens that take part in the mean."""
+        """Vectors (N × H of M2, float32) of the documents; `pooled_NT` marks the tokens that are pooled."""
         hidden_NTH = self.backbone(input_ids=ids_NT, attention_mask=mask_NT).last_hidden_state
         pooled_NH = mean_pool(hidden_NTH, pooled_NT)
         unit_NH = pooled_NH * torch.rsqrt(pooled_NH.pow(2).mean(-1, keepdim=True) + 1e-12)
@@ -88,16 +91,28 @@ class SecondStage(nn.Module):
         context_MH: Tensor | None = None,
         keep_NJ: Tensor | None = None,
     ) -> Tensor:
-        """Unit embeddings (N × H, float32) of the texts, given the vectors of M ≤ J context documents.
+        """Embeds texts, given the vectors of context documents.
 
-        `keep_NJ` (bool) replaces context vectors by the null vector where False, for each text by itself; places M
-        to J-1 always hold the null vector. None or M = 0: no context. Raises ValueError where M exceeds J.
+        Args:
+            ids_NT: Token ids of the texts.
+            mask_NT: True at tokens, False at padding.
+            pooled_NT: True at the tokens that are pooled.
+            context_MH: First-stage vectors of M ≤ J documents. None or M = 0 is no context. The null
+                vector fills places M to J-1.
+            keep_NJ: False where a text reads the null vector in place of a context document.
+
+        Returns:
+            Unit embeddings (N × H, float32).
+
+        Raises:
+            ValueError: M exceeds J.
         """
         if self.context_size == 0:
             hidden_NTH = self.backbone(input_ids=ids_NT, attention_mask=mask_NT).last_hidden_state
             return F.normalize(mean_pool(hidden_NTH, pooled_NT), dim=-1)
         if len(ids_NT) == 1 and self.backbone.config._attn_implementation.startswith("flash"):
-            # with one text and no padding, transformers takes the zeros of the context for starts of packed sequences
+            # For one text without padding, transformers would take the context's positions (zeros) for
+            # starts of packed sequences.
             ids_NT, mask_NT, pooled_NT = (F.pad(tensor, (0, 1)) for tensor in (ids_NT, mask_NT, pooled_NT))
         num_texts, num_tokens = ids_NT.shape
         inputs_NTH = self.backbone.get_input_embeddings()(ids_NT)
@@ -121,14 +136,16 @@ class SecondStage(nn.Module):
         context_JH = F.pad(context_MH.float(), (0, 0, 0, self.context_size - num_given))
         given_J = torch.arange(self.context_size, device=null_H.device) < num_given
         keep_NJ = given_J.expand(num_texts, -1) if keep_NJ is None else keep_NJ & given_J
-        # always `where`: a null vector used only where something is dropped would leave its gradient bucket unreduced
+        # `where` is always computed, so that the null vector always has a gradient for DDP to reduce.
         return torch.where(keep_NJ[..., None], context_JH, null_H)
 
     def _attention_mask(self, inputs_NLH: Tensor, mask_NL: Tensor) -> Any:
         config = self.backbone.config
         if config.model_type != "modernbert":
             return mask_NL
-        size = self.context_size  # its window counts places in the sequence: admit the context from everywhere
+
+        # Its window counts positions in the sequence: let every token see the context.
+        size = self.context_size
 
         def reads_context(batch: Any, head: Any, query: Any, key: Any) -> Any:
             return (query < size) | (key < size)
@@ -141,7 +158,7 @@ class SecondStage(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Both stages; a biencoder has the second alone. Weights are shared between queries and documents."""
+    """Both stages, or the second alone in a biencoder. Queries and documents share all weights."""
 
     def __init__(self, config: EncoderConfig, first: PreTrainedModel | None, second: PreTrainedModel) -> None:
         super().__init__()
@@ -156,7 +173,7 @@ class Encoder(nn.Module):
         return self.second_stage_model.backbone.config
 
     def config_dict(self) -> dict[str, Any]:
-        """What `config.json` of a checkpoint or an export says: the backbone's keys, J, and ours."""
+        """The content of `config.json` of checkpoints and exports: the backbone's keys, J, and our own keys."""
         own = {
             "format_version": MODEL_FORMAT_VERSION,
             "architecture": self.config.architecture,
@@ -176,23 +193,25 @@ def mean_pool(hidden_NTH: Tensor, pooled_NT: Tensor) -> Tensor:
 
 
 def new_backbone(config: PreTrainedConfig, attention: str = "sdpa") -> PreTrainedModel:
-    """A backbone of random weights. Raises ValueError for a model type or an attention that cannot be used."""
+    """A backbone with random weights. Raises ValueError for an unsupported model type or attention."""
     return AutoModel.from_config(config, attn_implementation=attention, **backbone_options(config, attention))
 
 
 def backbone_options(config: PreTrainedConfig, attention: str) -> dict[str, Any]:
-    """Arguments besides the configuration. Raises ValueError where this backbone cannot carry a context."""
+    """Arguments besides the configuration. Raises ValueError if this backbone cannot carry a context."""
     if config.model_type not in BACKBONE_TYPES:
-        raise ValueError(f"a backbone of type '{config.model_type}' is not known; known: {', '.join(BACKBONE_TYPES)}")
+        raise ValueError(
+            f"a backbone of type '{config.model_type}' is not supported; supported: {', '.join(BACKBONE_TYPES)}"
+        )
     if config.model_type == "modernbert" and attention.startswith("flash"):
         raise ValueError(
             f"modernbert with {attention} hides the context from tokens beyond its window; use sdpa or eager"
         )
-    return {"add_pooling_layer": False} if config.model_type == "bert" else {}  # the pooler would get no gradient
+    return {"add_pooling_layer": False} if config.model_type == "bert" else {}  # its pooler would get no gradient
 
 
 def read_encoder_config(folder: Path) -> tuple[EncoderConfig, PreTrainedConfig]:
-    """The configuration of a model saved in `folder`. Raises ValueError where it is not one, or of a newer format."""
+    """Reads the configuration of the model in `folder`. Raises ValueError if it is foreign or of a newer format."""
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     own = content.get(CONFIG_KEY) if isinstance(content, dict) else None
     if not isinstance(own, dict):
@@ -213,9 +232,15 @@ def read_encoder_config(folder: Path) -> tuple[EncoderConfig, PreTrainedConfig]:
 
 
 def load_encoder(folder: Path, attention: str = "sdpa") -> Encoder:
-    """The encoder saved in `folder` (`config.json`, `model.safetensors`), in evaluation mode.
+    """Loads the encoder of a checkpoint or an export, in evaluation mode.
 
-    Raises ValueError where the configuration is not ours or a weight is missing, OSError where a file is.
+    Args:
+        folder: Holds `config.json` and `model.safetensors`.
+        attention: The attention implementation of transformers.
+
+    Raises:
+        ValueError: The configuration is not ours, or does not fit the weights.
+        OSError: A file is missing.
     """
     from safetensors.torch import load_file
 
@@ -223,6 +248,12 @@ def load_encoder(folder: Path, attention: str = "sdpa") -> Encoder:
     first = new_backbone(backbone, attention) if config.context_size else None
     encoder = Encoder(config, first, new_backbone(backbone, attention))
     weights = load_file(folder / "model.safetensors")
+
+    # The export of a biencoder has the weights of its backbone under the backbone's own names.
+    prefix = "second_stage_model.backbone."
+    if config.context_size == 0 and not any(name.startswith(prefix) for name in weights):
+        weights = {prefix + name: tensor for name, tensor in weights.items()}
+
     missing, unexpected = encoder.load_state_dict(weights, strict=False)
     if missing or unexpected:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""Texts in shelves of like length, each tokenised when it is first read, and kept for the next pass.
+"""Texts on shelves of similar length. A shelf is tokenised when it is first read, and kept for the next pass.
 
-Ranks share a corpus shelf by shelf, so that none of them tokenises all of it. Which text is on which
-shelf follows from the texts alone, never from the number of ranks.
+Ranks share a corpus shelf by shelf, so that none of them tokenises all of it. Which texts are on a
+shelf depends on the texts alone, never on the number of ranks.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from hardbatch.trainer.tokens import TextTokenizer, Tokens
 
-_KEPT_BYTES = 2**30  # token ids that a rank keeps of one list of texts: 268 million tokens
+_KEPT_BYTES = 2**30  # of token ids that a rank keeps of one list of texts: 268 million tokens
 
 
 class Shelves:
-    """N texts by falling length in bytes, in shelves of `texts_per_shelf`; the last one may have fewer.
+    """N texts by decreasing length in bytes, `texts_per_shelf` on each shelf; the last one may have fewer.
 
-    Bytes stand in for tokens here, because nobody knows the tokens of a text before its shelf is read.
+    Bytes stand in for tokens, which are not known before a shelf is read.
     """
 
     def __init__(self, texts: Sequence[str], prompt: str, tokenizer: TextTokenizer, texts_per_shelf: int) -> None:
@@ -39,18 +39,18 @@ class Shelves:
         return -(-len(self._texts) // self._texts_per_shelf)
 
     def are_of(self, texts: Sequence[str], prompt: str, tokenizer: TextTokenizer, texts_per_shelf: int) -> bool:
-        """Whether these shelves are what the arguments would give."""
+        """Whether the arguments would give these same shelves."""
         same_settings = (prompt, texts_per_shelf) == (self._prompt, self._texts_per_shelf)
         same_texts = texts is self._texts or texts == self._texts
         return same_settings and tokenizer is self._tokenizer and same_texts
 
     def rows(self, number: int) -> Tensor:
-        """Rows (int64, on the CPU) of the texts on a shelf, in the list that was given."""
+        """Rows (int64, on the CPU) that the texts of a shelf have in the list of all texts."""
         start = number * self._texts_per_shelf
         return self._order_N[start : start + self._texts_per_shelf]
 
     def tokens(self, number: int) -> Tokens:
-        """The tokens of a shelf, in the order of its `rows`. Its ids are int32, half the size of int64."""
+        """The tokens of a shelf, in the order of its `rows`. Ids are int32, half the size of int64."""
         kept = self._kept.get(number)
         if kept is not None:
             return kept
@@ -59,7 +59,7 @@ class Shelves:
         tokens = self._tokenizer.tokenize(texts, self._prompt)
         tokens = replace(tokens, ids=tokens.ids.int())
 
-        # A shelf that finds no room is tokenised again by the next pass, and the others are still kept.
+        # A shelf that exceeds the limit is tokenised again by the next pass; the others are kept.
         if tokens.ids.nbytes <= self._room_bytes:
             self._room_bytes -= tokens.ids.nbytes
             self._kept[number] = tokens
@@ -67,7 +67,7 @@ class Shelves:
 
 
 class KeptShelves:
-    """The shelves of the last list of texts of each name, so that a second pass tokenises nothing."""
+    """The shelves of the latest list of texts under each name, so that a second pass tokenises nothing."""
 
     def __init__(self) -> None:
         self._shelves_of: dict[str, Shelves] = {}
@@ -75,7 +75,7 @@ class KeptShelves:
     def shelves(
         self, name: str, texts: Sequence[str], prompt: str, tokenizer: TextTokenizer, texts_per_shelf: int
     ) -> Shelves:
-        """The shelves of `texts`; those of the last call with this name if nothing has changed."""
+        """The shelves of `texts`: those of the latest call with this name if nothing has changed since."""
         found = self._shelves_of.get(name)
         if found is None or not found.are_of(texts, prompt, tokenizer, texts_per_shelf):
             found = Shelves(texts, prompt, tokenizer, texts_per_shelf)

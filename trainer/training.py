@@ -1,4 +1,4 @@
-"""Everything a training needs, found, checked and built before its first step, or from its checkpoint."""
+"""Finds, checks and builds everything that a training needs before its first step, or restores it from a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from hardbatch.trainer.batch import Tokenizer, load_tokenizer
 from hardbatch.trainer.checkpoint import TrainState, check_resumable, load_optimizer, read_state
 from hardbatch.trainer.collection import Collection, load_collection
 from hardbatch.trainer.config import TrainConfig
+from hardbatch.trainer.context import CONTEXT_FILE, ContextDocuments, draw_from_shards
 from hardbatch.trainer.export import refuse_foreign
 from hardbatch.trainer.gradcache import GradCache, StepConfig
 from hardbatch.trainer.memory import MemoryNeeds, bytes_per_token, choose_chunk_tokens, free_memory, memory_line
@@ -33,7 +34,7 @@ from hardbatch.trainer.shards import Shards, open_shards
 
 @dataclass(kw_only=True)
 class Training:
-    """A training about to go on at `state`."""
+    """A training that is about to continue at `state`."""
 
     config: TrainConfig
     ranks: Ranks
@@ -41,33 +42,36 @@ class Training:
     order: BatchOrder
     encoder: Encoder
     tokenizer: Tokenizer
-    tokenizer_files: dict[str, bytes]
+    model_files: dict[str, bytes]
+    """Tokenizer and context documents by file name, for checkpoints; on the main rank only."""
+    context: ContextDocuments
+    """Documents of the export's default context; on the main rank only."""
     optimizer: torch.optim.AdamW
     collections: list[Collection]
     state: TrainState
     notices: list[str]
     memory: MemoryNeeds
     chunk_tokens: int
-    """Tokens that are computed at once: those of --chunk-tokens, or what `auto` found."""
+    """Tokens that are computed at once: --chunk-tokens, or what `auto` found."""
 
     @property
     def step_size(self) -> int:
-        """Batches of a step: W · A."""
+        """Batches in a step: W · A."""
         return self.ranks.world_size * self.config.accumulate
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """The type of autocast, None for float32 throughout."""
+        """The type of autocast; None is float32 throughout."""
         return autocast_dtype(self.config.precision, self.ranks.device)
 
     def facts(self) -> dict[str, Any]:
-        """What ranks must agree on before they begin."""
+        """What all ranks must agree on before the first step."""
         state = self.state
         where = {"step": state.step, "batch": state.position, "end": state.end_position, "step size": self.step_size}
         return {**where, "shards": state.shards_key, "settings": state.settings}
 
     def gradients(self) -> GradCache:
-        """What computes losses and gradients."""
+        """The computation of losses and gradients."""
         config = self.config
         step = StepConfig(
             chunk_tokens=self.chunk_tokens,
@@ -83,9 +87,11 @@ class Training:
 
 @contextlib.contextmanager
 def lock_output(output: Path) -> Iterator[None]:
-    """Makes the folder `output` and keeps other trainings out of it for the body.
+    """Makes the folder `output`, and keeps other trainings out of it for the body.
 
-    Raises ConfigError where it cannot be made, LockedError where another training writes to it.
+    Raises:
+        ConfigError: The folder cannot be made.
+        LockedError: Another training writes to it.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -97,43 +103,52 @@ def lock_output(output: Path) -> Iterator[None]:
 
 
 def start_training(config: TrainConfig, ranks: Ranks, checkpoint: Path | None, notices: list[str]) -> Training:
-    """Opens shards and evaluation folders, builds the model or loads it from `checkpoint`. Waits for no other rank.
+    """Opens shards and evaluation folders, and builds the model or loads it from `checkpoint`.
 
-    `checkpoint` and `notices` are what the main rank's `find_checkpoint` returned: it alone reads every byte of it.
+    Waits for no other rank.
 
-    Raises ConfigError, InputError or IntegrityError for what a user can mend.
+    Args:
+        config: The settings.
+        ranks: The processes of the training.
+        checkpoint: What `find_checkpoint` returned on the main rank, which has verified every byte.
+        notices: Lines for the log, to which this function adds.
+
+    Raises:
+        ConfigError: The settings do not fit the shards, the model or the checkpoint.
+        InputError: An evaluation folder is wrong.
+        IntegrityError: Shards or weights are damaged.
     """
     shards = open_shards(config.shards)
     collections = [load_collection(folder) for folder in evaluation_folders(config, shards)]
     names = [collection.name for collection in collections]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"--eval: two folders are named {name}, and their figures would mix; rename one")
+            raise ConfigError(f"--eval: two folders are named {name}, and their metrics would mix; rename one")
     refuse_foreign(export_folder(config.output))
     precision = "bf16" if autocast_dtype(config.precision, ranks.device) else "fp32"
     if config.attention.startswith("flash") and precision == "fp32":
-        raise ConfigError(f"--attention {config.attention} computes in bf16 alone; give --precision bf16")
+        raise ConfigError(f"--attention {config.attention} computes in bf16 only; give --precision bf16")
     settings = config.trajectory() | {"precision": precision}
     order = shards.order(seed=config.seed)
     step_size = ranks.world_size * config.accumulate
-    order.step_at(0, step_size)  # refuses an epoch that holds less than one step
+    order.step_at(0, step_size)  # refuses an epoch of less than one step
     if checkpoint is not None:
         state = read_state(checkpoint)
         check_resumable(checkpoint, state, shards_key=shards.key, settings=settings)
         folder, encoder = checkpoint, initial_encoder(config, checkpoint, flag="--resume", verified=True)
-        notices.append(f"going on from {checkpoint}, step {state.step:,}, batch {state.position:,}")
+        notices.append(f"resuming from {checkpoint}, step {state.step:,}, batch {state.position:,}")
     else:
         folder = config.init_from or find_backbone(config.backbone)
         encoder = (
-            initial_encoder(config, folder, flag="--init-from", verified=not ranks.is_main)  # whose weights all take
+            initial_encoder(config, folder, flag="--init-from", verified=not ranks.is_main)  # every rank reads them
             if config.init_from
             else build_encoder(config, folder)
         )
         state = _fresh_state(config, shards, order, step_size, settings)
         if state.warmup_batches >= state.end_position:
             notices.append(
-                f"the warm-up of {config.warmup_steps:,} steps is longer than this training, whose learning rate stays "
-                "below its peak; give a smaller --warmup-steps"
+                f"the warm-up of {config.warmup_steps:,} steps is longer than this training, so the learning rate "
+                "never reaches its peak; give a smaller --warmup-steps"
             )
     tokenizer = load_tokenizer(
         folder,
@@ -145,12 +160,19 @@ def start_training(config: TrainConfig, ranks: Ranks, checkpoint: Path | None, n
         raise ConfigError(
             f"--hard-negatives {config.hard_negatives}: {config.shards} has no hard negatives; leave it out"
         )
+
     memory = _memory_needs(config, encoder, autocast_dtype(config.precision, ranks.device))
     chunk_tokens = choose_chunk_tokens(config.chunk_tokens, memory, free_memory(ranks.device))
     encoder = encoder.to(ranks.device).train()
     optimizer = build_optimizer(encoder, config, fused=ranks.device.type == "cuda")
     if checkpoint is not None:
         load_optimizer(checkpoint, encoder, optimizer)
+
+    context = ContextDocuments()
+    model_files = _files_of_tokenizer(folder) if ranks.is_main else {}
+    if ranks.is_main and encoder.config.context_size:
+        context = draw_from_shards(shards, encoder.config.context_size, seed=config.seed)
+        model_files[CONTEXT_FILE] = context.to_bytes()
     return Training(
         config=config,
         ranks=ranks,
@@ -158,7 +180,8 @@ def start_training(config: TrainConfig, ranks: Ranks, checkpoint: Path | None, n
         order=order,
         encoder=encoder,
         tokenizer=tokenizer,
-        tokenizer_files=_files_of_tokenizer(folder),
+        model_files=model_files,
+        context=context,
         optimizer=optimizer,
         collections=collections,
         state=state,
@@ -180,9 +203,10 @@ def _memory_needs(config: TrainConfig, encoder: Encoder, autocast: torch.dtype |
 
 
 def evaluation_folders(config: TrainConfig, shards: Shards) -> list[Path]:
-    """The folders that --eval names; `holdout` among them stands for what the pipeline held out of these shards.
+    """The folders that --eval names. `holdout` stands for what the pipeline held out of these shards.
 
-    Raises ConfigError where nothing was held out, or where the shards were moved away from their workspace.
+    Raises:
+        ConfigError: Nothing was held out, or the shards were moved out of their workspace.
     """
     folders: list[Path] = []
     for given in config.eval:
@@ -201,12 +225,12 @@ def evaluation_folders(config: TrainConfig, shards: Shards) -> list[Path]:
 
 
 def export_folder(output: Path) -> Path:
-    """Where the export of a training goes."""
+    """The folder of a training's export."""
     return output / "export"
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """bfloat16, or None for float32; auto is bfloat16 where the hardware has it. float16 would need loss scaling."""
+    """bfloat16, or None for float32; auto is bfloat16 if the hardware supports it. float16 would need loss scaling."""
     if precision == "auto":
         on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         on_cpu = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
@@ -217,7 +241,7 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 def _fresh_state(
     config: TrainConfig, shards: Shards, order: BatchOrder, step_size: int, settings: dict[str, Any]
 ) -> TrainState:
-    """The state before the first step. The schedule is told in batches, so that the number of ranks may change."""
+    """The state before the first step. Its schedule counts batches, so that the number of ranks may change."""
     end_position = config.epochs * order.epoch_length
     if config.max_steps is not None:
         epochs, steps = divmod(config.max_steps, order.epoch_length // step_size)
@@ -236,35 +260,33 @@ def _fresh_state(
 
 
 def _files_of_tokenizer(folder: Path) -> dict[str, bytes]:
-    """The tokenizer as transformers saves it, by file name: it shall outlive the folder that it came from."""
+    """The tokenizer as transformers saves it, by file name, so that it outlives the folder that it came from."""
     with tempfile.TemporaryDirectory() as saved:
         AutoTokenizer.from_pretrained(folder, trust_remote_code=False).save_pretrained(saved)
         return {path.name: path.read_bytes() for path in sorted(Path(saved).iterdir())}
 
 
 def choose_prompts(shards: Shards) -> dict[str, str]:
-    """Prompts that an export offers: `query` and `document`, those of most batches, and every other by its name.
+    """The prompts of an export: `query` and `document`, which most batches have, and all others by their own name.
 
-    A retrieval prompt (search_query) is preferred where the shards have one: it is what these names are used for.
+    A retrieval prompt (search_query) is preferred if the shards have one, because these two names are
+    used for retrieval.
     """
     num_batches = np.bincount(shards.index.domains_I, minlength=len(shards.domains))
     used: Counter[tuple[str, str]] = Counter()
     for domain, number in zip(shards.domains, num_batches, strict=True):
-        if domain in shards.prompts:  # `mixed` has those of its pairs
+        if domain in shards.prompts:  # `mixed` has the prompts of its pairs
             used[shards.prompts[domain]] += int(number)
     retrieval = [prompts for prompts in used if prompts[0].startswith("search_query")]
     query, document = retrieval[0] if retrieval else used.most_common(1)[0][0]
     named = {
         text.rstrip().rstrip(":"): text for prompts in sorted(used) for text in prompts if text.rstrip().rstrip(":")
     }
-    return dict(sorted({**named, "query": query, "document": document}.items()))  # as a checkpoint gives them back
+    return dict(sorted({**named, "query": query, "document": document}.items()))  # in the order of a checkpoint's JSON
 
 
 def build_optimizer(encoder: Encoder, config: TrainConfig, *, fused: bool) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices alone.
-
-    `fused` takes one kernel for all weights, which is faster on CUDA.
-    """
+    """AdamW with weight decay on matrices only. `fused` is one kernel for all weights, faster on CUDA."""
     matrices = [parameter for parameter in encoder.parameters() if parameter.dim() > 1]
     others = [parameter for parameter in encoder.parameters() if parameter.dim() <= 1]
     groups = [
@@ -275,7 +297,7 @@ def build_optimizer(encoder: Encoder, config: TrainConfig, *, fused: bool) -> to
 
 
 def startup_summary(training: Training) -> list[str]:
-    """What is about to happen."""
+    """The first lines of the log: shards, model, schedule and memory."""
     shards, state, encoder = training.shards, training.state, training.encoder
     stages = [stage for stage in (encoder.first_stage_model, encoder.second_stage_model) if stage is not None]
     sizes = " + ".join(f"{sum(parameter.numel() for parameter in stage.parameters()) / 1e6:.1f}M" for stage in stages)

@@ -84,7 +84,10 @@ def test_what_cannot_be_a_backbone(tmp_path):
         (lambda: find_backbone("no/such/model@abc"), "unknown model 'no/such/model'"),
         (lambda: find_backbone(str(tmp_path)), "has no config.json"),
         (lambda: build_encoder(settings(), broken), "cannot be read"),
-        (lambda: build_encoder(settings(), other), "type 'roberta' is not known; known: bert, modernbert, nomic_bert"),
+        (
+            lambda: build_encoder(settings(), other),
+            "type 'roberta' is not supported; supported: bert, modernbert, nomic_bert",
+        ),
         (lambda: build_encoder(settings(), partial), "lacks 48 of its weights"),
         (lambda: build_encoder(settings("--num-layers", "3"), folder), "has 2 layers"),
         (lambda: build_encoder(settings("--max-length", "129"), folder), "reads at most 128 tokens"),

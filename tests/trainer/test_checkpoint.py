@@ -1,4 +1,4 @@
-"""Checkpoints: complete or not there, verified, the newest kept."""
+"""Checkpoints are complete or absent, and verified; the newest are kept."""
 
 from __future__ import annotations
 
@@ -41,60 +41,41 @@ def make_state(step=10, position=None):
 def saver(tmp_path):
     """`saver(step, keep_last=2)`: saves a trained encoder below tmp_path/run; it has `.encoder` and `.optimizer`."""
     encoder = tiny_encoder("bert", 4)
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=0.01)
-    tokenizer = {path.name: path.read_bytes() for path in save_tokenizer(tmp_path / "tokenizer").iterdir()}
+    files = {path.name: path.read_bytes() for path in save_tokenizer(tmp_path / "tokenizer").iterdir()}
 
     def save(step=10, keep_last=2):
-        for parameter in encoder.parameters():
-            parameter.grad = torch.randn_like(parameter)
-        optimizer.step()
+        take_step(encoder, save.optimizer, seed=step)
         state = make_state(step, save.position)
-        return save_checkpoint(
-            tmp_path / "run", encoder, optimizer, state, tokenizer_files=tokenizer, keep_last=keep_last
-        )
+        return save_checkpoint(save.output, encoder, save.optimizer, state, model_files=files, keep_last=keep_last)
 
-    save.encoder, save.optimizer, save.output, save.position = encoder, optimizer, tmp_path / "run", None
+    save.encoder, save.optimizer = encoder, torch.optim.AdamW(encoder.parameters(), lr=0.01)
+    save.output, save.position = tmp_path / "run", None
     return save
 
 
-def test_everything_comes_back(saver):
+def take_step(encoder, optimizer, seed=0):
+    torch.manual_seed(seed)
+    for parameter in encoder.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_everything_comes_back(saver, fused):
+    """Also of the fused optimizer, as on CUDA; torch has its kernel for the CPU too."""
+    saver.optimizer = torch.optim.AdamW(saver.encoder.parameters(), lr=0.01, fused=fused)
     path = saver(10)
     assert verify_artifact(path) == [] and read_state(path) == make_state(10)
     loaded = load_encoder(path)
     for (name, before), after in zip(saver.encoder.named_parameters(), loaded.parameters(), strict=True):
         assert torch.equal(before, after), name
-    optimizer = torch.optim.AdamW(loaded.parameters(), lr=0.01)
+    optimizer = torch.optim.AdamW(loaded.parameters(), lr=0.01, fused=fused)
     load_optimizer(path, loaded, optimizer)
+    assert {float(state["step"]) for state in optimizer.state.values()} == {1.0}
     for encoder, stepper in ((saver.encoder, saver.optimizer), (loaded, optimizer)):
-        torch.manual_seed(0)
-        for parameter in encoder.parameters():
-            parameter.grad = torch.randn_like(parameter)
-        stepper.step()
+        take_step(encoder, stepper)
     for before, after in zip(saver.encoder.parameters(), loaded.parameters(), strict=True):
         assert torch.equal(before, after)  # the next update is the same to the bit
-
-
-def test_a_fused_optimizer_goes_on_to_the_bit(saver):
-    """As on CUDA; torch has the fused kernel for the CPU too."""
-    saver.optimizer = torch.optim.AdamW(saver.encoder.parameters(), lr=0.01, fused=True)
-    for step in (1, 2):
-        torch.manual_seed(step)
-        for parameter in saver.encoder.parameters():
-            parameter.grad = torch.randn_like(parameter)
-        saver.optimizer.step()
-    path = save_checkpoint(saver.output, saver.encoder, saver.optimizer, make_state(2), tokenizer_files={}, keep_last=1)
-
-    loaded = load_encoder(path)
-    optimizer = torch.optim.AdamW(loaded.parameters(), lr=0.01, fused=True)
-    load_optimizer(path, loaded, optimizer)
-    for encoder, stepper in ((saver.encoder, saver.optimizer), (loaded, optimizer)):
-        torch.manual_seed(0)
-        for parameter in encoder.parameters():
-            parameter.grad = torch.randn_like(parameter)
-        stepper.step()
-    for before, after in zip(saver.encoder.parameters(), loaded.parameters(), strict=True):
-        assert torch.equal(before, after)
-    assert {float(state["step"]) for state in optimizer.state.values()} == {3.0}
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -139,7 +120,7 @@ def test_a_damaged_one_is_passed_over_aloud(saver, name):
     assert found == before and any(str(path) in line for line in told)
     with pytest.raises(IntegrityError, match="damaged"):
         find_checkpoint(saver.output, str(path))
-    saver(20)  # the same step again mends it
+    saver(20)  # the same step again repairs it
     assert find_checkpoint(saver.output, "auto") == (path, [])
 
 
@@ -159,6 +140,10 @@ def test_never_and_named(saver, tmp_path):
     assert find_checkpoint(saver.output, str(path)) == (path, [])
     with pytest.raises(ConfigError, match="no checkpoint there"):
         find_checkpoint(saver.output, str(tmp_path / "nowhere"))
+    newest = saver(20)
+    with pytest.raises(ConfigError, match="another newest checkpoint, step-00000020"):
+        find_checkpoint(saver.output, str(path))  # two trainings would mix
+    assert find_checkpoint(saver.output, str(newest)) == (newest, [])
 
 
 def test_the_same_step_of_another_way_is_written_anew(saver):
@@ -173,29 +158,18 @@ def test_the_same_step_of_another_way_is_written_anew(saver):
     assert read_state(path).position == saver.position and (path / "model.safetensors").read_bytes() != before
 
 
-def test_a_named_one_that_is_not_the_newest_would_mix_two_trainings(saver):
-    older, newest = saver(10), saver(20)
-    with pytest.raises(ConfigError, match="another newest checkpoint, step-00000020"):
-        find_checkpoint(saver.output, str(older))
-    assert find_checkpoint(saver.output, str(newest)) == (newest, [])
-
-
-def test_a_setting_that_an_old_checkpoint_does_not_know_is_its_default(saver):
-    path = saver(10)
-    state = read_state(path)
-    check_resumable(path, state, shards_key="abc", settings={**SETTINGS, "no_context_rate": 0.0})
-    with pytest.raises(ConfigError, match=r"--no-context-rate 0.0 there, 0.5 here"):
-        check_resumable(path, state, shards_key="abc", settings={**SETTINGS, "no_context_rate": 0.5})
-
-
 def test_other_shards_and_other_settings_are_refused(saver):
+    """A setting that an old checkpoint does not know has its default."""
     path = saver(10)
     state = read_state(path)
-    check_resumable(path, state, shards_key="abc", settings=SETTINGS)
+    for settings in (SETTINGS, {**SETTINGS, "no_context_rate": 0.0}):
+        check_resumable(path, state, shards_key="abc", settings=settings)
     with pytest.raises(ConfigError, match="belongs to the shards abc, --shards gives xyz"):
         check_resumable(path, state, shards_key="xyz", settings=SETTINGS)
-    with pytest.raises(ConfigError, match=r"--learning-rate 0.1 there, 0.2 here"):
-        check_resumable(path, state, shards_key="abc", settings={**SETTINGS, "learning_rate": 0.2})
+    for name, value, was in (("learning_rate", 0.2, 0.1), ("no_context_rate", 0.5, 0.0)):
+        flag = name.replace("_", "-")
+        with pytest.raises(ConfigError, match=f"--{flag} {was} there, {value} here"):
+            check_resumable(path, state, shards_key="abc", settings={**SETTINGS, name: value})
 
 
 def test_a_newer_version_and_a_foreign_state_are_refused(saver):

@@ -1,14 +1,17 @@
-"""Figures as computed by hand, order restored, context by seed, several ranks as one, clear words about bad input."""
+"""Metrics equal those computed by hand, and several ranks equal one; order, context, bad input, the command."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
+import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
@@ -27,15 +30,19 @@ from hardbatch.trainer import embed, evaluate, shelves
 from hardbatch.trainer import search as search_module
 from hardbatch.trainer.batch import Tokenizer, load_tokenizer
 from hardbatch.trainer.collection import Collection, load_collection
+from hardbatch.trainer.context import ContextDocuments
 from hardbatch.trainer.embed import Embedder
-from hardbatch.trainer.evaluate import evaluate_retrieval, held_out_loss
+from hardbatch.trainer.evaluate import evaluate_retrieval
+from hardbatch.trainer.export import export_model
+from hardbatch.trainer.held_out import HeldOutLoss, held_out_loss
 from hardbatch.trainer.loss import info_nce
 from hardbatch.trainer.search import search
 from tests.models import minilm_folder
-from tests.trainer_models import save_model_folder, tiny_encoder
+from tests.trainer_models import tiny_encoder
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT_SIZE = 4
+BM25 = {"squad_dev": 0.851, "banking77": 0.636, "covid_qa": 0.653, "code_networkx": 0.472, "pubmedqa": 0.969}  # nDCG@10
 OPTIONS = {"query_prompt": "search_query: ", "document_prompt": "search_document: ", "texts_per_chunk": 3}
 
 
@@ -78,11 +85,13 @@ class TestCollection:
         assert collection.documents == ["One first", "second"]
         assert collection.queries == ["which is one", "which is two"]
         assert collection.query_rows.tolist() == collection.document_rows.tolist() == [0, 1]
+        assert collection.source == f'title + " " + text of {tmp_path / "small" / "corpus.parquet"}'
 
     def test_titles_may_be_absent_or_null_and_ids_integers(self, tmp_path: Path) -> None:
         corpus = {"doc_id": [7, 8], "text": ["first", "second"]}
         qrels = {"query_id": ["q", "p"], "doc_id": [8, 7], "score": [3, 0]}
-        assert load_collection(write_collection(tmp_path, corpus=corpus, qrels=qrels)).document_rows.tolist() == [1, 0]
+        collection = load_collection(write_collection(tmp_path, corpus=corpus, qrels=qrels))
+        assert collection.document_rows.tolist() == [1, 0] and collection.source.startswith("text of ")
         corpus["title"] = [None, "Two"]
         assert load_collection(write_collection(tmp_path, corpus=corpus, qrels=qrels)).documents == [
             "first",
@@ -187,70 +196,51 @@ def tokenised(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> list[str
     return seen
 
 
-class AsRank:
+AsRank = Callable[[int, int], contextlib.AbstractContextManager[None]]
+
+
+@pytest.fixture
+def as_rank(monkeypatch: pytest.MonkeyPatch) -> AsRank:
     """`with as_rank(rank, num_ranks)`: what this process computes as one rank of several, without the others."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._monkeypatch = monkeypatch
-
     @contextlib.contextmanager
-    def __call__(self, rank: int, num_ranks: int) -> Iterator[None]:
-        with self._monkeypatch.context() as patch:
+    def pretend(rank: int, num_ranks: int) -> Iterator[None]:
+        with monkeypatch.context() as patch:
             for module in (embed, search_module):
                 patch.setattr(module, "ranks", lambda: (rank, num_ranks))
             patch.setattr(dist, "all_reduce", lambda tensor: None)
             yield
 
-
-@pytest.fixture
-def as_rank(monkeypatch: pytest.MonkeyPatch) -> AsRank:
-    return AsRank(monkeypatch)
+    return pretend
 
 
 class TestSharing:
-    def test_a_rank_tokenises_its_own_shelves(
-        self, tokenizer: Tokenizer, tokenised: list[str], as_rank: AsRank
+    @pytest.mark.parametrize(("num_texts", "num_ranks"), [(192, 3), (1, 2), (5, 3), (33, 2), (75, 2), (100, 3)])
+    def test_ranks_share_shelves_and_then_chunks(
+        self, tokenizer: Tokenizer, tokenised: list[str], as_rank: AsRank, num_texts: int, num_ranks: int
     ) -> None:
-        texts = make_collection(16 * 2 * 3 * 2).documents  # six shelves, two for each of three ranks
+        """192 texts are six shelves, two for each of three ranks; the others leave shelves to share by chunk."""
+        texts = make_collection(num_texts).documents
         embedder = Embedder(encoder=tiny_encoder(), tokenizer=tokenizer, texts_per_chunk=2)
         alone = embedder.documents(texts)
         assert sorted(tokenised) == sorted(texts)
 
         shares, parts, waits = [], [], []
-        for rank in range(3):
+        for rank in range(num_ranks):
             tokenised.clear()
             calls: list[int] = []
             count = partial(calls.append, 0)
-            with as_rank(rank, 3):
-                part = replace(embedder, kept=shelves.KeptShelves(), between_blocks=count).documents(texts)
-            parts.append(part)
+            with as_rank(rank, num_ranks):
+                parts.append(replace(embedder, kept=shelves.KeptShelves(), between_blocks=count).documents(texts))
             shares.append(list(tokenised))
             waits.append(len(calls))
 
-        assert [len(share) for share in shares] == [64, 64, 64]
-        assert sorted(text for share in shares for text in share) == sorted(texts)
         assert torch.equal(sum(parts), alone)
+        assert torch.equal(sum(part.any(1).int() for part in parts), torch.ones(num_texts, dtype=torch.int32))
         assert len(set(waits)) == 1  # the ranks wait for each other there
-
-    @pytest.mark.parametrize(("num_texts", "num_ranks"), [(1, 2), (5, 3), (33, 2), (75, 2), (100, 3)])
-    def test_shelves_that_are_too_few_are_shared_by_chunk(
-        self, tokenizer: Tokenizer, as_rank: AsRank, num_texts: int, num_ranks: int
-    ) -> None:
-        texts = make_collection(num_texts).documents
-        embedder = Embedder(encoder=tiny_encoder(), tokenizer=tokenizer, texts_per_chunk=2)
-        alone = embedder.documents(texts)
-
-        parts, waits = [], []
-        for rank in range(num_ranks):
-            calls: list[int] = []
-            with as_rank(rank, num_ranks):
-                parts.append(replace(embedder, between_blocks=partial(calls.append, 0)).documents(texts))
-            waits.append(len(calls))
-
-        rows_of = [part.any(1) for part in parts]
-        assert torch.equal(sum(rows.int() for rows in rows_of), torch.ones(num_texts, dtype=torch.int32))
-        assert torch.equal(sum(parts), alone)
-        assert len(set(waits)) == 1
+        if num_texts == 192:
+            assert [len(share) for share in shares] == [64, 64, 64]
+            assert sorted(text for share in shares for text in share) == sorted(texts)
 
     def test_ranks_share_the_queries_of_a_search(self, as_rank: AsRank) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -373,12 +363,21 @@ class TestRetrieval:
         assert drawn[0] == drawn[1] != drawn[2]
         assert all(len(set(one)) == CONTEXT_SIZE and set(one) <= set(collection.documents) for one in drawn)
         drawn.clear()
-        small = replace(make_collection(3, 2), documents=make_collection(3).documents)
-        evaluate_retrieval(tiny_encoder(), tokenizer, small, seed=0, with_context=True, **OPTIONS)
+        small = make_collection(3, 2)
+        for with_context in (True, False):
+            evaluate_retrieval(tiny_encoder(), tokenizer, small, seed=0, with_context=with_context, **OPTIONS)
         assert drawn == [list(small.documents)]
-        drawn.clear()
-        evaluate_retrieval(tiny_encoder(), tokenizer, small, seed=0, with_context=False, **OPTIONS)
-        assert drawn == []
+
+    def test_a_given_context_is_used(self, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+        given: list[Any] = []
+        for name in ("queries", "documents"):
+            monkeypatch.setattr(
+                Embedder, name, lambda self, texts, context: given.append(context) or torch.ones(len(texts), 1)
+            )
+        context = torch.ones(2, 32)
+        options = OPTIONS | {"seed": 0, "with_context": False, "default_context_MH": context}
+        evaluate_retrieval(tiny_encoder(), tokenizer, make_collection(), **options)
+        assert len(given) == 2 and all(one is context for one in given)
 
     def test_a_biencoder_has_no_context(self, tokenizer: Tokenizer) -> None:
         encoder, collection = tiny_encoder(context_size=0), make_collection()
@@ -450,7 +449,7 @@ class TestHeldOutLoss:
         assert found.loss == 0 and found.accuracy == 1
 
     def test_batches_are_drawn_by_seed_and_the_rest_is_left_out(self, tokenizer: Tokenizer) -> None:
-        def loss(**changes: int) -> evaluate.HeldOutLoss:
+        def loss(**changes: int) -> HeldOutLoss:
             settings: dict[str, Any] = {"batch_size": 5, "seed": 0, "temperature": 0.1} | changes
             return held_out_loss(tiny_encoder(), tokenizer, make_collection(), **settings, **OPTIONS)
 
@@ -461,7 +460,7 @@ class TestHeldOutLoss:
 
     def test_one_pair_is_refused(self, tokenizer: Tokenizer) -> None:
         collection = replace(make_collection(), scores=np.array([1] + [0] * 11))
-        with pytest.raises(InputError, match="tiny: one relevant pair makes no batch"):
+        with pytest.raises(InputError, match="tiny: has one relevant pair, and a held-out loss needs two or more"):
             held_out_loss(tiny_encoder(), tokenizer, collection, batch_size=4, seed=0, temperature=0.1)
 
 
@@ -498,44 +497,80 @@ def test_several_ranks_give_the_figures_of_one(tokenizer: Tokenizer, tmp_path: P
 
 
 class TestCommand:
-    @staticmethod
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "hardbatch.trainer.evaluate", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    @pytest.fixture(autouse=True)
+    def _bm25(self) -> None:
+        pytest.importorskip("bm25s", reason="needs the package bm25s: pip install bm25s")
 
-    def test_it_prints_a_row_for_each_collection(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    def table(self, capsys: pytest.CaptureFixture[str], *arguments: object) -> list[list[str]]:
+        """Runs the command. Returns the cells of the lines that it prints; a name is one cell."""
+        assert evaluate.main(list(map(str, arguments))) == 0
+        return [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
+
+    def test_each_context_of_our_model_stands_beside_bm25(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        model = save_model_folder(tmp_path / "model", tiny_encoder(), prompts={"query": "q: ", "document": "d: "})
-        first = write_collection(tmp_path / "first")
-        second = write_collection(tmp_path / "a_second_collection")
-        prompts = []
-        original = evaluate.evaluate_retrieval
+        encoder = tiny_encoder()
+        prompts = {"query": "q: ", "document": "d: "}
+        documents = ContextDocuments(documents=("one", "two"), origin="by hand")
+        exported = export_model(encoder, minilm_folder(), tmp_path / "model", prompts=prompts, context=documents)
+        collections = [write_collection(tmp_path / name) for name in ("first", "second")]
+        arguments = [word for folder in collections for word in ("--collection", folder)]
+        lines = self.table(capsys, "--model", exported, "--document-prompt", "", *arguments)
+        names = [f"model, {context}" for context in ("context of the corpus", "default context", "no context")]
+        for block, folder in ((lines[:6], collections[0]), (lines[6:], collections[1])):
+            assert block[0] == [
+                f'{folder.name}: 2 documents (title + " " + text of {folder}/corpus.parquet), 2 queries'
+            ]
+            assert block[1] == ["nDCG@10", "recall@100", "MRR@10"]
+            assert [row[0] for row in block[2:]] == [*names, "BM25"]
 
-        def spy(*arguments: Any, **options: Any) -> Any:
-            prompts.append((options["query_prompt"], options["document_prompt"]))
-            return original(*arguments, **options)
-
-        monkeypatch.setattr(evaluate, "evaluate_retrieval", spy)
-        assert evaluate.main(["--model", str(model), "--eval", f"{first},{second}", "--document-prompt", ""]) == 0
-        lines = capsys.readouterr().out.splitlines()
-        assert prompts == [("q: ", "")] * 4
-        assert lines[0].split() == ["no", "context", "with", "context", "(J", "=", "4)"]
-        assert lines[1].split() == ["collection", *["nDCG@10", "recall@100", "MRR@10"] * 2]
-        assert [line.split()[0] for line in lines[2:]] == ["first", "a_second_collection"]
-        assert len({len(line) for line in lines}) == 1
-        found = load_collection(first)
-        tokenizer = load_tokenizer(model, max_length_tokens=48)
-        figures = evaluate_retrieval(
-            tiny_encoder(), tokenizer, found, seed=0, with_context=True, query_prompt="q: ", document_prompt=""
+        tokenizer = load_tokenizer(exported, max_length_tokens=48)
+        vectors = Embedder(encoder=encoder, tokenizer=tokenizer).context(documents.documents)
+        contexts = (
+            {"with_context": True},
+            {"with_context": False, "default_context_MH": vectors},
+            {"with_context": False},
         )
-        assert lines[2].split()[4:] == [f"{figure:.4f}" for figure in astuple(figures)]
+        for row, context in zip(lines[2:5], contexts, strict=True):
+            metrics = evaluate_retrieval(
+                encoder, tokenizer, load_collection(collections[0]), seed=0, query_prompt="q: ", **context
+            )
+            assert row[1:] == [f"{value:.4f}" for value in astuple(metrics)]
 
-    def test_mistakes_end_in_one_line(self, tmp_path: Path) -> None:
-        result = self.run("--model", tmp_path / "none", "--eval", write_collection(tmp_path / "small"))
-        assert result.returncode == 2
-        assert result.stderr.splitlines()[-1].startswith(f"trainer: --model {tmp_path / 'none'}: no config.json there")
-        assert "Traceback" not in result.stderr
-        assert evaluate.main(["--model", str(tmp_path), "--eval", str(tmp_path / "none")]) == 3
-        assert evaluate.main(["--model", str(tmp_path), "--eval", ","]) == 2
-        assert evaluate.main(["--model", "x", "--eval", "y", "--texts-per-chunk", "0"]) == 2
+    def test_any_sentence_transformers_model_is_measured(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The export of a biencoder is one: read as a stock model it has the metrics of our own code."""
+        prompts = {"query": "q: ", "document": "d: "}
+        own = export_model(tiny_encoder(context_size=0), minilm_folder(), tmp_path / "own", prompts=prompts)
+        stock = shutil.copytree(own, tmp_path / "stock")
+        content = json.loads((stock / "config.json").read_text())
+        del content["hardbatch"]
+        (stock / "config.json").write_text(json.dumps(content))
+        corpus = {"doc_id": list(range(20)), "text": make_collection(20).documents}
+        qrels = {"query_id": ["p", "q"], "doc_id": [3, 4], "score": [1, 1]}
+        folder = write_collection(tmp_path / "small", corpus=corpus, qrels=qrels)
+        lines = self.table(capsys, "--model", own, "--model", stock, "--collection", folder)
+        assert [row[0] for row in lines[2:]] == ["own", "stock", "BM25"] and lines[2][1:] == lines[3][1:]
+        assert self.table(capsys, "--model", "minilm", "--collection", folder)[2][0] == "minilm"
+
+    @pytest.mark.parametrize(("name", "expected"), BM25.items())
+    def test_bm25_has_its_known_metrics(self, name: str, expected: float) -> None:
+        if "HARDBATCH_DATA" not in os.environ:
+            pytest.skip("needs the folder of real data: set HARDBATCH_DATA")
+        collection = load_collection(Path(os.environ["HARDBATCH_DATA"]) / "eval" / name)
+        assert evaluate.evaluate_bm25(collection).ndcg_at_10 == pytest.approx(expected, abs=0.04)
+
+    def test_mistakes_end_in_one_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        folder = write_collection(tmp_path / "small")
+        (tmp_path / "empty").mkdir()
+        cases = [
+            (2, "--model", tmp_path / "none", "--collection", folder),
+            (2, "--model", tmp_path / "empty", "--collection", folder),
+            (3, "--model", "minilm", "--collection", tmp_path / "none"),
+            (2, "--model", "minilm", "--collection", folder, "--texts-per-chunk", 0),
+        ]
+        for expected, *arguments in cases:
+            assert evaluate.main(list(map(str, arguments))) == expected
+            printed = capsys.readouterr()
+            assert printed.err.startswith("trainer: ") and printed.err.count("\n") == 1 and not printed.out

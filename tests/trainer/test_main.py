@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.reliability.processes import wait_until
+from tests.reliability.trainings import command, kill_all, log_of, run, start, steps_logged, words_of, workers_of
 from tests.trainer_models import tiny_backbone, tiny_config
-
-ROOT = Path(__file__).resolve().parents[2]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @pytest.fixture(scope="module")
@@ -53,48 +47,6 @@ def flags(finished_run, backbone, tmp_path):
     }
 
 
-def words(flags):
-    return [str(word) for pair in flags.items() for word in pair if word != ""]
-
-
-def run(flags, *, nproc=None, cwd=ROOT, command=None):
-    """Runs a training to its end; returns the finished process."""
-    start = [*TORCHRUN, str(nproc)] if nproc else [sys.executable]
-    return subprocess.run(
-        [*start, *(command or [str(ROOT / "trainer" / "main.py")]), *words(flags)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=ENVIRONMENT,
-        timeout=300,
-        check=False,
-    )
-
-
-def kill_all(process, output):
-    """SIGKILL to a launcher and its workers, which torchrun starts in sessions of their own."""
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    for worker in workers_of(output):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(worker, signal.SIGKILL)
-
-
-def workers_of(output):
-    """Processes that train into `output`."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if str(output) in (folder / "cmdline").read_bytes().decode(errors="replace").split("\0"):
-                found.append(int(folder.name))
-    return found
-
-
-def log_of(flags, kind="train"):
-    lines = (Path(flags["--output"]) / "log.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
-
-
 def losses_of(flags):
     return {record["step"]: record["loss"] for record in log_of(flags)}
 
@@ -105,7 +57,7 @@ def in_process(flags, capsys):
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    code = main(words(flags))
+    code = main(words_of(flags))
     torch.set_num_threads(threads)
     return code, capsys.readouterr().err
 
@@ -129,7 +81,9 @@ def test_a_whole_training(flags, finished_run, write_jsonl, run_corpus, rows, ca
     output = Path(flags["--output"])
     assert list((output / "tensorboard").glob("events*"))
     assert sorted(path.name for path in (output / "checkpoints").glob("step-*")) == ["step-00000092", "step-00000096"]
-    assert (output / "export" / "modules.json").is_file()
+    context = json.loads((output / "export" / "context.json").read_text())
+    assert context["origin"] == f"drawn from the shards {plan.shards.name}, seed 0"
+    assert len(context["documents"]) == 6
     assert "numbers_holdout: loss" in error and "pairs/s" in error
 
 
@@ -152,25 +106,14 @@ def test_biencoder_bf16_random_weights_and_init_from(flags, capsys, tmp_path):
 def test_killed_and_resumed_losses_are_equal_to_the_bit(flags, nproc, tmp_path):
     flags |= {"--epochs": 6 * nproc, "--save-every": 3}
     unbroken = {**flags, "--output": tmp_path / "unbroken"}
-    assert run(unbroken, nproc=nproc).returncode == 0
+    assert run(unbroken, ranks=nproc).code == 0
     for kill_after in (5, 9):  # twice in a row
-        process = subprocess.Popen(
-            [*TORCHRUN, str(nproc), str(ROOT / "trainer" / "main.py"), *words(flags), "--resume", "auto"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=ENVIRONMENT,
-            start_new_session=True,
-        )
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            log = Path(flags["--output"]) / "log.jsonl"
-            if log.exists() and log.read_text().count("\n") >= kill_after:
-                break
-            time.sleep(0.01)
+        process = start({**flags, "--resume": "auto"}, ranks=nproc)
+        wait_until(steps_logged(flags, kill_after), process, timeout_s=120)
         kill_all(process, flags["--output"])
-    finished = run({**flags, "--resume": "auto"}, nproc=nproc)
-    assert finished.returncode == 0, finished.stderr
-    begun_at = re.search(r"going on from .*, step (\d+), batch", finished.stderr)
+    finished = run({**flags, "--resume": "auto"}, ranks=nproc)
+    assert finished.code == 0, finished.errors
+    begun_at = re.search(r"resuming from .*, step (\d+), batch", finished.errors)
     assert begun_at and 0 < int(begun_at[1]) < 36  # the kills did kill
     expected, found = losses_of(unbroken), losses_of(flags)
     assert len(expected) == 36 and found == expected
@@ -182,16 +125,16 @@ def test_another_number_of_ranks_goes_on_in_the_same_order(flags, tmp_path):
     """2 ranks to step 4, then 1 that does not accumulate: the batches are those of 1 rank alone, each once an epoch."""
     flags |= {"--epochs": 2}
     alone = {**flags, "--output": tmp_path / "alone", "--warmup-steps": 6}  # the same number of batches
-    assert run(alone).returncode == 0
-    begun = run({**flags, "--save-every": 2}, nproc=2)
-    assert begun.returncode == 0
+    assert run(alone).code == 0
+    begun = run({**flags, "--save-every": 2}, ranks=2)
+    assert begun.code == 0
     checkpoints = Path(flags["--output"]) / "checkpoints"
     fresh = tmp_path / "fresh" / "checkpoints"
     fresh.mkdir(parents=True)
     shutil.copytree(sorted(checkpoints.glob("step-*"))[0], fresh / "step-00000004")
     went_on = {**flags, "--output": fresh.parent, "--resume": "auto"}
     finished = run(went_on)
-    assert finished.returncode == 0, finished.stderr
+    assert finished.code == 0, finished.errors
     assert [record["position"] for record in log_of(alone)] == list(range(1, 13))
     assert [record["position"] for record in log_of(went_on)] == [9, 10, 11, 12]
     for expected, found in zip(log_of(alone)[-4:], log_of(went_on), strict=True):  # the same places, the same schedule
@@ -201,45 +144,17 @@ def test_another_number_of_ranks_goes_on_in_the_same_order(flags, tmp_path):
 
 def test_two_ranks_equal_one_that_accumulates(flags, tmp_path):
     alone = {**flags, "--output": tmp_path / "alone", "--accumulate": 2}
-    assert run(alone).returncode == 0
-    assert run(flags, nproc=2, cwd=tmp_path).returncode == 0  # from another folder
+    assert run(alone).code == 0
+    elsewhere = subprocess.run(list(map(str, command(flags, ranks=2))), cwd=tmp_path, capture_output=True, check=False)
+    assert elsewhere.returncode == 0, elsewhere.stderr
     expected, found = losses_of(alone), losses_of(flags)
     assert expected.keys() == found.keys()
     assert all(found[step] == pytest.approx(expected[step], rel=1e-4) for step in expected)
 
 
-def test_sigterm_saves_and_leaves(flags):
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "trainer" / "main.py"), *words({**flags, "--epochs": 100_000})],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-    )
-    wait_for_lines(flags, 6, process)
-    process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=30)
-    assert process.returncode == 143 and "--resume auto" in error and "Traceback" not in error
-    steps = [record["step"] for record in log_of(flags)]
-    newest = sorted((Path(flags["--output"]) / "checkpoints").glob("step-*"))[-1]
-    assert int(newest.name.removeprefix("step-")) >= steps[-1]
-
-
-def wait_for_lines(flags, number, process):
-    log = Path(flags["--output"]) / "log.jsonl"
-    while not (log.exists() and log.read_text().count("\n") >= number):
-        assert process.poll() is None
-        time.sleep(0.05)
-
-
 def test_workers_save_and_leave_when_their_launcher_is_killed(flags):
-    process = subprocess.Popen(
-        [*TORCHRUN, "2", str(ROOT / "trainer" / "main.py"), *words({**flags, "--epochs": 100_000})],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=ENVIRONMENT,
-    )
-    wait_for_lines(flags, 4, process)
+    process = start({**flags, "--epochs": 100_000}, ranks=2)
+    assert wait_until(steps_logged(flags, 4), process)
     process.kill()
     process.wait()
     deadline = time.monotonic() + 60
@@ -251,13 +166,8 @@ def test_workers_save_and_leave_when_their_launcher_is_killed(flags):
 
 
 def test_a_second_training_of_the_same_output_is_refused(flags, capsys):
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "trainer" / "main.py"), *words({**flags, "--epochs": 100_000})],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=ENVIRONMENT,
-    )
-    wait_for_lines(flags, 2, process)
+    process = start({**flags, "--epochs": 100_000})
+    assert wait_until(steps_logged(flags, 2), process)
     code, error = in_process({**flags, "--resume": "auto"}, capsys)
     process.kill()
     process.wait()
@@ -308,9 +218,9 @@ def test_a_tokenizer_that_does_not_match(flags, tmp_path, backbone, capsys):
 
 
 def test_a_loss_that_is_no_number_stops_all_ranks_and_names_the_batch(flags):
-    finished = run({**flags, "--learning-rate": 1e30, "--warmup-steps": 0}, nproc=2)
-    assert finished.returncode != 0
-    told = [line for line in finished.stderr.splitlines() if line.startswith("trainer:")]
+    finished = run({**flags, "--learning-rate": 1e30, "--warmup-steps": 0}, ranks=2)
+    assert finished.code != 0
+    told = [line for line in finished.errors.splitlines() if line.startswith("trainer:")]
     assert len(told) == 1 and "batch " in told[0] and "numbers" in told[0]
 
 
@@ -346,19 +256,15 @@ def test_a_step_that_does_not_fit_the_memory_ends_in_one_line(flags, capsys, mon
     assert max(losses_of(flags), default=0) <= 2
 
 
-def test_the_first_lines_tell_the_chunk_and_its_memory(flags, capsys):
-    code, error = in_process({**flags, "--max-steps": 1}, capsys)
-    assert code == 0
-    assert re.search(r"^chunks of at most 120 tokens, about 0\.\d\d GiB, beside 0\.\d\d GiB of weights", error, re.M)
-
-
 def test_chunks_may_change_when_a_training_is_resumed(flags, tmp_path, capsys):
     """Without dropout the size of a chunk changes rounding alone."""
     flags |= {"--dropout": 0, "--epochs": 2}
     whole = {**flags, "--output": tmp_path / "whole", "--chunk-tokens": "auto"}
     assert in_process(whole, capsys)[0] == 0
 
-    assert in_process(flags, capsys)[0] == 0
+    code, error = in_process(flags, capsys)
+    assert code == 0
+    assert re.search(r"^chunks of at most 120 tokens, about 0\.\d\d GiB, beside 0\.\d\d GiB of weights", error, re.M)
     checkpoints = Path(flags["--output"]) / "checkpoints"
     fresh = tmp_path / "fresh" / "checkpoints"
     fresh.mkdir(parents=True)
@@ -379,9 +285,9 @@ def test_a_damaged_batch_ends_all_ranks_together(flags, copied_run):
     content = bytearray(part.read_bytes())
     content[200] ^= 1
     part.write_bytes(content)
-    finished = run({**flags, "--shards": shards}, nproc=2)
-    assert finished.returncode != 0
-    told = [line for line in finished.stderr.splitlines() if line.startswith("trainer:")]
+    finished = run({**flags, "--shards": shards}, ranks=2)
+    assert finished.code != 0
+    told = [line for line in finished.errors.splitlines() if line.startswith("trainer:")]
     assert len(told) == 1 and part.name in told[0]
 
 
@@ -439,7 +345,7 @@ def test_what_would_spoil_the_end_is_refused_at_the_start(flags, tmp_path, capsy
     (tmp_path / "out" / "export").mkdir(parents=True)
     (tmp_path / "out" / "export" / "notes.txt").write_text("mine")
     code, error = in_process(flags, capsys)
-    assert code == 2 and "is no earlier export" in error
+    assert code == 2 and "is not an export" in error
     write_jsonl("held.jsonl", rows(80))
     plan = run_corpus('corpus = "held"\n[[dataset]]\nname = "numbers"\nsource = "held.jsonl"\nholdout = 0.2\n')
     holdout = next(plan.shards.parent.parent.glob("pairs/*/*/holdout"))
@@ -461,7 +367,7 @@ def test_a_damaged_checkpoint_is_no_start(flags, tmp_path, capsys):
 
 
 def test_the_learning_rate_never_exceeds_its_peak():
-    from hardbatch.trainer.schedule import learning_rate_factor
+    from hardbatch.trainer.loop import learning_rate_factor
 
     for step_size, warmup, end in ((4, 16, 30), (10, 80, 100), (1, 0, 5), (3, 7, 7), (4, 50, 20)):
         factors = [

@@ -180,7 +180,7 @@ def test_one_text_under_flash_attention_goes_in_with_padding(monkeypatch):
 def test_refused_backbones():
     from transformers import RobertaConfig
 
-    with pytest.raises(ValueError, match="type 'roberta' is not known; known: bert, modernbert, nomic_bert"):
+    with pytest.raises(ValueError, match="type 'roberta' is not supported; supported: bert, modernbert, nomic_bert"):
         new_backbone(RobertaConfig(num_hidden_layers=1))
     with pytest.raises(ValueError, match="use sdpa or eager"):
         new_backbone(tiny_config("modernbert"), attention="flash_attention_2")
