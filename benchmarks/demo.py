@@ -1,14 +1,17 @@
-"""Makes the test collection of `make demo`: held-out questions, to be searched over all documents.
+"""Prepares the last step of `make demo`: what is searched, and the stock model to compare with.
 
     python benchmarks/demo.py SHARDS OUTPUT
 
-The pipeline's holdout of a domain contains only the documents of its held-out pairs: some dozens, among which an
-answer is easy to find. Here every document of every domain is searched, those of the training pairs included.
-The last line printed is the folder of the collection.
+Writes two folders below OUTPUT. `held-out-questions` is a test collection: the questions of all held-out pairs, to be
+searched over every document of the corpus. (The holdout of a domain contains only the documents of its held-out pairs:
+some dozens, among which an answer is easy to find.) `stock` is MiniLM as published, which reads as many tokens of a
+text as the trained model does.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,11 +19,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hardbatch.pipeline import schemas
 from hardbatch.pipeline.artifacts.artifact import read_artifact
 from hardbatch.pipeline.artifacts.vectors import Texts
+from hardbatch.pipeline.models.locate import locate_model
 from hardbatch.trainer.collection import load_collection
 from hardbatch.trainer.shards import open_shards
+
+MAX_LENGTH_TOKENS = 48  # --max-length of the demo's training
 
 
 def make_collection(shards: Path, output: Path) -> None:
@@ -46,34 +51,26 @@ def make_collection(shards: Path, output: Path) -> None:
             query_id = queries.setdefault(query, len(queries))
             answers.add((query_id, documents.setdefault(document, len(documents))))
 
+    query_ids, document_ids = zip(*sorted(answers), strict=True)
     tables = {
-        "corpus": pa.table(
-            {
-                "doc_id": [f"d{row}" for row in documents.values()],
-                "text": list(documents),
-                "title": [""] * len(documents),
-            },
-            schema=schemas.HOLDOUT_CORPUS,
-        ),
-        "queries": pa.table(
-            {"query_id": [f"q{row}" for row in queries.values()], "text": list(queries)},
-            schema=schemas.HOLDOUT_QUERIES,
-        ),
-        "qrels": pa.table(
-            {
-                "query_id": [f"q{query}" for query, _ in sorted(answers)],
-                "doc_id": [f"d{document}" for _, document in sorted(answers)],
-                "score": [1] * len(answers),
-            },
-            schema=schemas.HOLDOUT_QRELS,
-        ),
+        "corpus": {"doc_id": list(documents.values()), "text": list(documents)},
+        "queries": {"query_id": list(queries.values()), "text": list(queries)},
+        "qrels": {"query_id": query_ids, "doc_id": document_ids, "score": [1] * len(answers)},
     }
     output.mkdir(parents=True, exist_ok=True)
-    for name, table in tables.items():
-        pq.write_table(table, output / f"{name}.parquet")
-    print(f"{len(queries):,} held-out questions, searched over all {len(documents):,} documents", file=sys.stderr)
+    for name, columns in tables.items():
+        pq.write_table(pa.table(columns), output / f"{name}.parquet")
+
+
+def copy_stock_model(output: Path) -> None:
+    """Copies MiniLM to `output` and sets how many tokens it reads."""
+    _, folder, _ = locate_model("minilm", None, Path())
+    shutil.copytree(folder, output, dirs_exist_ok=True)
+    settings = output / "sentence_bert_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"max_seq_length": MAX_LENGTH_TOKENS}))
 
 
 if __name__ == "__main__":
-    make_collection(Path(sys.argv[1]), Path(sys.argv[2]))
-    print(sys.argv[2])
+    shards_folder, output_folder = map(Path, sys.argv[1:])
+    make_collection(shards_folder, output_folder / "held-out-questions")
+    copy_stock_model(output_folder / "stock")
