@@ -49,7 +49,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
             tokens = _estimate_tokens(texts, start, stop, work.spec.max_length_tokens)
             units.append(Unit(name=f"{side}-{number:07d}", group=side, start=start, stop=stop, work=tokens))
     names = run_pending(
-        builder, executor, work, units, progress, f"embed {step.domain} ({step.config['name']}), tokens about"
+        builder, executor, work, units, progress, f"embed {step.domain} ({step.config['name']}), tokens"
     )
     totals: dict[str, Any] = {"dimension": 0, "zero_vector": 0, "nan_vector": 0}
     invalid: dict[str, list[dict[str, Any]]] = {side: [] for side in schemas.SIDES}
