@@ -8,7 +8,7 @@ SHELL = /bin/bash
 .SHELLFLAGS = -o pipefail -c
 # MiniLM whole, one pass over 76 batches of 32 short texts: two minutes on two cores without AVX-512 or bf16
 DEMO_TRAINING = --architecture biencoder --dropout 0 --max-length 48 --max-steps 76 --warmup-steps 8 \
-	--learning-rate 5e-5 --log-every 5
+	--learning-rate 5e-5 --chunk-tokens 4096 --log-every 5
 # the two-stage model, of MiniLM's first layers, on the same batches, with 24 context documents
 DEMO_CONTEXTUAL = --num-layers 3 --dropout 0 --context-size 24 --max-length 48 --max-steps 76 --warmup-steps 8 \
 	--learning-rate 1e-4 --log-every 5
@@ -26,7 +26,7 @@ demo-contextual: .venv/.installed-demo
 define train-and-search
 	@set -e; \
 	echo "1 of 3: pairs from docstrings of installed packages, embedded and packed into batches"; \
-	shards=$$($(BIN)/hardbatch demo | tee /dev/stderr | tail -n 1); \
+	shards=$$($(BIN)/hardbatch demo | tee -a /dev/stderr | tail -n 1); \
 	output="$(DEMO)/$$(basename "$$shards")"; \
 	echo "2 of 3: training on these batches"; \
 	$(BIN)/python trainer/main.py --shards "$$shards" --output "$$output/$(1)" --resume auto $(2); \
