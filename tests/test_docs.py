@@ -14,6 +14,7 @@ from hardbatch.pipeline import schemas
 from hardbatch.pipeline.config import CorpusManifest, Dataset, load_manifest
 from hardbatch.pipeline.stages import ingest
 from hardbatch.trainer.config import setting_defaults
+from tests.reliability import poison
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = {
@@ -41,6 +42,12 @@ def test_every_reason_and_column_is_documented() -> None:
     reasons = (*ingest.BROKEN_REASONS, "query_equals_document", "duplicate_pair", "contaminated")
     for word in (*reasons, *schemas.SHARDS_WITH_NEGATIVES.names, *schemas.PAIRS_WITH_NEGATIVES.names):
         assert re.search(rf"\b{word}\b", text), f"{word} is missing in docs/artifacts.md"
+
+
+def test_every_kind_of_bad_input_is_documented() -> None:
+    table = (ROOT / "docs" / "bad_inputs.md").read_text()
+    documented = re.findall(r"^\| (.*?) \| \d \|", table, flags=re.M)
+    assert documented == [kind.name for kind in poison.all_kinds()]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "data_manifests").glob("*.toml")), ids=lambda path: path.stem)
