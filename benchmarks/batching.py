@@ -1,14 +1,15 @@
-"""Batching: ours, whole and in parts, against the paper's procedure on FAISS; the same pairs and vectors for all.
+"""Compares our batching, whole and in parts, with the paper's procedure on FAISS, on the same pairs and vectors.
 
     HARDBATCH_DATA=DIR python benchmarks/batching.py [--domains medical,reddit:33000] [--sizes 64,256] [--seeds 3]
         [--slow-seeds 1] [--workspace DIR] [--plot FILE.svg] [--without described,shipped]
 
-Clusters are made and measured with MiniLM; masks come from MiniLM and, as another model, from the lexical embedder.
-Methods take turns within a seed; figures are medians over seeds, of the paper's procedure over --slow-seeds.
-Cluster size = B. Seconds are those of clustering and
-packing, from vectors that lie in memory-mapped files. The paper's procedure is run `as described` (2n doubled points,
-all of them trained on, spherical, 100 iterations, best of 3) and `as shipped` (FAISS keeps 256 points per centroid:
-the same thing at B = 64, where there are 128); both assign q⊕d, tour over the centroids, and cut.
+Clusters are made and measured with MiniLM. Masks come from MiniLM and, as a second model, from the lexical embedder.
+The methods take turns within a seed. Figures are medians over seeds (over --slow-seeds for the paper's procedure), and
+the cluster size is B. Seconds are those of clustering and packing, from vectors in memory-mapped files.
+
+The paper's procedure runs `as described` (2n doubled points, all used for training, spherical, 100 iterations, best of
+3) and `as shipped` (FAISS keeps 256 points per centroid; at B = 64 there are only 128, so the two are the same). Both
+assign q⊕d, walk a tour over the centroids, and cut.
 """
 
 from __future__ import annotations
@@ -50,14 +51,16 @@ def main() -> None:
     parser.add_argument("--domains", default=DOMAINS)
     parser.add_argument("--sizes", default="64,256")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--slow-seeds", type=int, default=1, help="seeds for which the paper's procedure is run")
+    parser.add_argument("--slow-seeds", type=int, default=1, help="seeds for which the paper's procedure runs")
     parser.add_argument("--workspace", type=Path, default=Path(tempfile.gettempdir()) / "hardbatch-benchmark")
     parser.add_argument("--without", default="", help="methods to leave out, by their first word")
-    parser.add_argument("--plot", type=Path, help="masked share against seconds, for each domain and B")
-    parser.add_argument("--output", type=Path, help="every single figure, as JSON lines")
+    parser.add_argument("--plot", type=Path, help="draw masked share against seconds, for each domain and B")
+    parser.add_argument("--output", type=Path, help="write every figure to this file, as JSON lines")
     options = parser.parse_args()
     if "HARDBATCH_DATA" not in os.environ:
-        raise SystemExit("HARDBATCH_DATA is not set: it names the folder of real pairs, train/<domain>.parquet")
+        raise SystemExit(
+            "HARDBATCH_DATA is not set: set it to the folder of real pairs, which has train/<domain>.parquet"
+        )
     left_out = tuple(filter(None, options.without.split(",")))
     methods = {name: method for name, method in METHODS.items() if not name.startswith(left_out or ("\0",))}
     medians = []
@@ -92,7 +95,7 @@ def main() -> None:
 
 
 def load(domain: str, data: Path, workspace: Path) -> Corpus:
-    """Embeds a domain (NAME or NAME:LIMIT) by both models, or reads what is there."""
+    """Embeds a domain (NAME or NAME:LIMIT) with both models, or reads the vectors that exist."""
     name, _, limit = domain.partition(":")
     workspace.mkdir(parents=True, exist_ok=True)
     manifest = workspace / f"{name}.toml"
@@ -119,7 +122,7 @@ def load(domain: str, data: Path, workspace: Path) -> Corpus:
 
 
 def doubled(points_per_centroid: int | None) -> Method:
-    """The paper's K-Means and packing; FAISS keeps so many points per centroid, None: all."""
+    """Returns the paper's K-Means and packing; FAISS keeps that many points per centroid, or all if None."""
 
     def batch(points: FoldedPoints, batch_size: int, seed: int) -> tuple[Array, Array]:
         documents, queries = points.sides(np.arange(len(points)))
@@ -144,7 +147,7 @@ def doubled(points_per_centroid: int | None) -> Method:
 
 
 def faiss_labels(points: FoldedPoints, batch_size: int, seed: int) -> Array:
-    """FAISS's K-Means on s = d + q: 10 iterations, one start, all points."""
+    """Clusters by FAISS's K-Means on s = d + q, with 10 iterations, one start and all points."""
     folded = points.take(np.arange(len(points)))
     trainer = faiss.Kmeans(
         folded.shape[1],
@@ -159,14 +162,14 @@ def faiss_labels(points: FoldedPoints, batch_size: int, seed: int) -> Array:
 
 
 def our_clusters(points: FoldedPoints, batch_size: int, seed: int, *, balance: float, levels: int) -> Clustering:
-    """Ours: 10 iterations, folded; in one level or two."""
+    """Clusters by our folded K-Means, with 10 iterations, in one level or two."""
     find = kmeans if levels == 1 else two_level_kmeans
     num_clusters = -(-len(points) // batch_size)
     return find(points, num_clusters, iterations=10, tolerance=1e-3, balance=balance, seed=seed)
 
 
 def tour_and_cut(points: FoldedPoints, labels: Array, batch_size: int, seed: int) -> tuple[Array, Array]:
-    """Clusters along a greedy tour, pairs in the order of the corpus within each, cut every B."""
+    """Orders clusters along a greedy tour, keeps the order of the corpus within each, and cuts every B pairs."""
     used, labels = np.unique(labels, return_inverse=True)
     centroids = means_of_labels(points, labels, len(used))
     tour = greedy_tour(centroids, int(np.random.default_rng(seed).integers(len(used))), exact_below=8_192)
@@ -177,7 +180,7 @@ def tour_and_cut(points: FoldedPoints, labels: Array, batch_size: int, seed: int
 
 
 def fill_and_refine(points: FoldedPoints, labels: Array, batch_size: int, seed: int) -> tuple[Array, Array]:
-    """Our packing, of FAISS's clusters."""
+    """Packs FAISS's clusters as we do."""
     used, labels = np.unique(labels, return_inverse=True)
     centroids = means_of_labels(points, labels, len(used))
     settings = PackSettings(batch_size=batch_size, seed=seed)
@@ -185,14 +188,14 @@ def fill_and_refine(points: FoldedPoints, labels: Array, batch_size: int, seed: 
 
 
 def cut_and_refine(points: FoldedPoints, labels: Array, batch_size: int, seed: int) -> tuple[Array, Array]:
-    """The row of FAISS's clusters along the tour, cut every B, and our refinement of that."""
+    """Cuts FAISS's clusters along the tour every B pairs, and refines the batches as we do."""
     batches, labels = tour_and_cut(points, labels, batch_size, seed)
     vectors = torch.from_numpy(points.joined(batches.ravel()))
     return refine(vectors, batches, rounds=30, tolerance=5e-4).batches, labels
 
 
 def ours(balance: float, levels: int = 1, rounds: int | None = None) -> Method:
-    """Our clusters; cut along the tour where `rounds` is None, else our packing."""
+    """Returns our clustering with our packing, or cut along the tour if `rounds` is None."""
 
     def batch(points: FoldedPoints, batch_size: int, seed: int) -> tuple[Array, Array]:
         found = our_clusters(points, batch_size, seed, balance=balance, levels=levels)

@@ -1,4 +1,4 @@
-"""Figures of batchings, as batching.py measures, prints and plots them."""
+"""Measures, prints and plots the batches that batching.py makes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hardbatch.pipeline.batching.hardness import TEMPERATURE, Bounds
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """A domain: its pairs, and both sides' vectors by the clustering model and by another (float32, n × D)."""
+    """A domain: its pairs, and the vectors of both sides by the clustering model and by another (float32, n × D)."""
 
     points: FoldedPoints
     query_row: torch.Tensor
@@ -26,7 +26,7 @@ class Corpus:
 
 
 def measure(corpus: Corpus, batches: Array, labels: Array, bounds: Bounds, reference: float | None) -> dict[str, float]:
-    """All figures of a batching; `reference` is the mask rate at which the loss is to be compared."""
+    """Returns all figures of the batches; `reference` is the mask rate at which losses are compared."""
     places = torch.from_numpy(batches)
     similar, mask, loss, above = [], {"own": [], "other": []}, [], []
     for rows in places:
@@ -67,7 +67,7 @@ def measure(corpus: Corpus, batches: Array, labels: Array, bounds: Bounds, refer
 
 
 def loss_at(rates: Array, losses: Array, wanted: float | None) -> float:
-    """Mean loss without the most masked batches, so many that the mask rate is no higher than `wanted`."""
+    """Returns the mean loss after dropping the most masked batches until the mask rate is at most `wanted`."""
     order = np.argsort(rates, kind="stable")
     mean_rates = np.cumsum(rates[order]) / np.arange(1, len(rates) + 1)
     kept = len(rates) if wanted is None else max(1, int((mean_rates <= wanted).sum()))
@@ -75,9 +75,9 @@ def loss_at(rates: Array, losses: Array, wanted: float | None) -> float:
 
 
 def loss_at_margin(above_bBB: torch.Tensor, wanted: float) -> float:
-    """Mean loss where as many places are masked as `wanted`: those whose score is most above that of the own document.
+    """Returns the mean loss if a fraction `wanted` of the slots is masked: those furthest above the own document.
 
-    Known pairs are masked in any case; `above_bBB` is infinite there, and minus infinity on the diagonal.
+    Known pairs are always masked: `above_bBB` is infinite there. It is minus infinity on the diagonal.
     """
     size = above_bBB.shape[1]
     number = max(1, round(wanted * len(above_bBB) * size * (size - 1)))
@@ -88,7 +88,7 @@ def loss_at_margin(above_bBB: torch.Tensor, wanted: float) -> float:
 
 
 def print_table(title: str, found: dict[str, list[dict[str, float]]]) -> None:
-    """Medians over seeds, as Markdown."""
+    """Prints medians over seeds, as Markdown."""
     columns = list(next(iter(found.values()))[0])
     print(f"\n{title}\n\n| method | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     for name, runs in found.items():
@@ -98,7 +98,7 @@ def print_table(title: str, found: dict[str, list[dict[str, float]]]) -> None:
 
 
 def plot(medians: list[tuple[str, int, str, dict[str, float]]], path: Path) -> None:
-    """Masked share against seconds (log), a panel for each domain and B."""
+    """Draws masked share against seconds (logarithmic), in a panel for each domain and B."""
     import matplotlib.pyplot as plt
 
     panels = sorted({(domain, size) for domain, size, _, _ in medians}, key=lambda panel: (panel[1], panel[0]))

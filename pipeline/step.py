@@ -38,6 +38,12 @@ class Unit:
     start: int
     stop: int
     group: str = ""
+    work: int = 0
+    """What progress counts, for example tokens; 0 means the items."""
+
+    @property
+    def amount(self) -> int:
+        return self.work or self.stop - self.start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +102,7 @@ class InlineExecutor:
                 if following is not None:
                     upcoming = reader.submit(worker.prepare, following)
                 worker.commit(unit, prepared)
-                progress.advance(unit.stop - unit.start)
+                progress.advance(unit.amount)
 
 
 def run_pending(
@@ -104,7 +110,7 @@ def run_pending(
 ) -> list[str]:
     """Runs the units that are not committed yet; returns the names of all units."""
     pending = [unit for unit in units if not builder.committed(unit.name)]
-    progress.start(label, sum(unit.stop - unit.start for unit in pending))
+    progress.start(label, sum(unit.amount for unit in pending))
     try:
         executor.run(work, pending, progress)
     finally:

@@ -1,4 +1,4 @@
-"""docs/: the tables say what the code does."""
+"""The README and docs/ say what the code does."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import demo, hardness_picture
 from hardbatch.pipeline import schemas
 from hardbatch.pipeline.config import CorpusManifest, Dataset, load_manifest
 from hardbatch.pipeline.stages import ingest
 from hardbatch.trainer.config import setting_defaults
+from tests.reliability import poison
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = {
@@ -42,12 +44,18 @@ def test_every_reason_and_column_is_documented() -> None:
         assert re.search(rf"\b{word}\b", text), f"{word} is missing in docs/artifacts.md"
 
 
+def test_every_kind_of_bad_input_is_documented() -> None:
+    table = (ROOT / "docs" / "bad_inputs.md").read_text()
+    documented = re.findall(r"^\| (.*?) \| \d \|", table, flags=re.M)
+    assert documented == [kind.name for kind in poison.all_kinds()]
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "data_manifests").glob("*.toml")), ids=lambda path: path.stem)
 def test_shipped_manifests_are_valid(path: Path) -> None:
     assert load_manifest(path).corpus
 
 
-def test_the_papers_corpus() -> None:
+def test_the_manifest_of_the_paper_has_its_29_datasets() -> None:
     datasets = load_manifest(ROOT / "data_manifests" / "nomic_unsupervised.toml").dataset
     assert len(datasets) == 29
     assert sum(dataset.num_pairs or 0 for dataset in datasets) == 234_553_344  # Table 5
@@ -56,19 +64,46 @@ def test_the_papers_corpus() -> None:
 
 
 def test_the_readme_names_every_folder() -> None:
-    tree = (ROOT / "README.md").read_text().split("## Where things are")[1]
+    tree = (ROOT / "README.md").read_text().split("## Folders")[1]
     packages = [path.parent for name in ("pipeline", "trainer", "flows") for path in (ROOT / name).rglob("__init__.py")]
-    for folder in (*packages, ROOT / "hardbatch", ROOT / "data_manifests", ROOT / "tests", ROOT / "benchmarks"):
-        assert f"{folder.name}/" in tree, f"{folder} is missing in the README's tree"
+    for folder in (
+        *packages,
+        *(ROOT / name for name in ("hardbatch", "data_manifests", "tests", "benchmarks", "docs")),
+    ):
+        assert f"{folder.name}/" in tree, f"{folder} is missing in the README's list of folders"
 
 
-def test_the_readme_names_modules_that_are_there() -> None:
-    tree = (ROOT / "README.md").read_text().split("## Where things are")[1]
+def test_the_readme_names_modules_that_exist() -> None:
+    tree = (ROOT / "README.md").read_text().split("## Folders")[1]
     modules = {
         path.name for name in ("hardbatch", "pipeline", "trainer", "flows") for path in (ROOT / name).rglob("*.py")
     }
     for name in re.findall(r"\b\w+\.py\b", tree):
-        assert name in modules, f"{name} is in the README's tree and not in the project"
+        assert name in modules, f"{name} is in the README's list of folders, but not in the project"
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")], ids=lambda path: path.name)
+def test_links_lead_to_files_and_headings_that_exist(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", path.read_text()):
+        if "://" in target:
+            continue
+        file, _, heading = target.partition("#")
+        linked = path.parent / file if file else path
+        assert linked.exists(), f"{path.name} links to {target}"
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(), flags=re.M)
+            anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings}
+            assert heading in anchors, f"{path.name} links to {target}"
+
+
+def test_the_readmes_picture_shows_the_figures_of_batching_md() -> None:
+    drawn = hardness_picture.draw(hardness_picture.read_figures((ROOT / "docs" / "batching.md").read_text()))
+    assert (ROOT / "docs" / "hardness.svg").read_text() == drawn
+
+
+def test_the_demo_compares_models_that_read_as_many_tokens() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    assert set(re.findall(r"--max-length (\d+)", makefile)) == {str(demo.MAX_LENGTH_TOKENS)}
 
 
 def test_every_flag_of_the_trainer_is_documented_with_its_default() -> None:

@@ -26,6 +26,9 @@ from hardbatch.pipeline.models.resolve import ModelSpec
 from hardbatch.pipeline.step import Executor, Progress, StageResult, Step, Unit, run_pending
 
 _TEXTS_PER_READ = 8_192
+_TEXTS_PER_ESTIMATE = 64
+_CHARACTERS_PER_TOKEN = 4
+_USUAL_MAX_LENGTH_TOKENS = 512
 
 
 def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> StageResult:
@@ -37,13 +40,18 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         pairs_path=step.inputs["pairs"],
         spec=ModelSpec(**config, location=step.runtime["model"], runs_on=step.runtime["device"]),
     )
-    counts = read_artifact(step.inputs["pairs"]).manifest.counts
-    units = [
-        Unit(name=f"{side}-{number:07d}", group=side, start=start, stop=min(start + unit_rows, counts[side]))
-        for side in schemas.SIDES
-        for number, start in enumerate(range(0, counts[side], unit_rows))
-    ]
-    names = run_pending(builder, executor, work, units, progress, f"embed {step.domain} ({step.config['name']})")
+    pairs = read_artifact(step.inputs["pairs"])
+    counts = pairs.manifest.counts
+    units = []
+    for side in schemas.SIDES:
+        texts = Texts(pairs, side)
+        for number, start in enumerate(range(0, counts[side], unit_rows)):
+            stop = min(start + unit_rows, counts[side])
+            tokens = _estimate_tokens(texts, start, stop, work.spec.max_length_tokens)
+            units.append(Unit(name=f"{side}-{number:07d}", group=side, start=start, stop=stop, work=tokens))
+    names = run_pending(
+        builder, executor, work, units, progress, f"embed {step.domain} ({step.config['name']}), tokens"
+    )
 
     # Every unit lists its rows without a vector; together they are one more unit, a table per side.
     made = [(unit.group, builder.unit_record(unit.name).counts) for unit in units]
@@ -72,6 +80,16 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         },
         produced_with={name: importlib.metadata.version(name) for name in libraries},
     )
+
+
+def _estimate_tokens(texts: Texts, start: int, stop: int, max_length: int | None) -> int:
+    """About how many tokens rows `start` to `stop` have, from the lengths of a few of them.
+
+    Progress counts these and not texts: queries come first and are short, so that texts per second promise too much.
+    """
+    rows = np.unique(np.linspace(start, stop - 1, _TEXTS_PER_ESTIMATE, dtype=np.int64))
+    lengths = np.array([len(text) for text in texts.take(rows)]) / _CHARACTERS_PER_TOKEN + 2
+    return max(1, round(float(lengths.clip(max=max_length or _USUAL_MAX_LENGTH_TOKENS).mean()) * (stop - start)))
 
 
 @dataclass(frozen=True, kw_only=True)

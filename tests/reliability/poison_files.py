@@ -135,7 +135,7 @@ FORMATS = [
     ),
     good("gzip named .jsonl", gzip.compress(JSON, mtime=0)),
     good("plain text named .gz", JSON, "pairs.jsonl.gz"),
-    file("Parquet named .jsonl", parquet(), "pairs.jsonl: is a Parquet file", unfamiliar=True),
+    file("Parquet named .jsonl", parquet(), "pairs.jsonl: is a Parquet file"),
     file("UTF-16 with a byte order mark", JSON.decode().encode("utf-16"), "pairs.jsonl: is UTF-16 text", "iconv"),
     good("UTF-8 with a byte order mark, CR LF", MARK + JSON.replace(b"\n", b"\r\n")),
     good("CSV with a byte order mark, CR LF", MARK + CSV.replace(b"\n", b"\r\n"), "pairs.csv"),
@@ -165,7 +165,6 @@ FORMATS = [
         "is a Git LFS pointer",
         "git lfs pull",
         source="pairs.parquet",
-        unfamiliar=True,
     ),
     file(
         "a web page for a file",
@@ -174,7 +173,6 @@ FORMATS = [
         "broken_json",
         allowed=0.1,
         code=7,
-        unfamiliar=True,
     ),
 ]
 
@@ -198,7 +196,7 @@ def named(name: str, content: bytes) -> Callable[[Path], object]:
     return lambda folder: Path(os.fsdecode(os.fsencode(folder / name))).write_bytes(content)
 
 
-def elsewhere(kind: str, source: str, *says: str, code: int = 2, unfamiliar: bool = False) -> Kind:
+def elsewhere(kind: str, source: str, *says: str, code: int = 2) -> Kind:
     """A source that leads away from the good files."""
     return Kind(
         name=kind,
@@ -206,7 +204,6 @@ def elsewhere(kind: str, source: str, *says: str, code: int = 2, unfamiliar: boo
         source=source,
         code=code,
         says=says,
-        unfamiliar=unfamiliar,
     )
 
 
@@ -228,7 +225,6 @@ NAMES = [
         source="*.jsonl",
         code=3,
         says=("other.jsonl",),
-        unfamiliar=True,
     ),
     Kind(name="a device", write=linked("zero.jsonl", "/dev/zero"), source="zero.jsonl", code=2, says=("leads out of",)),
     elsewhere("a link that leads out", "link.jsonl", "'link.jsonl' leads out of", "through a link"),
@@ -248,11 +244,10 @@ NAMES = [
         says=("a\\nb\\x1b[31m.jsonl: the file is empty",),
     ),
     Kind(
-        name="a file name that is no UTF-8",
+        name="a file name that is not UTF-8",
         write=named("a\udcff.jsonl", JSON),
         source="*.jsonl",
         code=3,
         says=("a\\udcff.jsonl", "not UTF-8"),
-        unfamiliar=True,
     ),
 ]

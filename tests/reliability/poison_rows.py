@@ -11,7 +11,7 @@ from tests.reliability.poison import GOOD, Kind, json_lines
 ESCAPES = "\x1b[31mred\x1b[0m \x1b]0;title\x07 \u202egnp.exe"  # what a terminal would obey
 
 
-def rows(name: str, *odd: bytes, unfamiliar: bool = False, **reasons: int) -> Kind:
+def rows(name: str, *odd: bytes, **reasons: int) -> Kind:
     """Odd lines among good ones, which are quarantined for these reasons."""
     return Kind(
         name=name,
@@ -19,7 +19,6 @@ def rows(name: str, *odd: bytes, unfamiliar: bool = False, **reasons: int) -> Ki
         rows=GOOD + len(odd),
         reasons=reasons,
         odd=odd,
-        unfamiliar=unfamiliar,
     )
 
 
@@ -46,15 +45,15 @@ ROWS = [
     rows("nulls, a missing key", query(b"null"), b'{"query": "q"}', null=2),
     rows("empty text", query(b'""'), empty=1),
     rows("white space alone", query(b'" \\t\\n\\u00a0\\u2003"'), empty=1),
-    rows("zero-width signs alone", query(b'"\\u200b\\u200d\\ufeff \\u202e"'), unfamiliar=True, empty=1),
+    rows("zero-width signs alone", query(b'"\\u200b\\u200d\\ufeff \\u202e"'), empty=1),
     rows("NUL in a text", query(b'"a\\u0000b"'), nul_character=1),
-    rows("bytes that are no UTF-8", query(b'"\xff\xfe\xc3"'), invalid_utf8=1),
+    rows("bytes that are not UTF-8", query(b'"\xff\xfe\xc3"'), invalid_utf8=1),
     rows("lone surrogates", query(b'"\\ud800"'), query(b'"q"', b'"\\udc00 x"'), invalid_utf8=2),
     rows("a number, true, a list, an object", *map(query, (b"7", b"true", b'["a"]', b'{"a": {}}')), wrong_type=4),
     rows("a broken JSON line", b'{"query": "q", "docum', broken_json=1),
     rows("lines that hold no object", b'["q", "d"]', b"17", b"null", b'"text"', broken_json=4),
-    rows("two objects in a line", query(b'"q"') + query(b'"r"'), unfamiliar=True, broken_json=1),
-    rows("a key twice in an object", b'{"query": "1", "query": "2", "document": "d"}', unfamiliar=True, broken_json=1),
+    rows("two objects in a line", query(b'"q"') + query(b'"r"'), broken_json=1),
+    rows("a key twice in an object", b'{"query": "1", "query": "2", "document": "d"}', broken_json=1),
     rows("100,000 nested brackets", b"[" * 100_000, b'{"query":' * 100_000, broken_json=2),
     rows("a number of 5,000 digits", b'{"query": "q", "document": "d", "n": %s}' % (b"1" * 5_000), broken_json=1),
     rows("a query that is its document", query(b'"same"', b'"same"'), query_equals_document=1),

@@ -83,11 +83,11 @@ SETTINGS = [
         "'../x' leads out of",
     ),
     manifest("an unknown key", USUAL + "[pack]\nbatchsize = 8\n", "pack.batchsize", "batch_size"),
-    manifest("a manifest that is no UTF-8", b"\xff\xfe\x00", "poison.toml", "UTF-8"),
-    manifest("a manifest that is no TOML", b'corpus = "\x1b[31m', "poison.toml", "not valid TOML"),
+    manifest("a manifest that is not UTF-8", b"\xff\xfe\x00", "poison.toml", "UTF-8"),
+    manifest("a manifest that is not TOML", b'corpus = "\x1b[31m', "poison.toml", "not valid TOML"),
     manifest("an empty manifest", b"", "corpus: is required"),
     Kind(
-        name="a setting that is no number",
+        name="a setting that is not a number",
         write=good_file,
         arguments=("--set", "pack.batch_size=many"),
         code=2,
@@ -116,7 +116,6 @@ SETTINGS = [
         model="model",
         code=2,
         says=("adapter_model.bin", "pickled weights are not loaded"),
-        unfamiliar=True,
     ),
     Kind(
         name="a model with code of its own",
@@ -124,7 +123,6 @@ SETTINGS = [
         model="model",
         code=2,
         says=("evil.Evil", "embed.trust_remote_code"),
-        unfamiliar=True,
     ),
     Kind(
         name="a pickle named .safetensors",

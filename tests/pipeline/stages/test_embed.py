@@ -221,3 +221,18 @@ def test_a_model_is_loaded_once_for_all_domains(write_jsonl, write_manifest, row
     for step in plan_corpus(manifest, tmp_path / "workspace").steps:
         run_step(step)
     assert Counter(loaded) == {"tiny-gtr": 1, "minilm": 1}
+
+
+def test_progress_counts_tokens_so_that_long_documents_weigh_more_than_short_queries():
+    class Numbered:
+        def __init__(self, length):
+            self.length = length
+
+        def take(self, rows):
+            return ["x" * self.length for _ in rows]
+
+    assert (
+        embed._estimate_tokens(Numbered(20), 0, 1_000, None) == 7_000
+    )  # a token has about 4 characters; 2 for the ends
+    assert embed._estimate_tokens(Numbered(4_000), 0, 1_000, 48) == 48_000  # longer texts are cut at the maximum length
+    assert embed._estimate_tokens(Numbered(0), 7, 8, 48) == 2
