@@ -146,18 +146,29 @@ def end(mark: str, *, spare: int | None = None) -> bool:
     Returns:
         Whether there was a process to end.
     """
-    found = False
+    found: set[int] = set()
     for number in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + GRACE_S
         signalled: set[int] = set()
-        while (living := processes_marked(mark) - {spare}) and time.monotonic() < deadline:
-            found = True
+        while time.monotonic() < deadline:
+            living = processes_marked(mark) - {spare}
+            found |= living
+            if not living and not any(map(_is_exiting, found)):
+                break
             for pid in living - signalled:
                 with suppress(ProcessLookupError):
                     os.kill(pid, number)
             signalled |= living
             time.sleep(0.1)
-    return found
+    return bool(found)
+
+
+def _is_exiting(pid: int) -> bool:
+    """Return whether a process that has lost its environment still holds its files and ports, for a moment."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def _start(service: Service, role: str, arguments: list[str], *, is_ready: Callable[[], bool]) -> None:
