@@ -363,8 +363,8 @@ scores = model.similarity(queries, documents)
 
 ## Use with a context of your corpus
 
-The embeddings of a corpus are usually better if the context comes from that corpus. Draw up to
-{size} of its documents, and pass the same context for documents and queries:
+A context that comes from the searched corpus tells the model more than the default context. Draw up
+to {size} of its documents, and pass the same context for documents and queries:
 
 ```python
 context = model.encode(minicorpus, prompt_name="document", first_stage=True)
