@@ -34,7 +34,8 @@ define train-and-search
 	output="$(DEMO)/$$(basename "$$shards")"; \
 	echo "2 of 3: training on these batches"; \
 	$(BIN)/python trainer/main.py --shards "$$shards" --output "$$output/$(1)" --resume auto $(2); \
-	echo "3 of 3: held-out questions, searched over all documents of the corpus"; \
+	echo "3 of 3: held-out questions, searched over all documents of the corpus; 'stock' is MiniLM as published,"; \
+	echo "'export' the model just trained; both read the first 48 tokens of a text, and BM25 all words"; \
 	$(BIN)/python benchmarks/demo.py "$$shards" "$$output"; \
 	TQDM_DISABLE=1 $(BIN)/python -m hardbatch.trainer.evaluate --collection "$$output/held-out-questions" \
 		--model "$$output/stock" --model "$$output/$(1)/export"
