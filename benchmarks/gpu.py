@@ -433,7 +433,8 @@ def measure_trainer(setting: Setting, note: Note) -> None:
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(export, trust_remote_code=True, device=setting.device)
-    context = model.encode(["a document", "another one"], prompt_name="document", convert_to_tensor=True)
+    documents = ["a document", "another one"]
+    context = model.encode(documents, prompt_name="document", first_stage=True, convert_to_tensor=True)
     found = model.encode(["a question"], prompt_name="query", dataset_embeddings=context)
     note("export_norm", float(np.linalg.norm(found)))
     if setting.device == "cuda":

@@ -35,11 +35,16 @@ def run_warm(flags: Flags, fault: str = "") -> Ended:
     return start_warm(flags, fault).wait()
 
 
-def start(flags: Flags, *, ranks: int = 1) -> subprocess.Popen[str]:
-    """Starts a training by its command line: python alone, or torchrun if there are several ranks."""
+def command(flags: Flags, *, ranks: int = 1) -> list[object]:
+    """The command line of a training: python alone, or torchrun if there are several ranks."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, TRAINER[1]]
-    command = [*(launcher if ranks > 1 else TRAINER), *words_of(flags)]
-    return processes.start(command, environment={"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
+    return [*(launcher if ranks > 1 else TRAINER), *words_of(flags)]
+
+
+def start(flags: Flags, *, ranks: int = 1) -> subprocess.Popen[str]:
+    """Starts a training by its command line."""
+    environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return processes.start(command(flags, ranks=ranks), environment=environment)
 
 
 def run(flags: Flags, *, ranks: int = 1) -> Ended:
