@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -36,7 +37,11 @@ class Disk:
 
     @property
     def used(self) -> int:
-        """Bytes that are taken, in whole pages."""
+        """Bytes that are taken, in whole pages.
+
+        Deleted files whose memory maps wait for the garbage collector are taken too, until it runs.
+        """
+        gc.collect()
         stat = os.statvfs(self.path)
         return (stat.f_blocks - stat.f_bfree) * stat.f_frsize
 
