@@ -36,27 +36,61 @@ def mask_of(pairs, size=8):
     return mask
 
 
-@pytest.mark.parametrize("masked", [(), ((0, 1), (0, 2), (5, 1)), tuple((3, j) for j in range(8))])
-def test_against_the_formula(masked):
-    queries, documents = unit(8, 0), unit(8, 1)
-    found = info_nce(queries, documents, mask_of(masked), temperature=TEMPERATURE)
-    assert found.value.item() == pytest.approx(by_hand(queries, documents, masked).item(), rel=1e-5)
+SEVERAL = ((0, 1), (1, 0), (2, 3), (2, 4), (2, 7), (5, 2))
+ALL_OF_3 = tuple((3, j) for j in range(8) if j != 3)
 
 
-def test_hard_negatives_serve_their_own_query():
-    queries, documents, negatives = unit(8, 0), unit(8, 1), unit(3, 2)
-    owners = torch.tensor([1, 1, 6])
-    found = info_nce(
-        queries,
-        documents,
-        mask_of(()),
+@pytest.mark.parametrize("hard", [0, 3])
+@pytest.mark.parametrize(
+    ("masked", "positives"),
+    [
+        ((), None),
+        (((0, 1), (0, 2), (5, 1)), None),
+        (ALL_OF_3, None),
+        (SEVERAL, SEVERAL),
+        ((*SEVERAL, (0, 2), (6, 1), (7, 7)), SEVERAL),
+        ((), SEVERAL),  # a positive is not a negative, even if no mask says so
+        (((0, 5),), ()),
+        (ALL_OF_3, ((3, 0), (3, 5))),
+        (ALL_OF_3, ALL_OF_3),
+        (tuple((i, j) for i in range(8) for j in range(8)), ((4, 5),)),
+    ],
+    ids=[
+        "plain",
+        "plain and masks",
+        "plain, no negative left",
+        "positives",
+        "and masks",
+        "unmasked",
+        "own alone",
+        "no negative left",
+        "all positive",
+        "nothing to learn",
+    ],
+)
+def test_loss_and_gradients_against_the_formula(masked, positives, hard):
+    sides = [unit(8, 0), unit(8, 1), unit(hard, 2)]
+    found, expected = ([side.clone().requires_grad_() for side in sides] for _ in range(2))
+    owners = torch.tensor([1, 2, 2][:hard], dtype=torch.int64)
+
+    loss = info_nce(
+        *found[:2],
+        mask_of(masked),
         temperature=TEMPERATURE,
-        negatives_MD=negatives,
+        positive_BB=None if positives is None else mask_of(positives),
+        negatives_MD=found[2],
         negative_owner_M=owners,
     )
-    expected = by_hand(queries, documents, (), (), negatives, owners)
-    assert found.value.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert expected > by_hand(queries, documents, ())
+    by_formula = by_hand(*expected[:2], masked, positives or (), expected[2], owners)
+    assert loss.value.item() == pytest.approx(by_formula.item(), rel=1e-6, abs=1e-12)
+
+    loss.value.backward()
+    by_formula.backward()
+    for one, other in zip(found, expected, strict=True):
+        if one.grad is None:
+            assert other.grad is None or not other.grad.any()
+            continue
+        assert torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_no_hard_negative_in_the_batch_is_the_plain_loss():
@@ -70,49 +104,6 @@ def test_no_hard_negative_in_the_batch_is_the_plain_loss():
         negative_owner_M=torch.zeros(0, dtype=torch.int64),
     )
     assert torch.equal(none.value, info_nce(queries, documents, mask_of(()), temperature=TEMPERATURE).value)
-
-
-SEVERAL = ((0, 1), (1, 0), (2, 3), (2, 4), (2, 7), (5, 2))
-ALL_OF_3 = tuple((3, j) for j in range(8) if j != 3)
-
-
-@pytest.mark.parametrize("hard", [0, 3])
-@pytest.mark.parametrize(
-    ("masked", "positives"),
-    [
-        (SEVERAL, SEVERAL),
-        ((*SEVERAL, (0, 2), (6, 1), (7, 7)), SEVERAL),
-        ((), SEVERAL),  # a positive is not a negative, even if no mask says so
-        (((0, 5),), ()),
-        (ALL_OF_3, ((3, 0), (3, 5))),
-        (ALL_OF_3, ALL_OF_3),
-        (tuple((i, j) for i in range(8) for j in range(8)), ((4, 5),)),
-    ],
-    ids=["positives", "and masks", "unmasked", "own alone", "no negative left", "all positive", "nothing to learn"],
-)
-def test_several_positives_and_their_gradients_against_the_formula(masked, positives, hard):
-    sides = [unit(8, 0), unit(8, 1), unit(hard, 2)]
-    found, expected = ([side.clone().requires_grad_() for side in sides] for _ in range(2))
-    owners = torch.tensor([1, 2, 2][:hard], dtype=torch.int64)
-
-    loss = info_nce(
-        *found[:2],
-        mask_of(masked),
-        temperature=TEMPERATURE,
-        positive_BB=mask_of(positives),
-        negatives_MD=found[2],
-        negative_owner_M=owners,
-    )
-    by_formula = by_hand(*expected[:2], masked, positives, expected[2], owners)
-    assert loss.value.item() == pytest.approx(by_formula.item(), rel=1e-6, abs=1e-12)
-
-    loss.value.backward()
-    by_formula.backward()
-    for one, other in zip(found, expected, strict=True):
-        if one.grad is None:
-            assert other.grad is None or not other.grad.any()
-            continue
-        assert torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_one_positive_each_is_the_plain_loss():
