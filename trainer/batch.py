@@ -49,7 +49,9 @@ class Batch:
     """B pairs as tokens, prompts included, by slot.
 
     `equivalent_BB[i, j]` is True if document j may answer query i too and is therefore not used as
-    a negative of it. It is False on the diagonal.
+    a negative of it. `positive_BB[i, j]` is True if it answers query i for certain and is therefore
+    one of its positives; None if every query has its own document as its only positive. Both are
+    False on the diagonal.
     """
 
     position: int
@@ -60,6 +62,7 @@ class Batch:
     negatives: Tokens | None  # None if no query has any
     negative_owner_M: Tensor  # int64: the slot whose query each negative belongs to
     equivalent_BB: Tensor  # bool
+    positive_BB: Tensor | None = None  # bool
 
     @property
     def sides(self) -> list[Tokens]:
@@ -71,6 +74,11 @@ class Batch:
         """Tokens of all texts, without padding."""
         return sum(len(tokens.ids) for tokens in self.sides)
 
+    @property
+    def num_positives(self) -> int:
+        """Positives of all queries together, at least one each."""
+        return len(self.queries) + (0 if self.positive_BB is None else int(self.positive_BB.sum()))
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """Returns the same batch on `device`; lengths stay on the CPU."""
         return replace(
@@ -80,6 +88,7 @@ class Batch:
             negatives=None if self.negatives is None else self.negatives.to(device, non_blocking=non_blocking),
             negative_owner_M=self.negative_owner_M.to(device, non_blocking=non_blocking),
             equivalent_BB=self.equivalent_BB.to(device, non_blocking=non_blocking),
+            positive_BB=None if self.positive_BB is None else self.positive_BB.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> Batch:
@@ -91,15 +100,23 @@ class Batch:
             negatives=None if self.negatives is None else self.negatives.pin_memory(),
             negative_owner_M=self.negative_owner_M.pin_memory(),
             equivalent_BB=self.equivalent_BB.pin_memory(),
+            positive_BB=None if self.positive_BB is None else self.positive_BB.pin_memory(),
         )
 
 
 class Tokenizer(TextTokenizer):
-    """Turns a `TextBatch` into a `Batch`, with the first `hard_negatives` of each query; made by `load_tokenizer`."""
+    """Turns a `TextBatch` into a `Batch`; made by `load_tokenizer`.
 
-    def __init__(self, pretrained: Any, max_length_tokens: int, *, hard_negatives: int = 0) -> None:
+    The batch has the first `hard_negatives` of each query and, with `same_answer`, more positives of
+    a query than its own document.
+    """
+
+    def __init__(
+        self, pretrained: Any, max_length_tokens: int, *, hard_negatives: int = 0, same_answer: bool = False
+    ) -> None:
         super().__init__(pretrained, max_length_tokens)
         self._hard_negatives = hard_negatives
+        self._same_answer = same_answer
 
     def __call__(self, batch: TextBatch) -> Batch:
         size = len(batch.queries)
@@ -113,6 +130,7 @@ class Tokenizer(TextTokenizer):
             texts += [negative for of_slot in kept for negative in of_slot]
             prompts += [batch.document_prompts[slot] for slot in owners]
 
+        positive_BB = batch.positive_BB if self._same_answer else None
         queries, documents, negatives = _split(self.tokenize(texts, prompts), [size, size, len(owners)])
         return Batch(
             position=batch.position,
@@ -123,11 +141,17 @@ class Tokenizer(TextTokenizer):
             negatives=negatives if owners else None,
             negative_owner_M=torch.tensor(owners, dtype=torch.int64),
             equivalent_BB=torch.from_numpy(batch.equivalent_BB),
+            positive_BB=None if positive_BB is None else torch.from_numpy(positive_BB),
         )
 
 
 def load_tokenizer(
-    folder: Path | str, *, max_length_tokens: int, vocab_size: int | None = None, hard_negatives: int = 0
+    folder: Path | str,
+    *,
+    max_length_tokens: int,
+    vocab_size: int | None = None,
+    hard_negatives: int = 0,
+    same_answer: bool = False,
 ) -> Tokenizer:
     """Loads the tokenizer of a model.
 
@@ -136,6 +160,7 @@ def load_tokenizer(
         max_length_tokens: Where texts are truncated, prompt and special tokens included.
         vocab_size: That of the backbone, which every id must be below; None leaves this unchecked.
         hard_negatives: How many hard negatives of each query to tokenise.
+        same_answer: Whether the documents of `positive_slots` become positives of a query.
 
     Raises:
         ConfigError: If there is no fast tokenizer, if it does not match the backbone, or if
@@ -149,7 +174,7 @@ def load_tokenizer(
         raise ConfigError(f"{folder}: no tokenizer that transformers can load: {first_line(error)}") from None
 
     try:
-        tokenizer = Tokenizer(pretrained, max_length_tokens, hard_negatives=hard_negatives)
+        tokenizer = Tokenizer(pretrained, max_length_tokens, hard_negatives=hard_negatives, same_answer=same_answer)
     except ValueError as error:
         raise ConfigError(f"{folder}: {error}") from None
 

@@ -141,6 +141,11 @@ class TrainConfig:
     no_context_rate: float = _setting(
         "share of batches whose whole context is replaced by null vectors", _Number(least=0, most=1), 0.0
     )
+    positives: Literal["own", "same-answer"] = _setting(
+        "positives of a query: its own document, or also those of the batch that answer it for certain",
+        _Choice(("own", "same-answer")),
+        "own",
+    )
     hard_negatives: int = _setting("hard negatives to use for each query, if the shards have them", _Whole(0), 0)
     precision: Literal["auto", "bf16", "fp32"] = _setting(
         "autocast; auto: bf16 if the hardware supports it", _Choice(("auto", "bf16", "fp32")), "auto"

@@ -153,6 +153,7 @@ class GradCache:
             embeddings_ND[size : 2 * size],
             self._to_device(plan.batch.equivalent_BB),
             temperature=self._config.temperature,
+            positive_BB=None if plan.batch.positive_BB is None else self._to_device(plan.batch.positive_BB),
             negatives_MD=embeddings_ND[2 * size :],
             negative_owner_M=self._to_device(plan.batch.negative_owner_M),
         )

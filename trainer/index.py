@@ -26,6 +26,7 @@ from hardbatch.pipeline.errors import IntegrityError
 INDEX = "index.parquet"
 _COLUMNS = ["batch_id", "packing", "domain", "file", "row_group", "byte_offset", "byte_length", "sha256"]
 _SINCE_VERSION_2 = ["footer_sha256", "record_offset", "record_length"]
+_SINCE_VERSION_3 = ["same_answer_rate"]
 _FOOTER_READERS = 8  # threads
 
 
@@ -46,6 +47,7 @@ class Index:
     record_offsets_I: NDArray[np.int64]  # of the row group's record in the footer
     record_lengths_I: NDArray[np.int64]
     sha256_I: NDArray[np.uint8]  # of the row group's data, I × 32
+    same_answer_rates_I: NDArray[np.float64] | None  # share of a batch's B (B - 1) slots that are in `positive_slots`
 
 
 def read_index(artifact: Artifact) -> Index:
@@ -96,6 +98,7 @@ def read_index(artifact: Artifact) -> Index:
         record_offsets_I=records_I[:, 0].copy(),
         record_lengths_I=records_I[:, 1].copy(),
         sha256_I=_digests(table["sha256"]),
+        same_answer_rates_I=table["same_answer_rate"].to_numpy() if "same_answer_rate" in table.column_names else None,
     )
 
 
@@ -111,7 +114,8 @@ def _read_table(artifact: Artifact) -> pa.Table:
     if record is None or hashlib.sha256(data).hexdigest() != record.sha256:
         raise IntegrityError(f"{path}: is not what was written: its sha256 differs; {how_to_repair(artifact.path)}")
     file = pq.ParquetFile(pa.BufferReader(data))
-    columns = _COLUMNS + (_SINCE_VERSION_2 if artifact.manifest.format_version >= 2 else [])
+    version = artifact.manifest.format_version
+    columns = _COLUMNS + (version >= 2) * _SINCE_VERSION_2 + (version >= 3) * _SINCE_VERSION_3
     table = file.read(columns=columns, use_threads=False)
     if missing := set(columns) - set(table.column_names):
         raise IntegrityError(f"{path}: has no column {min(missing)}; {how_to_repair(artifact.path)}")

@@ -66,6 +66,10 @@ class StepMetrics:
     loss: float
     accuracy: float
     mask_rate: float
+    positives: float
+    """Positives of a query in the loss, its own document included; the mean."""
+    negatives: float
+    """Effective negatives of a query: other slots of its batch that are not masked; the mean."""
     gradient_norm: float
     learning_rate: float
     pairs: int
@@ -126,7 +130,7 @@ class TrainingLog:
 
         mean = {
             name: sum(getattr(one, name) for one in window) / len(window)
-            for name in ("loss", "accuracy", "mask_rate", "gradient_norm")
+            for name in ("loss", "accuracy", "mask_rate", "positives", "negatives", "gradient_norm")
         }
         rates = {
             "pairs_per_s": sum(one.pairs for one in window) / seconds,
@@ -142,7 +146,8 @@ class TrainingLog:
         utilisation = f", MFU {rates['model_flop_utilisation']:.0%}" if self._peak else ""
         self.say(
             f"step {step:,}  batch {position:,} of {self._end:,}  loss {mean['loss']:.4f}  accuracy "
-            f"{mean['accuracy']:.3f}  masked {mean['mask_rate']:.3f}  gradient {mean['gradient_norm']:.2f}  "
+            f"{mean['accuracy']:.3f}  positives {mean['positives']:.2f}  negatives {mean['negatives']:.1f}  "
+            f"masked {mean['mask_rate']:.3f}  gradient {mean['gradient_norm']:.2f}  "
             f"{rates['pairs_per_s']:,.0f} pairs/s, {rates['tokens_per_s']:,.0f} tokens/s, "
             f"waiting {rates['data_wait']:.1%}{utilisation}, {timedelta(seconds=round(left_s))} left"
         )

@@ -274,10 +274,11 @@ class _Loop:
         waited = self._stream.waited_s - self._waited_s
         self._waited_s = self._stream.waited_s
 
-        loss, accuracy, masked, pairs, tokens, all_flops, all_waited = training.ranks.sum(
+        loss, accuracy, masked, positives, pairs, tokens, all_flops, all_waited = training.ranks.sum(
             sum(float(one.value) for one in losses),
             sum(float(one.accuracy) for one in losses),
             sum(mask_rate(batch.equivalent_BB) for batch in batches),
+            sum(batch.num_positives for batch in batches),
             sum(len(batch.queries) for batch in batches),
             sum(batch.num_tokens for batch in batches),
             flops,
@@ -287,6 +288,8 @@ class _Loop:
             loss=loss / training.step_size,
             accuracy=accuracy / training.step_size,
             mask_rate=masked / training.step_size,
+            positives=positives / pairs,
+            negatives=(1 - masked / training.step_size) * (training.shards.batch_size - 1),
             gradient_norm=gradient_norm,
             learning_rate=learning_rate,
             pairs=int(pairs),

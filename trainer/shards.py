@@ -39,7 +39,9 @@ class TextBatch:
 
     Texts do not include their prompts. `negatives` is a list for each slot, or None if the shards
     have none. `equivalent_BB[i, j]` is True if document j may answer query i too and is therefore
-    not used as a negative of it; it is False on the diagonal.
+    not used as a negative of it. `positive_BB[i, j]` is True if it answers query i for certain, which
+    implies the former; None if the shards are of a format before version 3 and do not say so. Both
+    are False on the diagonal.
     """
 
     position: int
@@ -51,6 +53,7 @@ class TextBatch:
     document_prompts: list[str]
     negatives: list[list[str]] | None
     equivalent_BB: NDArray[np.bool_]
+    positive_BB: NDArray[np.bool_] | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,6 +68,7 @@ class Shards:
     prompts: dict[str, tuple[str, str]]  # domain → prompt of a query, prompt of a document
     weights: dict[str, float]  # domain → how often an epoch reads its batches
     with_negatives: bool
+    with_positives: bool  # since format version 3
     pairs: tuple[str, ...]  # the pairs artifacts that they come from, as pairs/DOMAIN/KEY below the corpus
     index: Index
 
@@ -86,7 +90,7 @@ class Shards:
             IntegrityError: If the bytes are not those that were written; names the file and the batch.
         """
         index, size = self.index, self.batch_size
-        columns = [*_COLUMNS, "negatives"] if self.with_negatives else _COLUMNS
+        columns = _COLUMNS + ["negatives"] * self.with_negatives + ["positive_slots"] * self.with_positives
 
         try:
             # Not memory-mapped: a file that is truncated while it is read would end the process.
@@ -118,6 +122,7 @@ class Shards:
             document_prompts=table["document_prompt"].to_pylist(),
             negatives=table["negatives"].to_pylist() if self.with_negatives else None,
             equivalent_BB=_as_matrix(table["equivalent_slots"].combine_chunks(), size),
+            positive_BB=_as_matrix(table["positive_slots"].combine_chunks(), size) if self.with_positives else None,
         )
 
     def _damage(self, row: int, what: str) -> IntegrityError:
@@ -140,6 +145,7 @@ def open_shards(path: Path | str) -> Shards:
     index = read_index(artifact)
     config = artifact.manifest.config
     datasets = config["datasets"]
+    columns = pq.read_schema(artifact.path / index.files[0]).names
     return Shards(
         path=artifact.path,
         key=artifact.manifest.key,
@@ -148,7 +154,8 @@ def open_shards(path: Path | str) -> Shards:
         domains=index.domains,
         prompts={name: (dataset["query_prompt"], dataset["document_prompt"]) for name, dataset in datasets.items()},
         weights={name: float(datasets[name]["weight"]) for name in index.domains if name in datasets},
-        with_negatives="negatives" in pq.read_schema(artifact.path / index.files[0]).names,
+        with_negatives="negatives" in columns,
+        with_positives="positive_slots" in columns,
         pairs=tuple(f"{name}/{key}" for name, key in artifact.manifest.inputs.items() if name.startswith("pairs/")),
         index=index,
     )
@@ -173,7 +180,7 @@ def _slots(size: int) -> pa.ChunkedArray:
 
 
 def _as_matrix(slots: pa.ListArray, size: int) -> NDArray[np.bool_]:
-    """Returns `equivalent_slots` as a matrix: row i is True at the slots of S(i)."""
+    """Returns a list of slots for each slot as a matrix: row i is True at the slots of list i."""
     ends, values = slots.offsets.to_numpy(), slots.values.to_numpy()
     matrix_BB = np.zeros((size, size), dtype=np.bool_)
     matrix_BB[np.repeat(np.arange(size), ends[1:] - ends[:-1]), values[ends[0] : ends[-1]]] = True

@@ -155,11 +155,14 @@ def start_training(config: TrainConfig, ranks: Ranks, checkpoint: Path | None, n
         max_length_tokens=config.max_length,
         vocab_size=encoder.backbone_config.vocab_size,
         hard_negatives=config.hard_negatives,
+        same_answer=config.positives == "same-answer",
     )
     if config.hard_negatives and not shards.with_negatives:
         raise ConfigError(
             f"--hard-negatives {config.hard_negatives}: {config.shards} has no hard negatives; leave it out"
         )
+    if config.positives == "same-answer":
+        notices.append(_describe_positives(shards))
 
     memory = _memory_needs(config, encoder, autocast_dtype(config.precision, ranks.device))
     chunk_tokens = choose_chunk_tokens(config.chunk_tokens, memory, free_memory(ranks.device))
@@ -189,6 +192,29 @@ def start_training(config: TrainConfig, ranks: Ranks, checkpoint: Path | None, n
         memory=memory,
         chunk_tokens=chunk_tokens,
     )
+
+
+def _describe_positives(shards: Shards) -> str:
+    """Says how many positives --positives same-answer adds; a warning if there are none.
+
+    Raises:
+        ConfigError: The shards do not say which documents have the same answer.
+    """
+    rates_I = shards.index.same_answer_rates_I
+    if not shards.with_positives or rates_I is None:
+        raise ConfigError(
+            f"--positives same-answer: {shards.path} has no positive_slots, which shards have since format version 3; "
+            "run the pipeline again to make new shards, or give --positives own"
+        )
+
+    num_with = np.count_nonzero(rates_I)
+    if num_with == 0:
+        return (
+            f"warning: --positives same-answer changes nothing: 0 of {len(rates_I):,} batches have positive slots, so "
+            "the own document is the only positive of each query"
+        )
+    mean = 1 + rates_I.mean() * (shards.batch_size - 1)
+    return f"{mean:.3f} positives a query; {num_with:,} of {len(rates_I):,} batches have positive slots"
 
 
 def _memory_needs(config: TrainConfig, encoder: Encoder, autocast: torch.dtype | None) -> MemoryNeeds:

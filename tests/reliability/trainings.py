@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -33,6 +34,23 @@ def start_warm(flags: Flags, fault: str = "") -> warm.Run:
 def run_warm(flags: Flags, fault: str = "") -> Ended:
     """Runs a training of one rank to its end in a process that has its libraries loaded."""
     return start_warm(flags, fault).wait()
+
+
+def start_ranks(flags: Flags, number: int) -> list[warm.Run]:
+    """Starts a training of several ranks without torchrun, in processes that have their libraries loaded."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    shared = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        warm.start(warm.TRAINER, words_of(flags), environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(number)
+    ]
+
+
+def run_ranks(flags: Flags, number: int) -> list[Ended]:
+    """Runs a training of several ranks to its end, as `start_ranks` starts it; how each rank ended."""
+    return [run.wait() for run in start_ranks(flags, number)]
 
 
 def command(flags: Flags, *, ranks: int = 1) -> list[object]:

@@ -51,9 +51,11 @@ SMALL_MODEL = {f"hardbatch.pipeline.models.{name}.LEXICAL_FEATURES": 1_024 for n
 class Run:
     """A command that was started; made by `start`."""
 
-    def __init__(self, program: str, words: Sequence[str], constants: Mapping[str, object]) -> None:
+    def __init__(
+        self, program: str, words: Sequence[str], constants: Mapping[str, object], environment: Mapping[str, str]
+    ) -> None:
         self._log = Path(_folder_of_logs().name) / f"{next(_numbers)}.log"
-        self._process = _SERVER.Process(target=_main, args=(program, words, self._log, constants))
+        self._process = _SERVER.Process(target=_main, args=(program, words, self._log, constants, environment))
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -92,7 +94,12 @@ class Run:
 
 
 def start(
-    program: str, words: Sequence[object], *, fault: str = "", constants: Mapping[str, object] | None = None
+    program: str,
+    words: Sequence[object],
+    *,
+    fault: str = "",
+    constants: Mapping[str, object] | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Run:
     """Starts the `main` of a module.
 
@@ -101,9 +108,10 @@ def start(
         words: The command line.
         fault: As HARDBATCH_FAULT would choose it.
         constants: Values of constants, by the name of the module and of the constant.
+        environment: Variables on top of this process's own.
     """
     chosen = {**SMALL_MODEL, "hardbatch.pipeline.artifacts.faults._chosen": fault, **(constants or {})}
-    _started.append(Run(program, [str(word) for word in words], chosen))
+    _started.append(Run(program, [str(word) for word in words], chosen, environment or {}))
     return _started[-1]
 
 
@@ -123,8 +131,11 @@ def _folder_of_logs() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="hardbatch-warm-")
 
 
-def _main(program: str, words: Sequence[str], log: Path, constants: Mapping[str, object]) -> None:
+def _main(
+    program: str, words: Sequence[str], log: Path, constants: Mapping[str, object], environment: Mapping[str, str]
+) -> None:
     os.setsid()
+    os.environ.update(environment)
     output = os.open(log, os.O_WRONLY | os.O_CREAT)
     for stream in (1, 2):
         os.dup2(output, stream)

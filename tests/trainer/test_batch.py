@@ -251,7 +251,9 @@ def test_concat_keeps_every_text(parts: list[list[int]]) -> None:
 def text_batch(num_negatives: list[int] | None = None) -> TextBatch:
     size = 4
     equivalent_BB = np.zeros((size, size), dtype=bool)
-    equivalent_BB[0, 2] = True
+    equivalent_BB[0, 1:3] = True
+    positive_BB = np.zeros((size, size), dtype=bool)
+    positive_BB[0, 2] = True
     return TextBatch(
         position=11,
         batch_id=5,
@@ -264,6 +266,7 @@ def text_batch(num_negatives: list[int] | None = None) -> TextBatch:
         if num_negatives is None
         else [[f"no {slot} {i}" for i in range(number)] for slot, number in enumerate(num_negatives)],
         equivalent_BB=equivalent_BB,
+        positive_BB=positive_BB,
     )
 
 
@@ -293,25 +296,40 @@ def test_a_batch_is_its_texts_with_their_prompts(
         assert found.prompt_lengths_N.tolist() == wanted.prompt_lengths_N.tolist()
     assert batch.num_tokens == sum(int(tokens.lengths_N.sum()) for tokens in expected)
     assert batch.equivalent_BB.tolist() == texts.equivalent_BB.tolist()
+    assert batch.positive_BB is None and batch.num_positives == 4
+
+
+def test_positive_slots_are_positives_only_if_they_are_asked_for(folders: Callable[[str], Path]) -> None:
+    batch = load_tokenizer(folders("wordpiece"), max_length_tokens=32, same_answer=True)(text_batch())
+    assert batch.positive_BB is not None and batch.positive_BB.argwhere().tolist() == [[0, 2]]
+    assert batch.num_positives == 5
 
 
 def tensors(batch: Batch) -> list[torch.Tensor]:
-    return [*(side.ids for side in batch.sides), batch.equivalent_BB, batch.negative_owner_M]
+    assert batch.positive_BB is not None
+    return [*(side.ids for side in batch.sides), batch.equivalent_BB, batch.positive_BB, batch.negative_owner_M]
+
+
+def full_batch(folder: Path) -> Batch:
+    """A batch with every tensor that there can be."""
+    tokenizer = load_tokenizer(folder, max_length_tokens=32, hard_negatives=2, same_answer=True)
+    return tokenizer(text_batch([1, 2, 0, 1]))
 
 
 def test_a_batch_moves_and_its_lengths_stay(folders: Callable[[str], Path]) -> None:
-    batch = load_tokenizer(folders("wordpiece"), max_length_tokens=32, hard_negatives=2)(text_batch([1, 2, 0, 1]))
+    batch = full_batch(folders("wordpiece"))
     moved = batch.to("meta")
-    assert len(tensors(moved)) == 5
+    assert len(tensors(moved)) == 6
     assert all(tensor.device.type == "meta" for tensor in tensors(moved))
     assert all(side.lengths_N.device.type == "cpu" for side in moved.sides)
     assert (moved.position, len(moved.queries), moved.num_tokens) == (11, 4, batch.num_tokens)
-    assert replace(batch, negatives=None).to("meta").negatives is None
+    bare = replace(batch, negatives=None, positive_BB=None).to("meta")
+    assert bare.negatives is None and bare.positive_BB is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_pinned_batch_pads_on_the_gpu_as_on_the_cpu(folders: Callable[[str], Path]) -> None:
-    batch = load_tokenizer(folders("wordpiece"), max_length_tokens=32, hard_negatives=2)(text_batch([1, 2, 0, 1]))
+    batch = full_batch(folders("wordpiece"))
     pinned = batch.pin_memory()
     assert all(tensor.is_pinned() for tensor in tensors(pinned))
     moved = pinned.to("cuda", non_blocking=True)

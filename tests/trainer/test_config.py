@@ -50,6 +50,7 @@ def test_help_names_every_flag(capsys):
         ([*NEEDED, "--epochs", "1.5"], "--epochs: .*given '1.5'"),
         ([*NEEDED, "--epochs"], "--epochs: expected one argument"),
         ([*NEEDED, "--precision", "fp16"], "--precision: input should be 'auto', 'bf16' or 'fp32', given 'fp16'"),
+        ([*NEEDED, "--positives", "all"], "--positives: input should be 'own' or 'same-answer', given 'all'"),
         ([*NEEDED, "--temperature", "nan"], "--temperature: .*finite"),
         ([*NEEDED, "--sequence-dropout", "1"], "--sequence-dropout: input should be less than 1"),
         ([*NEEDED, "--device", "tpu"], "--device: .*given 'tpu'"),

@@ -55,9 +55,12 @@ def make_tokens(num_texts, generator):
     return Tokens(ids=ids, lengths_N=lengths, prompt_lengths_N=torch.ones_like(lengths))
 
 
-def make_batch(position, num_negatives=0, masked=True):
+def make_batch(position, num_negatives=0, masked=True, same_answer=False):
     generator = torch.Generator().manual_seed(1000 + position)
     equivalent = (torch.rand(SIZE, SIZE, generator=generator) < 0.2) & masked
+    equivalent.fill_diagonal_(False)
+    positive = equivalent & (torch.arange(SIZE) % 2 == 0)
+    assert not same_answer or positive.any()
     return Batch(
         position=position,
         batch_id=position,
@@ -66,7 +69,8 @@ def make_batch(position, num_negatives=0, masked=True):
         documents=make_tokens(SIZE, generator),
         negatives=make_tokens(num_negatives, generator) if num_negatives else None,
         negative_owner_M=torch.arange(num_negatives) % SIZE,
-        equivalent_BB=equivalent.fill_diagonal_(False),
+        equivalent_BB=equivalent,
+        positive_BB=positive if same_answer else None,
     )
 
 
@@ -99,9 +103,13 @@ def one_graph(encoder, config, batch):
 @pytest.mark.parametrize(
     ("model_type", "context_size"), [*((name, CONTEXT_SIZE) for name in BACKBONE_TYPES), ("bert", 0)]
 )
-@pytest.mark.parametrize(("num_negatives", "masked"), [(0, True), (5, True), (0, False)])
-def test_cached_equals_one_graph_over_the_same_chunks_and_draws(model_type, context_size, num_negatives, masked):
-    batch = make_batch(3, num_negatives, masked)
+@pytest.mark.parametrize(
+    ("num_negatives", "masked", "same_answer"), [(0, True, False), (5, True, True), (0, False, False)]
+)
+def test_cached_equals_one_graph_over_the_same_chunks_and_draws(
+    model_type, context_size, num_negatives, masked, same_answer
+):
+    batch = make_batch(3, num_negatives, masked, same_answer)
     expected_loss, expected = one_graph(make_encoder(model_type, context_size), STEP, batch)
     encoder = make_encoder(model_type, context_size)
     loss = GradCache(encoder, STEP).backward(batch)
@@ -121,9 +129,10 @@ def test_without_dropout_chunks_change_nothing(chunk_tokens, pool_prompt):
     assert worst_error(gradients_of(cached), gradients_of(whole)) < 10 * BOUND  # other padding, other rounding
 
 
-def test_an_independent_computation_of_the_whole_step():
+@pytest.mark.parametrize("same_answer", [False, True])
+def test_an_independent_computation_of_the_whole_step(same_answer):
     """No dropout: stages called by hand on padded tensors, the loss in float64, agree with the step."""
-    batch = make_batch(5)
+    batch = make_batch(5, same_answer=same_answer)
     encoder = make_encoder(dropout=0.0)
     config = replace(STEP, sequence_dropout=0.0)
     loss = GradCache(encoder, config).backward(batch).value
@@ -144,9 +153,11 @@ def test_an_independent_computation_of_the_whole_step():
             for side in (batch.queries, batch.documents)
         ]
     scores = sides[0].double() @ sides[1].double().T / STEP.temperature
-    scores = scores.masked_fill(batch.equivalent_BB, -torch.inf)
-    expected = (scores.logsumexp(1) - scores.diagonal()).mean()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    own = torch.eye(SIZE, dtype=torch.bool)
+    positives = own | batch.positive_BB if same_answer else own
+    against = scores.exp().masked_fill(batch.equivalent_BB | own, 0).sum(1, keepdim=True)
+    losses = torch.where(positives, -torch.log(scores.exp() / (scores.exp() + against)), 0)
+    assert loss.item() == pytest.approx((losses.sum(1) / positives.sum(1)).mean().item(), rel=1e-5)
 
 
 def test_draws_depend_on_the_position_alone():
@@ -216,8 +227,11 @@ def digest(tensors):
 
 
 def uneven_batch(position):
-    """A batch of one pass or, every second time, of chunks: it has hard negatives. Ranks differ in what they do."""
-    return make_batch(position, 12 * (position % 2))
+    """A batch of one pass or, every second time, of chunks; those have hard negatives and several positives.
+
+    Ranks differ in what they do.
+    """
+    return make_batch(position, 12 * (position % 2), same_answer=bool(position % 2))
 
 
 UNEVEN = replace(STEP, chunk_tokens=520)

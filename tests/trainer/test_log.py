@@ -20,6 +20,8 @@ def make_metrics(loss=1.0, wait_s=0.0):
         wait_s=wait_s,
         accuracy=0.5,
         mask_rate=0.1,
+        positives=1.25,
+        negatives=loss + 5,
         gradient_norm=2.0,
         learning_rate=1e-4,
         pairs=8,
@@ -44,9 +46,11 @@ def test_a_line_has_means_rates_and_the_time_left(tmp_path):
     log.flush(step=2, position=4, batches_per_step=2)  # nothing new: no line
     (record,) = records(tmp_path)
     assert record["kind"] == "train" and record["step"] == 2 and record["position"] == 4
+    assert record["positives"] == 1.25 and record["negatives"] == 6.5
     assert record["loss"] == 1.5 and record["learning_rate"] == 1e-4 and record["data_wait"] > 0
     assert record["tokens_per_s"] == pytest.approx(record["pairs_per_s"] * 12.5)
     line = log._stream.getvalue()
+    assert "  positives 1.25  negatives 6.5  " in line
     assert "batch 4 of 100" in line and "loss 1.5000" in line and "0:00:00 left" in line and line.count("\n") == 1
 
 

@@ -1,8 +1,6 @@
-"""InfoNCE with equivalence sets and hard negatives."""
+"""InfoNCE with equivalence sets, several positives and hard negatives."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
@@ -17,23 +15,18 @@ def unit(num_rows, seed):
     return torch.nn.functional.normalize(vectors, dim=-1)
 
 
-def by_hand(queries, documents, masked, negatives=(), owners=()):
-    """Mean loss in plain Python, float64."""
-    total = 0.0
+def by_hand(queries, documents, masked, positives=(), negatives=(), owners=()):
+    """Mean loss, term by term in float64; `masked` and `positives` are pairs (slot of a query, slot of a document)."""
+    queries, documents, negatives = queries.double(), documents.double(), [negative.double() for negative in negatives]
+    losses = []
     for i, query in enumerate(queries):
-        scores = [
-            float(query.double() @ document.double()) / TEMPERATURE
-            for j, document in enumerate(documents)
-            if j == i or (i, j) not in masked
-        ]
-        scores += [
-            float(query.double() @ negative.double()) / TEMPERATURE
-            for negative, owner in zip(negatives, owners, strict=True)
-            if owner == i
-        ]
-        own = float(query.double() @ documents[i].double()) / TEMPERATURE
-        total += math.log(sum(math.exp(score - own) for score in scores))
-    return total / len(queries)
+        answers = [i, *(j for k, j in positives if k == i)]
+        others = [document for j, document in enumerate(documents) if j not in answers and (i, j) not in masked]
+        others += [negative for negative, owner in zip(negatives, owners, strict=True) if owner == i]
+        against = sum(torch.exp(query @ other / TEMPERATURE) for other in others)
+        scores = [torch.exp(query @ documents[j] / TEMPERATURE) for j in answers]
+        losses.append(sum(-torch.log(score / (score + against)) for score in scores) / len(scores))
+    return sum(losses) / len(losses)
 
 
 def mask_of(pairs, size=8):
@@ -43,27 +36,61 @@ def mask_of(pairs, size=8):
     return mask
 
 
-@pytest.mark.parametrize("masked", [(), ((0, 1), (0, 2), (5, 1)), tuple((3, j) for j in range(8))])
-def test_against_plain_python(masked):
-    queries, documents = unit(8, 0), unit(8, 1)
-    found = info_nce(queries, documents, mask_of(masked), temperature=TEMPERATURE)
-    assert found.value.item() == pytest.approx(by_hand(queries, documents, set(masked)), rel=1e-5)
+SEVERAL = ((0, 1), (1, 0), (2, 3), (2, 4), (2, 7), (5, 2))
+ALL_OF_3 = tuple((3, j) for j in range(8) if j != 3)
 
 
-def test_hard_negatives_serve_their_own_query():
-    queries, documents, negatives = unit(8, 0), unit(8, 1), unit(3, 2)
-    owners = torch.tensor([1, 1, 6])
-    found = info_nce(
-        queries,
-        documents,
-        mask_of(()),
+@pytest.mark.parametrize("hard", [0, 3])
+@pytest.mark.parametrize(
+    ("masked", "positives"),
+    [
+        ((), None),
+        (((0, 1), (0, 2), (5, 1)), None),
+        (ALL_OF_3, None),
+        (SEVERAL, SEVERAL),
+        ((*SEVERAL, (0, 2), (6, 1), (7, 7)), SEVERAL),
+        ((), SEVERAL),  # a positive is not a negative, even if no mask says so
+        (((0, 5),), ()),
+        (ALL_OF_3, ((3, 0), (3, 5))),
+        (ALL_OF_3, ALL_OF_3),
+        (tuple((i, j) for i in range(8) for j in range(8)), ((4, 5),)),
+    ],
+    ids=[
+        "plain",
+        "plain and masks",
+        "plain, no negative left",
+        "positives",
+        "and masks",
+        "unmasked",
+        "own alone",
+        "no negative left",
+        "all positive",
+        "nothing to learn",
+    ],
+)
+def test_loss_and_gradients_against_the_formula(masked, positives, hard):
+    sides = [unit(8, 0), unit(8, 1), unit(hard, 2)]
+    found, expected = ([side.clone().requires_grad_() for side in sides] for _ in range(2))
+    owners = torch.tensor([1, 2, 2][:hard], dtype=torch.int64)
+
+    loss = info_nce(
+        *found[:2],
+        mask_of(masked),
         temperature=TEMPERATURE,
-        negatives_MD=negatives,
+        positive_BB=None if positives is None else mask_of(positives),
+        negatives_MD=found[2],
         negative_owner_M=owners,
     )
-    expected = by_hand(queries, documents, set(), negatives, owners.tolist())
-    assert found.value.item() == pytest.approx(expected, rel=1e-5)
-    assert expected > by_hand(queries, documents, set())
+    by_formula = by_hand(*expected[:2], masked, positives or (), expected[2], owners)
+    assert loss.value.item() == pytest.approx(by_formula.item(), rel=1e-6, abs=1e-12)
+
+    loss.value.backward()
+    by_formula.backward()
+    for one, other in zip(found, expected, strict=True):
+        if one.grad is None:
+            assert other.grad is None or not other.grad.any()
+            continue
+        assert torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_no_hard_negative_in_the_batch_is_the_plain_loss():
@@ -77,6 +104,26 @@ def test_no_hard_negative_in_the_batch_is_the_plain_loss():
         negative_owner_M=torch.zeros(0, dtype=torch.int64),
     )
     assert torch.equal(none.value, info_nce(queries, documents, mask_of(()), temperature=TEMPERATURE).value)
+
+
+def test_one_positive_each_is_the_plain_loss():
+    """The gradient as well; and the accuracy compares the own document with negatives alone."""
+    found, expected = ([unit(8, seed).requires_grad_() for seed in (0, 1)] for _ in range(2))
+    masked = mask_of(SEVERAL)
+    one = info_nce(*found, masked, temperature=0.02, positive_BB=mask_of(()))
+    plain = info_nce(*expected, masked, temperature=0.02)
+    assert one.value.item() == pytest.approx(plain.value.item(), rel=1e-6)
+    assert info_nce(*found, masked, temperature=0.02, positive_BB=masked).accuracy == plain.accuracy
+    one.value.backward()
+    plain.value.backward()
+    assert all(torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-7) for a, b in zip(found, expected, strict=True))
+
+
+def test_positives_do_not_push_each_other_away():
+    """Two perfect answers leave nothing to learn; a softmax over both would give log 2."""
+    embeddings = torch.eye(4)[[0, 0, 1, 2]]
+    positives = mask_of([(0, 1), (1, 0)], 4)
+    assert info_nce(embeddings, embeddings, positives, temperature=0.02, positive_BB=positives).value < 1e-6
 
 
 def test_a_masked_document_has_exactly_no_influence():

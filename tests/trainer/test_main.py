@@ -12,8 +12,23 @@ from pathlib import Path
 import pytest
 import torch
 
+from hardbatch.pipeline.artifacts import artifact
+from tests.reliability import warm
 from tests.reliability.processes import wait_until
-from tests.reliability.trainings import command, kill_all, log_of, run, start, steps_logged, words_of, workers_of
+from tests.reliability.trainings import (
+    assert_same_training,
+    command,
+    log_of,
+    run,
+    run_ranks,
+    start,
+    start_ranks,
+    start_warm,
+    steps_logged,
+    words_of,
+    workers_of,
+)
+from tests.trainer.shard_formats import write_positive_slots
 from tests.trainer_models import tiny_backbone, tiny_config
 
 
@@ -28,12 +43,11 @@ def backbone(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def flags(finished_run, backbone, tmp_path):
-    """Flags of a training of 3 epochs of 6 batches of 8 pairs, in chunks, that logs every step."""
-    return {
+@pytest.fixture(scope="module")
+def flags_of(finished_run, backbone):
+    """`flags_of(output)`: flags of a training of 3 epochs of 6 batches of 8 pairs, in chunks, that logs every step."""
+    common = {
         "--shards": finished_run[2],
-        "--output": tmp_path / "out",
         "--backbone": backbone,
         "--context-size": 6,
         "--max-length": 24,
@@ -45,6 +59,18 @@ def flags(finished_run, backbone, tmp_path):
         "--log-every": 1,
         "--save-every": 4,
     }
+    return lambda output: {**common, "--output": output}
+
+
+@pytest.fixture
+def flags(flags_of, tmp_path):
+    return flags_of(tmp_path / "out")
+
+
+@pytest.fixture(autouse=True)
+def _no_run_is_left():
+    yield
+    warm.kill_all()
 
 
 def losses_of(flags):
@@ -102,59 +128,29 @@ def test_biencoder_bf16_random_weights_and_init_from(flags, capsys, tmp_path):
     assert code == 2 and "its model has --context-size 0 (biencoder), this training asks for 6" in error
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
-def test_killed_and_resumed_losses_are_equal_to_the_bit(flags, nproc, tmp_path):
-    flags |= {"--epochs": 6 * nproc, "--save-every": 3}
-    unbroken = {**flags, "--output": tmp_path / "unbroken"}
-    assert run(unbroken, ranks=nproc).code == 0
-    for kill_after in (5, 9):  # twice in a row
-        process = start({**flags, "--resume": "auto"}, ranks=nproc)
-        wait_until(steps_logged(flags, kill_after), process, timeout_s=120)
-        kill_all(process, flags["--output"])
-    finished = run({**flags, "--resume": "auto"}, ranks=nproc)
-    assert finished.code == 0, finished.errors
-    begun_at = re.search(r"resuming from .*, step (\d+), batch", finished.errors)
-    assert begun_at and 0 < int(begun_at[1]) < 36  # the kills did kill
-    expected, found = losses_of(unbroken), losses_of(flags)
-    assert len(expected) == 36 and found == expected
-    ends = [Path(run_flags["--output"]) / "export" / "model.safetensors" for run_flags in (unbroken, flags)]
-    assert ends[0].read_bytes() == ends[1].read_bytes()
+@pytest.fixture(scope="module")
+def two_ranks(flags_of, tmp_path_factory):
+    """The flags of a finished training of 12 steps by 2 ranks. Read only."""
+    flags = flags_of(tmp_path_factory.mktemp("two") / "out") | {"--epochs": 4, "--keep-last": 4}
+    assert [ended.code for ended in run_ranks(flags, 2)] == [0, 0]
+    return flags
 
 
-def test_another_number_of_ranks_goes_on_in_the_same_order(flags, tmp_path):
-    """2 ranks to step 4, then 1 that does not accumulate: the batches are those of 1 rank alone, each once an epoch."""
-    flags |= {"--epochs": 2}
-    alone = {**flags, "--output": tmp_path / "alone", "--warmup-steps": 6}  # the same number of batches
-    assert run(alone).code == 0
-    begun = run({**flags, "--save-every": 2}, ranks=2)
-    assert begun.code == 0
-    checkpoints = Path(flags["--output"]) / "checkpoints"
-    fresh = tmp_path / "fresh" / "checkpoints"
-    fresh.mkdir(parents=True)
-    shutil.copytree(sorted(checkpoints.glob("step-*"))[0], fresh / "step-00000004")
-    went_on = {**flags, "--output": fresh.parent, "--resume": "auto"}
-    finished = run(went_on)
-    assert finished.code == 0, finished.errors
-    assert [record["position"] for record in log_of(alone)] == list(range(1, 13))
-    assert [record["position"] for record in log_of(went_on)] == [9, 10, 11, 12]
-    for expected, found in zip(log_of(alone)[-4:], log_of(went_on), strict=True):  # the same places, the same schedule
-        assert found["position"] == expected["position"]
-        assert found["learning_rate"] == pytest.approx(expected["learning_rate"], rel=1e-9)
+def test_killed_and_resumed_is_equal_to_the_bit(two_ranks, tmp_path):
+    """Both ranks are killed; then torchrun is, whose workers save and leave; then torchrun runs to the end.
 
+    tests/reliability/test_trainer_resume.py kills more often, and 1 rank.
+    """
+    flags = {**two_ranks, "--output": tmp_path / "out", "--resume": "auto"}
+    ranks = start_ranks(flags, 2)
+    ranks[0].wait_until(steps_logged(flags, 5))
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
+    assert not (tmp_path / "out" / "export").exists()
 
-def test_two_ranks_equal_one_that_accumulates(flags, tmp_path):
-    alone = {**flags, "--output": tmp_path / "alone", "--accumulate": 2}
-    assert run(alone).code == 0
-    elsewhere = subprocess.run(list(map(str, command(flags, ranks=2))), cwd=tmp_path, capture_output=True, check=False)
-    assert elsewhere.returncode == 0, elsewhere.stderr
-    expected, found = losses_of(alone), losses_of(flags)
-    assert expected.keys() == found.keys()
-    assert all(found[step] == pytest.approx(expected[step], rel=1e-4) for step in expected)
-
-
-def test_workers_save_and_leave_when_their_launcher_is_killed(flags):
-    process = start({**flags, "--epochs": 100_000}, ranks=2)
-    assert wait_until(steps_logged(flags, 4), process)
+    process = start(flags, ranks=2)
+    assert wait_until(steps_logged(flags, len(log_of(flags)) + 1), process, timeout_s=120)
     process.kill()
     process.wait()
     deadline = time.monotonic() + 60
@@ -162,18 +158,86 @@ def test_workers_save_and_leave_when_their_launcher_is_killed(flags):
         time.sleep(0.1)
     assert workers_of(flags["--output"]) == []
     last = log_of(flags)[-1]["step"]
-    assert (Path(flags["--output"]) / "checkpoints" / f"step-{last:08d}" / "manifest.json").is_file()
+    assert (tmp_path / "out" / "checkpoints" / f"step-{last:08d}" / "manifest.json").is_file()
+
+    elsewhere = subprocess.run(
+        list(map(str, command(flags, ranks=2))), cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    assert (
+        f"resuming from {tmp_path / 'out' / 'checkpoints' / f'step-{last:08d}'}, step {last}, batch" in elsewhere.stderr
+    )
+    assert elsewhere.stdout.splitlines()[-1] == str(tmp_path / "out" / "export")
+    assert_same_training(flags, two_ranks)
+
+
+def test_two_ranks_equal_one_that_accumulates(two_ranks, tmp_path):
+    alone = {**two_ranks, "--output": tmp_path / "alone", "--accumulate": 2}
+    assert run(alone).code == 0
+    expected, found = losses_of(alone), losses_of(two_ranks)
+    assert len(expected) == 12 and found == pytest.approx(expected, rel=1e-4)
+
+
+def test_another_number_of_ranks_continues_in_the_same_order(two_ranks, tmp_path):
+    """2 ranks to step 8, then 1 that does not accumulate: it reads the batches that 1 rank alone would read."""
+    alone = {**two_ranks, "--output": tmp_path / "alone", "--warmup-steps": 6}  # the same number of batches
+    assert run(alone).code == 0
+    begun = Path(two_ranks["--output"]) / "checkpoints" / "step-00000008"
+    shutil.copytree(begun, tmp_path / "resumed" / "checkpoints" / begun.name)
+    resumed = {**two_ranks, "--output": tmp_path / "resumed", "--resume": "auto"}
+    finished = run(resumed)
+    assert finished.code == 0, finished.errors
+    assert [record["position"] for record in log_of(alone)] == list(range(1, 25))
+    assert [record["position"] for record in log_of(resumed)] == list(range(17, 25))
+    for expected, found in zip(log_of(alone)[-8:], log_of(resumed), strict=True):  # the same schedule
+        assert found["learning_rate"] == pytest.approx(expected["learning_rate"], rel=1e-9)
 
 
 def test_a_second_training_of_the_same_output_is_refused(flags, capsys):
-    process = start({**flags, "--epochs": 100_000})
-    assert wait_until(steps_logged(flags, 2), process)
+    process = start_warm({**flags, "--epochs": 100_000})
+    process.wait_until(steps_logged(flags, 2))
     code, error = in_process({**flags, "--resume": "auto"}, capsys)
     process.kill()
     process.wait()
     assert code == 5 and f"being written by process {process.pid}" in error
     shutil.rmtree(Path(flags["--output"]) / "checkpoints", ignore_errors=True)
     assert in_process({**flags, "--epochs": 1}, capsys)[0] == 0  # the dead one's lock is free
+
+
+# -- positives ---------------------------------------------------------------------------------------------------------
+
+
+def test_same_answer_positives(flags, copied_run, capsys, monkeypatch):
+    """Refused for shards that have none to give, a warning if there are none, and another loss if there are."""
+    shards, output = copied_run[2], flags["--output"]
+    flags |= {"--shards": shards, "--epochs": 1}
+
+    def train(name, positives):
+        changed = {**flags, "--output": output / name, "--positives": positives}
+        code, error = in_process(changed, capsys)
+        return code, error, log_of(changed)
+
+    write_positive_slots(shards, None)
+    code, error, _ = train("version 2", "same-answer")
+    assert code == 2 and error.count("\n") == 1
+    assert "--positives same-answer" in error and str(shards) in error and "since format version 3" in error
+
+    monkeypatch.setattr(artifact, "FORMAT_VERSION", 3)
+    write_positive_slots(shards, [[]] * 8)
+    code, error, alone = train("none", "same-answer")
+    assert code == 0 and "changes nothing: 0 of 6 batches have positive slots" in error
+
+    write_positive_slots(shards, [[7], [], [0, 1], *[[]] * 5])
+    code, error, own = train("own", "own")
+    assert code == 0 and "positives 1.00" in error and "positives a query" not in error
+    assert own[0]["loss"] == pytest.approx(alone[0]["loss"], rel=1e-5)
+
+    code, error, several = train("several", "same-answer")
+    assert code == 0 and "1.375 positives a query; 6 of 6 batches" in error
+    assert abs(several[0]["loss"] - own[0]["loss"]) > 1e-3
+    assert [(record["positives"], record["negatives"]) for record in several] == [
+        (1.375, pytest.approx(7 * (1 - record["mask_rate"]))) for record in own
+    ]
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
@@ -217,11 +281,16 @@ def test_a_tokenizer_that_does_not_match(flags, tmp_path, backbone, capsys):
     assert code == 2 and "do not belong together" in error
 
 
+def assert_all_ranks_end_with(flags, code, *words):
+    """Both ranks end with `code`; the main rank alone says why, in one line."""
+    ended = run_ranks(flags, 2)
+    assert [one.code for one in ended] == [code, code]
+    (line,) = [line for one in ended for line in one.errors.splitlines() if line.startswith("trainer:")]
+    assert all(word in line for word in words)
+
+
 def test_a_loss_that_is_no_number_stops_all_ranks_and_names_the_batch(flags):
-    finished = run({**flags, "--learning-rate": 1e30, "--warmup-steps": 0}, ranks=2)
-    assert finished.code != 0
-    told = [line for line in finished.errors.splitlines() if line.startswith("trainer:")]
-    assert len(told) == 1 and "batch " in told[0] and "numbers" in told[0]
+    assert_all_ranks_end_with({**flags, "--learning-rate": 1e30, "--warmup-steps": 0}, 1, "batch ", "numbers")
 
 
 def test_advice_about_a_loss_that_is_no_number():
@@ -279,16 +348,13 @@ def test_chunks_may_change_when_a_training_is_resumed(flags, tmp_path, capsys):
 
 
 def test_a_damaged_batch_ends_all_ranks_together(flags, copied_run):
-    """Found as it is read, by the rank that reads it; the other one leaves too, and nobody hangs."""
+    """Found by the rank that reads it; the other one leaves too, and nobody hangs."""
     shards = copied_run[2]
     part = next(shards.glob("data/*.parquet"))
     content = bytearray(part.read_bytes())
     content[200] ^= 1
     part.write_bytes(content)
-    finished = run({**flags, "--shards": shards}, ranks=2)
-    assert finished.code != 0
-    told = [line for line in finished.errors.splitlines() if line.startswith("trainer:")]
-    assert len(told) == 1 and part.name in told[0]
+    assert_all_ranks_end_with({**flags, "--shards": shards}, 4, part.name)
 
 
 def test_other_settings_and_other_shards_are_not_resumed(flags, capsys, copied_run):

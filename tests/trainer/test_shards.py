@@ -10,19 +10,18 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 
+from hardbatch.pipeline.artifacts import artifact
 from hardbatch.pipeline.artifacts.artifact import MANIFEST
-from hardbatch.pipeline.artifacts.files import sha256_file
 from hardbatch.pipeline.errors import ConfigError, IntegrityError
 from hardbatch.pipeline.run import plan_corpus, run_step
 from hardbatch.trainer.shards import Shards, open_shards
-from tests.reliability.workspaces import rewrite_manifest
 from tests.samples import LEXICAL, make_rows
+from tests.trainer.shard_formats import make_version_1, rewrite_index, write_positive_slots
 
 B = 4
 MANIFEST_TEXT = """
@@ -71,18 +70,6 @@ def shards(corpus: tuple[Path, Path], tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def opened(corpus: tuple[Path, Path]) -> Shards:
     return open_shards(corpus[1])
-
-
-def rewrite_index(shards: Path, index: pl.DataFrame, **changes: Any) -> None:
-    """Another index, with its digest and size in the manifest."""
-
-    def change(content: dict[str, Any]) -> None:
-        content["files"]["index.parquet"] |= {"sha256": sha256_file(path), "bytes": path.stat().st_size}
-        content.update(changes)
-
-    path = shards / "index.parquet"
-    index.write_parquet(path)
-    rewrite_manifest(shards / MANIFEST, change)
 
 
 def flip(path: Path, place: int, bit: int = 3) -> None:
@@ -221,21 +208,32 @@ def test_a_row_group_of_another_batch_is_refused(shards: Path) -> None:
         open_shards(shards).read_batch(0, 0)
 
 
-# the format before
+# other formats
 
 
-def make_version_1(shards: Path) -> None:
-    index = pl.read_parquet(shards / "index.parquet")
-    rewrite_index(shards, index.drop("footer_sha256", "record_offset", "record_length"), format_version=1)
-
-
-def test_shards_of_format_1_are_read(opened: Shards, shards: Path) -> None:
-    make_version_1(shards)
+@pytest.mark.parametrize("version", [1, 2])
+def test_shards_of_earlier_formats_are_read(opened: Shards, shards: Path, version: int) -> None:
+    write_positive_slots(shards, None) if version == 2 else make_version_1(shards)
     old = open_shards(shards)
+    assert not old.with_positives and old.index.same_answer_rates_I is None
     for row in range(opened.num_batches):
         found, expected = vars(old.read_batch(row, 3)), vars(opened.read_batch(row, 3))
         assert np.array_equal(found.pop("equivalent_BB"), expected.pop("equivalent_BB"))
+        assert found.pop("positive_BB") is None
+        del expected["positive_BB"]
         assert found == expected
+
+
+def test_positive_slots_of_format_3(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifact, "FORMAT_VERSION", 3)
+    write_positive_slots(shards, [[2], [], [0, 3], [1]])
+    opened = open_shards(shards)
+    assert opened.with_positives and opened.index.same_answer_rates_I is not None
+    assert opened.index.same_answer_rates_I.tolist() == [4 / 12] * opened.num_batches
+    for row in range(opened.num_batches):
+        positive_BB = opened.read_batch(row, 0).positive_BB
+        assert positive_BB is not None
+        assert np.argwhere(positive_BB).tolist() == [[0, 2], [2, 0], [2, 3], [3, 1]]
 
 
 @pytest.mark.parametrize("place", [0, 300, -1, -8, -40, -700])

@@ -21,6 +21,7 @@ from hardbatch.trainer.stream import BatchStream
 
 ROOT = Path(__file__).resolve().parents[2]
 N = 6  # batches of the finished run
+MASKS = ("equivalent_BB", "positive_BB")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,8 @@ def threads() -> list[str]:
 
 
 def content(batch: TextBatch) -> dict[str, Any]:
-    return {**vars(batch), "equivalent_BB": batch.equivalent_BB.tolist()}
+    masks = {name: mask.tolist() for name, mask in vars(batch).items() if name in MASKS and mask is not None}
+    return {**vars(batch), **masks}
 
 
 def take(shards: Shards, number: int, **settings: Any) -> list[dict[str, Any]]:
