@@ -20,7 +20,7 @@ from hardbatch.pipeline.stages.card import (
 )
 from hardbatch.pipeline.stages.figures import DomainSummary, Summary
 
-# The orders of `batches_text`: the columns of the index to sort by, and whether the largest come first.
+# How `batches_text` can sort: by which columns of the index, and whether their largest values come first.
 SORTS = {
     "mask-rate": {"mask_rate": True},
     "negatives": {"queries_without_negatives": True, "min_negatives": False, "mean_negatives": False},
