@@ -199,8 +199,8 @@ class _WritingWorker:
         columns = vars(slots) | {
             "batch_id": np.full(self._work.batch_size, batch_id),
             "slot": np.arange(self._work.batch_size, dtype=np.int32),
-            "positive_slots": [np.flatnonzero(row).astype(np.uint16) for row in certain_BB],
-            "equivalent_slots": [np.flatnonzero(row).astype(np.uint16) for row in mask_BB],
+            "positive_slots": _slot_lists(certain_BB),
+            "equivalent_slots": _slot_lists(mask_BB),
         }
         if self._work.with_negatives:
             columns["negatives"] = [None] * self._work.batch_size
@@ -237,6 +237,12 @@ class _WritingWorker:
         counts["negatives_removed_equivalent"] += int((~keeps).sum())
         counts["negatives_kept"] += int(keeps.sum())
         return domain.documents.take(rows[keeps])
+
+
+def _slot_lists(mask_BB: Array) -> pa.ListArray:
+    """The marked slots of each row, as a list of u16."""
+    offsets = np.concatenate([[0], mask_BB.sum(1).cumsum()]).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, mask_BB.nonzero()[1].astype(np.uint16))
 
 
 def _index_piece(path: Path, unit: str) -> Path:

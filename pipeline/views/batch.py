@@ -91,11 +91,12 @@ def _slot_lines(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], masks
 
     own = "" if masks.own_scores is None else f"; own score {masks.own_scores[row['slot']]:.3f}"
     lines.append(f"      masked: {len(masked)} of {len(rows) - 1}{own}")
-    width = max(len(mask.reason) for mask in masked)
-    for mask in masked[:_MASKS_LISTED]:
+    reasons = [mask.reason + (f" {mask.overlap:.2f}" if mask.overlap is not None else "") for mask in masked]
+    width = max(map(len, reasons))
+    for mask, reason in list(zip(masked, reasons, strict=True))[:_MASKS_LISTED]:
         score = "" if mask.score is None else f"  {mask.score:.3f}"
         text = _shorten(rows[mask.slot]["document"], _MASKED_TEXT_CHARACTERS)
-        lines.append(f"        [{mask.slot:>3}] {mask.reason:<{width}}{score}  {text}")
+        lines.append(f"        [{mask.slot:>3}] {reason:<{width}}{score}  {text}")
     if rest := masked[_MASKS_LISTED:]:
         lines.append(f"        … and {_count_reasons(rest)}")
     return lines

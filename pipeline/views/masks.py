@@ -18,6 +18,7 @@ from hardbatch.pipeline.artifacts.vectors import open_vectors
 from hardbatch.pipeline.schemas import SIDES
 
 LIKELY = "likely"  # by the surrogate alone; every other reason is certain
+NEAR_COPY = "near-copy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +31,14 @@ class Mask:
             one side of a known pair) or `likely`; where what would tell them apart is gone, `same answer`
             for the certain ones, or `known pair or likely`.
         score: The surrogate's score of its document for the query; None if the vectors are gone.
+        overlap: How much the texts of near-copies have in common, from 0 to 1; None for other reasons, and if
+            the two slots are joined by a pair outside the batch.
     """
 
     slot: int
     reason: str
     score: float | None
+    overlap: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,16 +64,15 @@ def explain_masks(shards: Artifact, rows: Sequence[Mapping[str, Any]]) -> BatchM
     missing: list[str] = []
     known = _known_pairs(shards, rows, missing)
     scores_BB = _scores(shards, rows, missing)
+    classes = _classes(shards, rows)
     by_slot = []
     for i, row in enumerate(rows):
-        masks = [
-            Mask(
-                slot=j,
-                reason=_reason(row, rows[j], known),
-                score=None if scores_BB is None else float(scores_BB[i, j]),
-            )
-            for j in row["equivalent_slots"]
-        ]
+        masks = []
+        for j in row["equivalent_slots"]:
+            reason = _reason(row, rows[j], known)
+            score = None if scores_BB is None else float(scores_BB[i, j])
+            overlap = _overlap(classes, i, j) if reason == NEAR_COPY else None
+            masks.append(Mask(slot=j, reason=reason, score=score, overlap=overlap))
         by_slot.append(sorted(masks, key=lambda mask: (mask.reason == LIKELY, -(mask.score or 0), mask.slot)))
     own = None if scores_BB is None else [float(score) for score in np.diag(scores_BB)]
     return BatchMasks(by_slot=by_slot, own_scores=own, missing=missing)
@@ -88,7 +91,7 @@ def _reason(row: Mapping[str, Any], other: Mapping[str, Any], known: set[tuple[s
     if "positive_slots" in row:
         if other["slot"] not in row["positive_slots"]:
             return LIKELY
-        return "near-copy" if known is not None else "same answer"
+        return NEAR_COPY if known is not None else "same answer"
     return LIKELY if known is not None else "known pair or likely"
 
 
@@ -110,6 +113,39 @@ def _known_pairs(
             found = pairs.filter(pl.col("query_row").is_in(queries)).collect()
         known |= {(domain, query, document) for query, document in found.iter_rows()}
     return known
+
+
+def _classes(shards: Artifact, rows: Sequence[Mapping[str, Any]]) -> list[list[tuple[str, int, float]]]:
+    """By side and slot: the domain, the class of the text, and the overlap that joined it to that class.
+
+    Both sides are empty if the shards were made without the stage `answers`, or if its artifact is gone.
+    """
+    import polars as pl
+
+    classes = [[("", 0, 1.0)] * len(rows) for _ in SIDES]
+    for domain in sorted({row["domain"] for row in rows}):
+        name = f"answers/{domain}"
+        if name not in shards.manifest.inputs or find_artifact(_input_folder(shards, name)) is None:
+            return [[], []]
+        folder = _input_folder(shards, name)
+        at = [slot for slot, row in enumerate(rows) if row["domain"] == domain]
+        for of_side, side, column in zip(classes, SIDES, ("query_id", "document_id"), strict=True):
+            text_rows = [rows[slot][column] for slot in at]
+            with diagnose_damage([folder]):
+                text_class = np.load(folder / f"{side}.npy", mmap_mode="r")[text_rows]
+                joins = pl.scan_parquet(folder / f"{side}-joins.parquet").filter(pl.col("row").is_in(text_rows))
+                overlaps = dict(joins.group_by("row").agg(pl.col("overlap").min()).collect().iter_rows())
+            for slot, row, number in zip(at, text_rows, text_class, strict=True):
+                of_side[slot] = (domain, int(number), overlaps.get(row, 1.0))
+    return classes
+
+
+def _overlap(classes: list[list[tuple[str, int, float]]], i: int, j: int) -> float | None:
+    """The overlap of the documents of two slots, or else of their queries, if they are of one class."""
+    for of_side in reversed(classes):
+        if of_side and of_side[i][:2] == of_side[j][:2]:
+            return min(of_side[i][2], of_side[j][2])
+    return None
 
 
 def _scores(shards: Artifact, rows: Sequence[Mapping[str, Any]], missing: list[str]) -> Array | None:

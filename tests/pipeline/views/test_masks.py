@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 
 from hardbatch.pipeline.artifacts.artifact import Artifact, read_artifact
@@ -16,6 +17,7 @@ from hardbatch.pipeline.run import Plan
 from hardbatch.pipeline.views.batch import batch_text
 from hardbatch.pipeline.views.masks import explain_masks
 from hardbatch.pipeline.views.report import batches_text
+from tests.artifacts import make_artifact
 from tests.samples import LEXICAL
 
 # In one batch: (a, x) and (b, x) share a document, (a, x) and (a, y) a query, and (a, y) makes the document of (c, y)
@@ -82,6 +84,33 @@ def test_a_certain_slot_that_no_pair_explains_is_a_near_copy(shards: Artifact) -
     shutil.copytree(shards.path.parents[1] / "vectors" / "n", shards.path.parents[1] / "vectors" / "elsewhere")
     shards.manifest.inputs.update({f"{x}/elsewhere": shards.manifest.inputs[f"{x}/n"] for x in ("pairs", "surrogate")})
     assert reasons(shards, rows)[0, 3] == "near-copy"
+
+
+def test_near_copies_show_how_much_their_texts_have_in_common(shards: Artifact) -> None:
+    """The classes of `answers` say that pairs 4 and 5 have documents of one class, and 6 and 7 queries of one class."""
+    rows = rows_of(shards)
+    slot_of, row_of = ({row["pair_id"]: row[name] for row in rows} for name in ("slot", "document_id"))
+    query_of = {row["pair_id"]: row["query_id"] for row in rows}
+    classes = {side: np.arange(16) for side in ("queries", "documents")}
+    classes["documents"][row_of[5]] = row_of[4]
+    classes["queries"][query_of[7]] = query_of[6]
+    joins = {"documents": (row_of[5], row_of[4], 0.75), "queries": (query_of[7], query_of[6], 0.5)}
+    files: dict[str, Any] = {f"{side}.npy": rows_ for side, rows_ in classes.items()}
+    for side, (row, other, overlap) in joins.items():
+        files[f"{side}-joins.parquet"] = pa.table({"row": [row], "other_row": [other], "overlap": [overlap]})
+    make_artifact(shards.path.parents[1] / "answers" / "n" / "key", files)
+    shards.manifest.inputs["answers/n"] = "key"
+
+    for row in rows:  # every slot answers every query for certain
+        row["positive_slots"] = row["equivalent_slots"]
+    found = explain_masks(shards, rows).by_slot
+    overlaps = {(i, mask.slot): mask.overlap for i, masks in enumerate(found) for mask in masks}
+    known = {pair: overlap for pair, overlap in overlaps.items() if overlap is not None}
+    assert known == {
+        (slot_of[i], slot_of[j]): overlap
+        for first, second, overlap in ((4, 5, 0.75), (6, 7, 0.5))
+        for i, j in ((first, second), (second, first))
+    }
 
 
 def test_scores_are_those_of_the_surrogate_and_likely_slots_come_from_the_highest(shards: Artifact) -> None:
