@@ -43,8 +43,8 @@ def batch_text(shards: Path, batch_id: int, *, num_slots: int | None = None) -> 
     entry = chosen.row(0, named=True)
     with diagnose_damage([artifact.path]), pq.ParquetFile(artifact.path / entry["file"]) as file:
         rows = file.read_row_group(entry["row_group"]).to_pylist()
+        masks = explain_masks(artifact, rows)
 
-    masks = explain_masks(artifact, rows)
     packing = f", packing {entry['packing']}" if artifact.manifest.counts["packings"] > 1 else ""
     lines = [
         f"batch {batch_id} of {entry['domain']}{packing}: {len(rows)} pairs, hardness {entry['hardness']:.4f}, "

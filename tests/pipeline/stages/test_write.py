@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hardbatch.pipeline.artifacts.artifact import read_artifact, verify_artifact
+from hardbatch.pipeline.artifacts.artifact import verify_artifact
 from hardbatch.pipeline.artifacts.footer import end_of_file, read_head
 from hardbatch.pipeline.errors import InputError
 from hardbatch.pipeline.run import Plan
@@ -349,18 +349,3 @@ def test_no_full_batch_is_refused_and_nothing_is_complete(
     assert "numbers 48" in str(caught.value) and "lower pack.batch_size" in str(caught.value)
     assert caught.value.exit_code == 3
     assert not list((tmp_path / "workspace" / "small" / "shards").glob("*/manifest.json"))
-
-
-def test_a_domain_that_fills_no_batch_does_not_stop_the_others(
-    run_corpus: Callable[..., Plan], write_jsonl: Callable[..., Path], rows: Callable[..., Any]
-) -> None:
-    write_jsonl("large.jsonl", rows(20))
-    write_jsonl("small.jsonl", rows(5))
-    write_jsonl("none.jsonl", [{"query": "the same", "document": "the same"}] * 9)
-    datasets = "".join(f'[[dataset]]\nname = "{n}"\nsource = "{n}.jsonl"\n' for n in ("none", "small", "large"))
-    plan = run_corpus('corpus = "c"\n' + datasets + "[pack]\nbatch_size = 8\n")
-    domains = read_artifact(plan.shards).manifest.counts["domains"]
-    assert {name: counts["batches"] for name, counts in domains.items()} == {"none": 0, "small": 0, "large": 2}
-    assert domains["small"]["leftover"] == {"remainder": 5}
-    assert domains["none"]["pairs"] == 0
-    assert pl.read_parquet(plan.shards / "index.parquet")["batch_id"].to_list() == [0, 1]

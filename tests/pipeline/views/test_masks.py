@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from hardbatch.pipeline.artifacts.artifact import Artifact, read_artifact
-from hardbatch.pipeline.run import Plan
+from hardbatch.pipeline.run import run_corpus
 from hardbatch.pipeline.views.batch import batch_text
 from hardbatch.pipeline.views.masks import explain_masks
 from hardbatch.pipeline.views.report import batches_text
@@ -31,12 +31,21 @@ PAIRS = [
 ]
 
 
-@pytest.fixture
-def shards(run_corpus: Callable[..., Plan], write_jsonl: Callable[..., Path]) -> Artifact:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of one batch of the pairs above."""
-    write_jsonl("x.jsonl", [{"query": query, "document": document} for query, document in PAIRS])
-    text = f'corpus = "c"\n[[dataset]]\nname = "n"\nsource = "x.jsonl"\n{LEXICAL}[pack]\nbatch_size = 8\n'
-    return read_artifact(run_corpus(text).shards)
+    folder = tmp_path_factory.mktemp("masks")
+    pl.DataFrame(PAIRS, ["query", "document"], orient="row").write_parquet(folder / "x.parquet")
+    manifest = folder / "c.toml"
+    source = '[[dataset]]\nname = "n"\nsource = "x.parquet"\n'
+    manifest.write_text(f'corpus = "c"\n{source}{LEXICAL}[pack]\nbatch_size = 8\n')
+    return run_corpus(manifest, workspace=folder / "workspace")
+
+
+@pytest.fixture
+def shards(made: Path, tmp_path: Path) -> Artifact:
+    """These shards in a copy of their corpus, to be changed."""
+    return read_artifact(shutil.copytree(made.parents[1], tmp_path / "c") / "shards" / made.name)
 
 
 def rows_of(shards: Artifact) -> list[dict[str, Any]]:
