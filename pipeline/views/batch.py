@@ -95,6 +95,7 @@ def _slot_lines(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], masks
     width = max(map(len, reasons))
     for mask, reason in list(zip(masked, reasons, strict=True))[:_MASKS_LISTED]:
         score = "" if mask.score is None else f"  {mask.score:.3f}"
+        score += "" if mask.bound is None else f" ≥ {mask.bound:.3f}"
         text = _shorten(rows[mask.slot]["document"], _MASKED_TEXT_CHARACTERS)
         lines.append(f"        [{mask.slot:>3}] {reason:<{width}}{score}  {text}")
     if rest := masked[_MASKS_LISTED:]:

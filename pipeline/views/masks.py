@@ -31,6 +31,7 @@ class Mask:
             one side of a known pair) or `likely`; where what would tell them apart is gone, `same answer`
             for the certain ones, or `known pair or likely`.
         score: The surrogate's score of its document for the query; None if the vectors are gone.
+        bound: What a likely answer had to score; None for other reasons, or if the vectors are gone.
         overlap: How much the texts of near-copies have in common, from 0 to 1; None for other reasons, and if
             the two slots are joined by a pair outside the batch.
     """
@@ -38,7 +39,8 @@ class Mask:
     slot: int
     reason: str
     score: float | None
-    overlap: float | None = None
+    bound: float | None
+    overlap: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,18 +65,20 @@ def explain_masks(shards: Artifact, rows: Sequence[Mapping[str, Any]]) -> BatchM
     """
     missing: list[str] = []
     known = _known_pairs(shards, rows, missing)
-    scores_BB = _scores(shards, rows, missing)
+    vectors = _vectors(shards, rows, missing)
+    scores = None if vectors is None else _score(*vectors, margin=shards.manifest.config["margin"])
     classes = _classes(shards, rows)
     by_slot = []
     for i, row in enumerate(rows):
         masks = []
         for j in row["equivalent_slots"]:
             reason = _reason(row, rows[j], known)
-            score = None if scores_BB is None else float(scores_BB[i, j])
+            score = None if scores is None else float(scores.score_BB[i, j])
+            bound = None if scores is None or reason != LIKELY else float(scores.bound_BB[i, j])
             overlap = _overlap(classes, i, j) if reason == NEAR_COPY else None
-            masks.append(Mask(slot=j, reason=reason, score=score, overlap=overlap))
+            masks.append(Mask(slot=j, reason=reason, score=score, bound=bound, overlap=overlap))
         by_slot.append(sorted(masks, key=lambda mask: (mask.reason == LIKELY, -(mask.score or 0), mask.slot)))
-    own = None if scores_BB is None else [float(score) for score in np.diag(scores_BB)]
+    own = None if scores is None else [float(score) for score in np.diag(scores.score_BB)]
     return BatchMasks(by_slot=by_slot, own_scores=own, missing=missing)
 
 
@@ -148,8 +152,22 @@ def _overlap(classes: list[list[tuple[str, int, float]]], i: int, j: int) -> flo
     return None
 
 
-def _scores(shards: Artifact, rows: Sequence[Mapping[str, Any]], missing: list[str]) -> Array | None:
-    """The surrogate's score of the document of slot j for the query of slot i (B × B); None if vectors are gone."""
+@dataclass(frozen=True, kw_only=True)
+class _Scores:
+    """The surrogate's score of the document of slot j for the query of slot i at [i, j], and what it must reach."""
+
+    score_BB: Array
+    bound_BB: Array
+
+
+def _score(queries_BD: Array, documents_BD: Array, *, margin: float) -> _Scores:
+    """Scores a batch as `batching.equivalence` does."""
+    score_BB = queries_BD @ documents_BD.T
+    return _Scores(score_BB=score_BB, bound_BB=np.broadcast_to(np.diag(score_BB)[:, None] - margin, score_BB.shape))
+
+
+def _vectors(shards: Artifact, rows: Sequence[Mapping[str, Any]], missing: list[str]) -> tuple[Array, Array] | None:
+    """The surrogate's vectors of the queries and of the documents by slot (float64, B × D); None if they are gone."""
     sides: list[list[Array]] = [[np.empty(0)] * len(rows) for _ in SIDES]
     for domain in sorted({row["domain"] for row in rows}):
         folder = _input_folder(shards, f"surrogate/{domain}")
@@ -164,7 +182,7 @@ def _scores(shards: Artifact, rows: Sequence[Mapping[str, Any]], missing: list[s
                 for slot, vector_D in zip(at, taken_BD, strict=True):
                     side[slot] = vector_D.astype(np.float64)
     queries_BD, documents_BD = map(np.stack, sides)
-    return np.asarray(queries_BD @ documents_BD.T)
+    return queries_BD, documents_BD
 
 
 def _input_folder(shards: Artifact, name: str) -> Path:

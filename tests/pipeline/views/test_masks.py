@@ -134,6 +134,7 @@ def test_scores_are_those_of_the_surrogate_and_likely_slots_come_from_the_highes
         scores = queries[row["query_id"]] @ documents.T
         assert own == pytest.approx(scores[row["document_id"]])
         assert [m.score for m in masks] == pytest.approx([scores[rows[m.slot]["document_id"]] for m in masks])
+        assert [mask.bound for mask in masks] == [own if mask.reason == "likely" else None for mask in masks]
         likely = [mask.score for mask in masks if mask.reason == "likely"]
         assert likely == sorted(likely, reverse=True) and "likely" not in [m.reason for m in masks[: -len(likely)]]
 
