@@ -19,6 +19,7 @@ _EXIT_CODES = """exit codes: 0 done, 1 disk failure, 2 usage or settings, 3 bad 
 another process, 6 no space, 7 too many broken rows, 130 and 143 interrupted"""
 _DEMO_SLOTS = 16
 _BATCHES_LISTED = 20
+_SORTS = ("mask-rate", "negatives", "hardness")  # as in `views.report.SORTS`, which is imported late
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,10 +106,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("shards", type=Path, nargs="?", help="folder that `hardbatch run` printed")
     inspect.add_argument(
-        "--batch", type=int, metavar="N", help="show the pairs of batch N and which documents are masked"
+        "--batch", type=int, metavar="N", help="show the pairs of batch N, which documents are masked, and why"
     )
     inspect.add_argument(
         "--limit", type=_positive, metavar="N", help=f"number of batches to list (default {_BATCHES_LISTED})"
+    )
+    inspect.add_argument(
+        "--sort",
+        choices=_SORTS,
+        help="list first the batches with the most masked slots, with the fewest negatives per query, or the hardest",
     )
     inspect.add_argument(
         "--log",
@@ -172,19 +178,21 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    from hardbatch.pipeline.views.batch import batch_text
     from hardbatch.pipeline.views.log import log_text
-    from hardbatch.pipeline.views.report import batch_text, batches_text
+    from hardbatch.pipeline.views.report import batches_text
 
     if (options.shards is None) == (options.log is None):
         raise ConfigError("inspect: give either a shards folder or --log with a run log")
-    if options.limit is not None and (options.log or options.batch is not None):
-        raise ConfigError("inspect: --limit is the number of batches to list; leave it out with --batch or --log")
+    for name, what in (("limit", "is the number"), ("sort", "is the order")):
+        if getattr(options, name) is not None and (options.log or options.batch is not None):
+            raise ConfigError(f"inspect: --{name} {what} of batches to list; leave it out with --batch or --log")
     if options.log is not None and options.batch is not None:
         raise ConfigError("inspect: --batch is for a shards folder; leave it out with --log")
     if options.log is not None:
         text = log_text(options.log)
     elif options.batch is None:
-        text = batches_text(options.shards, limit=options.limit or _BATCHES_LISTED)
+        text = batches_text(options.shards, limit=options.limit or _BATCHES_LISTED, sort=options.sort)
     else:
         text = batch_text(options.shards, options.batch)
     print("\n".join(map(printable, text.split("\n"))))  # other people's shards may hold terminal commands
@@ -208,7 +216,7 @@ def _demo(options: argparse.Namespace) -> int:
     from importlib.resources import files
 
     from hardbatch.pipeline.run import plan_corpus
-    from hardbatch.pipeline.views.report import batch_text
+    from hardbatch.pipeline.views.batch import batch_text
 
     options.data_root = None
     options.manifest = Path(str(files("hardbatch"))) / "data_manifests" / "demo.toml"

@@ -79,11 +79,12 @@ SHARDS = pa.schema(
         ("document", pa.large_utf8()),
         ("query_prompt", pa.utf8()),
         ("document_prompt", pa.utf8()),
+        ("positive_slots", pa.list_(pa.uint16())),
         ("equivalent_slots", pa.list_(pa.uint16())),
     ]
 )
 SHARDS_WITH_NEGATIVES = SHARDS.insert(
-    SHARDS.get_field_index("equivalent_slots"), pa.field("negatives", pa.list_(pa.large_utf8()))
+    SHARDS.get_field_index("positive_slots"), pa.field("negatives", pa.list_(pa.large_utf8()))
 )
 INDEX = pa.schema(
     [
@@ -102,5 +103,10 @@ INDEX = pa.schema(
         ("masked_hardness", pa.float64()),
         ("mask_rate", pa.float64()),
         ("surrogate_loss", pa.float64()),
+        ("same_answer_rate", pa.float64()),
+        ("mean_negatives", pa.float64()),
+        ("min_negatives", pa.int32()),
+        ("queries_without_negatives", pa.int32()),
+        ("queries_with_few_negatives", pa.int32()),
     ]
 )

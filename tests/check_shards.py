@@ -103,8 +103,10 @@ def _check_domain(
         np.fill_diagonal(is_tie, False)
         expected = sure | (above >= 0)
         np.fill_diagonal(expected, False)
+        np.fill_diagonal(sure, False)
+        positive = np.array([[j in slots for j in range(size)] for slots in batch["positive_slots"].to_list()])
         ties += int(is_tie.sum())
-        wrong += int(((written != expected) & ~is_tie).sum())
+        wrong += int(((written != expected) & ~is_tie).sum()) + int((positive != sure).sum())
         masked += int(written.sum())
     assert wrong == 0, f"{domain}: {wrong} slots masked wrongly"
     repeats = len(source) - source["document"].n_unique() + len(source) - source["query"].n_unique()

@@ -22,9 +22,10 @@ from typing import Any
 from hardbatch.pipeline.artifacts.files import as_user_error, canonical_json, sha256_file
 from hardbatch.pipeline.errors import HardbatchError, IntegrityError
 
-FORMAT_VERSION = (
-    2  # version 1 is still read: its index of shards lacks `footer_sha256`, `record_offset`, `record_length`
-)
+# Versions 1 and 2 are still read. They differ in their shards alone: those of version 2 lack the column
+# `positive_slots` and the figures of negatives in the index, those of version 1 also the digests and the
+# records of footers.
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import fields
 
 from hardbatch.pipeline.schemas import SHARDS_WITH_NEGATIVES
+from hardbatch.pipeline.stages.figures import CLUSTER_SIZES, DomainSummary, Hardness, Summary
 
 _COLUMNS = {
     "batch_id": "number of the batch, unique in the artifact",
@@ -21,90 +21,22 @@ _COLUMNS = {
     "query_prompt": "put before the query in training",
     "document_prompt": "put before the document in training",
     "negatives": "hard negatives of this query alone, known and likely answers removed",
-    "equivalent_slots": "slots of the batch whose document may answer this query as well: no negatives",
+    "positive_slots": "other slots of the batch whose document answers this query for certain",
+    "equivalent_slots": "these slots and those whose document is likely to answer it: not used as negatives",
 }
-CLUSTER_SIZES = ("cluster_size_q05", "cluster_size_q50", "cluster_size_q95")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hardness:
-    """How hard some batches are, on average; the fields come in the order in which they are shown.
-
-    The shares are None if there are no bounds to compare with, a masked field also if every negative is masked.
-    """
-
-    hardness: float
-    masked_hardness: float | None
-    share: float | None
-    masked_share: float | None
-    mask_rate: float
-    surrogate_loss: float
-
-    def counts(self) -> dict[str, float | None]:
-        """The fields as manifests hold them: rounded, without shares if there are no bounds."""
-        known = {name: value for name, value in asdict(self).items() if self.share is not None or "share" not in name}
-        return {name: None if value is None else round(value, 4) for name, value in known.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class DomainSummary:
-    """From the source rows of a domain to its batches, and how hard these are.
-
-    Attributes:
-        batches: Number of batches in each packing.
-        leftover: Number of pairs in no batch of a packing, by reason.
-        source: What ingest and clustering counted; empty for the batches that mix domains.
-        hardness: Over all packings; None without a batch.
-        bounds: Hardness of random batches and of nearest neighbours, which shares are relative to.
-        by_packing: Hardness of each packing; empty if there is only one.
-        shared_batch_mates: What the packings have in common; None if no pair is in a batch of two of them.
-    """
-
-    batches: int
-    leftover: dict[str, int]
-    source: dict[str, Any]
-    hardness: Hardness | None = None
-    bounds: tuple[float, float] | None = None
-    by_packing: tuple[Hardness, ...] = ()
-    shared_batch_mates: float | None = None
-
-    def counts(self) -> dict[str, Any]:
-        """The summary as manifests hold it: flat, without what does not apply to the domain."""
-        counts = {"batches": self.batches, "leftover": self.leftover, **self.source}
-        if self.hardness is not None:
-            counts |= self.hardness.counts()
-        if self.bounds is not None:
-            counts |= dict(zip(("hardness_random", "hardness_knn"), self.bounds, strict=True))
-        if self.by_packing:
-            counts["shared_batch_mates"] = self.shared_batch_mates
-            counts["by_packing"] = [hardness.counts() for hardness in self.by_packing]
-        return counts
-
-
-@dataclass(frozen=True, kw_only=True)
-class Summary:
-    """The counts of a corpus; `batches` are those of all packings together."""
-
-    batch_size: int
-    batches: int
-    packings: int
-    domains: dict[str, DomainSummary]
-
-    def counts(self) -> dict[str, Any]:
-        """The summary as manifests hold it."""
-        return vars(self) | {"domains": {name: domain.counts() for name, domain in self.domains.items()}}
 
 
 def data_card(corpus: str, key: str, licences: Mapping[str, str], summary: Summary, with_negatives: bool) -> str:
     """The card as markdown; `licences` names the licence of each dataset, or is empty for it."""
-    domains = summary.counts()["domains"]
+    domains = summary.domains
     several = summary.packings > 1
     datasets_header = ["domain", "pairs", "batches of each packing" if several else "batches", "licence"]
     datasets = [
-        [name, f"{domains[name]['pairs']:,}", f"{domains[name]['batches']:,}", licence or "not stated"]
+        [name, f"{domains[name].source['pairs']:,}", f"{domains[name].batches:,}", licence or "not stated"]
         for name, licence in licences.items()
     ]
     names = [name for name in SHARDS_WITH_NEGATIVES.names if with_negatives or name != "negatives"]
+    warnings = [f"- {line}" for name, domain in domains.items() for line in negatives_warnings(name, domain, summary)]
     return "\n".join(
         [
             f"# {corpus}: batches of {summary.batch_size} pairs",
@@ -119,11 +51,16 @@ def data_card(corpus: str, key: str, licences: Mapping[str, str], summary: Summa
             "",
             markdown_table(datasets_header, datasets),
             "",
-            markdown_table(*figure_rows(domains, summary.packings)),
+            markdown_table(*hardness_rows(domains, summary.packings)),
             "",
             "Hardness: how alike the negatives of a batch are. Share: 0 for random batches, 1 for every pair among its",
             "nearest of the domain. Masked: without likely answers. Surrogate loss: InfoNCE after masking.",
             *packings_text(summary.packings),
+            "",
+            markdown_table(*negatives_rows(domains)),
+            "",
+            *negatives_text(summary.batch_size),
+            *warnings,
             "",
             markdown_table(["column", "what it is"], [[f"`{name}`", _COLUMNS[name]] for name in names]),
             "",
@@ -135,30 +72,67 @@ def data_card(corpus: str, key: str, licences: Mapping[str, str], summary: Summa
     )
 
 
-def figure_rows(domains: Mapping[str, Mapping[str, Any]], num_packings: int) -> tuple[list[str], list[list[str]]]:
-    """How hard the batches are, as a table: a row per domain, over all packings.
+def hardness_rows(domains: Mapping[str, DomainSummary], num_packings: int) -> tuple[list[str], list[list[str]]]:
+    """How hard the batches are, as a header and rows: one per domain, over all packings.
 
     If there are several packings, a row for each follows. Cluster sizes are shown if the artifacts have them.
-
-    Args:
-        domains: By domain, its `DomainSummary.counts()`, as the manifest of the shards holds them.
-        num_packings: Number of packings.
-
-    Returns:
-        The header and the rows.
     """
     several = num_packings > 1
-    with_sizes = any(CLUSTER_SIZES[0] in counts for counts in domains.values())
+    with_sizes = any(CLUSTER_SIZES[0] in domain.source for domain in domains.values())
     header = ["domain", *["packing"] * several, *(field.name.replace("_", " ") for field in fields(Hardness))]
     header += ["shared batch-mates"] * several + ["cluster sizes 5/50/95 %"] * with_sizes
     rows = []
-    for domain, counts in domains.items():
-        sizes = ", ".join(f"{counts[name]:,g}" for name in CLUSTER_SIZES if name in counts)
-        of_all = [domain, *["all"] * several, *_hardness_cells(counts)]
-        rows.append(of_all + [_cell(counts.get("shared_batch_mates"))] * several + [sizes] * with_sizes)
-        for packing, part in enumerate(counts.get("by_packing", [])):
+    for name, domain in domains.items():
+        sizes = ", ".join(f"{domain.source[size]:,g}" for size in CLUSTER_SIZES if size in domain.source)
+        of_all = [name, *["all"] * several, *_hardness_cells(domain.hardness)]
+        rows.append(of_all + [_cell(domain.shared_batch_mates)] * several + [sizes] * with_sizes)
+        for packing, part in enumerate(domain.by_packing):
             rows.append(["", str(packing), *_hardness_cells(part), "", *[""] * with_sizes])
     return header, rows
+
+
+def negatives_rows(domains: Mapping[str, DomainSummary]) -> tuple[list[str], list[list[str]]]:
+    """What masking leaves of the batches, as a header and a row per domain, over all packings.
+
+    No rows if the shards are of format version 2, which did not count this.
+    """
+    header = ["domain", "negatives", "5th percentile", "queries without", "same answer", "likely", "top 10 %"]
+    header.append("mostly masked")
+    rows = []
+    for name, domain in domains.items():
+        if (found := domain.negatives) is not None:
+            shares = [found.same_answer_share, found.likely_share, found.concentration]
+            left = [f"{found.mean:.1f}", f"{found.q05:,}", f"{found.without:,}"]
+            rows.append([name, *left, *map(_percent, shares), f"{found.mostly_masked_batches:,}"])
+    return header, rows
+
+
+def negatives_text(batch_size: int) -> list[str]:
+    """Lines that explain `negatives_rows`, to go below it."""
+    return [
+        f"Negatives: of the {batch_size - 1} other slots, those that are not masked for a query: the mean, then",
+        "the 5th percentile. Of the masked slots: the share by reason (same answer: certain; likely: by the",
+        "surrogate alone), and the share that the most masked 10 % of the queries hold. Mostly masked: batches",
+        "in which more than half of the queries keep fewer than half of the negatives.",
+    ]
+
+
+def negatives_warnings(name: str, domain: DomainSummary, summary: Summary) -> list[str]:
+    """What a person should know about a domain whose queries keep few negatives or none; see docs/negatives.md."""
+    found, lines = domain.negatives, []
+    if found is not None and found.without:
+        lines.append(
+            f"warning: {name}: {found.without:,} of {found.queries:,} queries have no negative in their batch and "
+            "teach nothing; hardbatch inspect --sort negatives lists their batches"
+        )
+    if found is not None and found.mostly_masked_batches:
+        num_batches = domain.batches * summary.packings
+        lines.append(
+            f"warning: {name}: {found.mostly_masked_batches:,} of {num_batches:,} batches are mostly masked "
+            f"({_percent(found.same_answer_share)} of the masks are same answers, the others likely ones); "
+            "hardbatch inspect --sort mask-rate lists them"
+        )
+    return lines
 
 
 def packings_text(num_packings: int) -> list[str]:
@@ -176,9 +150,13 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows])
 
 
-def _hardness_cells(counts: Mapping[str, Any]) -> list[str]:
-    return [_cell(counts.get(field.name)) for field in fields(Hardness)]
+def _hardness_cells(hardness: Hardness | None) -> list[str]:
+    return [_cell(getattr(hardness, field.name, None)) for field in fields(Hardness)]
 
 
 def _cell(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"

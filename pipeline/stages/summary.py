@@ -6,7 +6,7 @@ Shape letters: M batches of a packing, B slots of a batch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from hardbatch.pipeline import schemas
 from hardbatch.pipeline.arrays import Array
 from hardbatch.pipeline.artifacts.artifact import read_artifact
 from hardbatch.pipeline.batching.hardness import Bounds
+from hardbatch.pipeline.batching.negatives import measure_spread
 from hardbatch.pipeline.errors import InputError
-from hardbatch.pipeline.stages.card import CLUSTER_SIZES, DomainSummary, Hardness, Summary
+from hardbatch.pipeline.stages.figures import CLUSTER_SIZES, DomainSummary, Hardness, Negatives, Summary
 from hardbatch.pipeline.step import Step
 
 _SOURCE_COUNTS = ("rows", "pairs", "held_out", "holdout_target", "quarantined", "texts_cut", "negatives_dropped")
@@ -51,16 +52,20 @@ def count_packings(packed: Mapping[str, Packed]) -> int:
     return found.pop()
 
 
-def summarise(step: Step, index: pa.Table, packed: Mapping[str, Packed]) -> Summary:
+def summarise(
+    step: Step, index: pa.Table, packed: Mapping[str, Packed], queries_by_masked: Mapping[str, Array]
+) -> Summary:
     """Counts the corpus that `step` has written.
 
     Args:
         step: The step of the shards.
         index: Their index, a row per batch.
         packed: The counts of each domain's `batches`.
+        queries_by_masked: By domain, the number of queries that have 0, 1, ..., B−1 masked slots.
 
     Returns:
-        The counts. A domain's batches and leftover are those of each packing, its hardness that of all packings.
+        The counts. A domain's batches and leftover are those of each packing, its hardness and its negatives
+        those of all packings.
     """
     num_packings = count_packings(packed)
     domains = {}
@@ -80,6 +85,7 @@ def summarise(step: Step, index: pa.Table, packed: Mapping[str, Packed]) -> Summ
             leftover=counts.leftover,
             source=source,
             hardness=_hardness(rows, bounds),
+            negatives=_negatives(rows, queries_by_masked[domain]),
             bounds=None if bounds is None else (bounds.random, bounds.knn),
             by_packing=tuple(_hardness(rows, bounds) for rows in of_packing) if several else (),
             shared_batch_mates=_shared_batch_mates(step, domain, num_packings) if several else None,
@@ -113,6 +119,19 @@ def _hardness(rows: pa.Table, bounds: Bounds | None) -> Hardness:
         masked_share=None if bounds is None or masked is None else bounds.share(masked),
         mask_rate=float(np.mean(rows["mask_rate"].to_numpy())),
         surrogate_loss=float(np.mean(rows["surrogate_loss"].to_numpy())),
+    )
+
+
+def _negatives(rows: pa.Table, queries_by_masked_B: Array) -> Negatives:
+    """What masking leaves of the batches in `rows` of the index."""
+    masked, certain = (float(np.mean(rows[name].to_numpy())) for name in ("mask_rate", "same_answer_rate"))
+    share = certain / masked if masked else None
+    few, size = rows["queries_with_few_negatives"].to_numpy(), len(queries_by_masked_B)
+    return Negatives(
+        **asdict(measure_spread(queries_by_masked_B)),
+        same_answer_share=share,
+        likely_share=None if share is None else 1 - share,
+        mostly_masked_batches=int((2 * few > size).sum()),
     )
 
 

@@ -1,10 +1,13 @@
-"""write: batches → shards. One row group is one batch, one row is one slot; texts, prompts and equivalence sets inside.
+"""write: batches → shards. One row group is one batch, one row is one slot; texts, prompts and masks inside.
+
+A slot is masked for a query if its document answers the query for certain (`positive_slots`), or if it
+is likely to (`equivalent_slots` has both).
 
 A unit is a part file of at most 1,024 batches of one domain and one packing. Packings come one after the other, and
 within each packing its domains. Next to `data/` are `index.parquet` (a row per batch: the byte ranges of its row group
 and of that group's record in the footer, with digests of both), the manifest and the data card.
 
-Shape letters: M batches of a packing, B slots of a batch, D dimension.
+Shape letters: B slots of a batch, D dimension.
 """
 
 from __future__ import annotations
@@ -12,12 +15,13 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hardbatch.pipeline import schemas
@@ -26,17 +30,19 @@ from hardbatch.pipeline.artifacts.artifact import read_artifact
 from hardbatch.pipeline.artifacts.commit import ArtifactBuilder, write_unit
 from hardbatch.pipeline.artifacts.files import sha256_outside
 from hardbatch.pipeline.artifacts.footer import record_ranges, row_group_ranges
-from hardbatch.pipeline.artifacts.vectors import Texts, load_pairs, open_vectors
-from hardbatch.pipeline.batching.equivalence import equal_texts, keeps_negative, surrogate_mask
+from hardbatch.pipeline.batching.equivalence import keeps_negative, surrogate_mask
 from hardbatch.pipeline.batching.hardness import BatchHardness, measure_batch
+from hardbatch.pipeline.batching.negatives import BatchNegatives, count_negatives
 from hardbatch.pipeline.stages.card import data_card
+from hardbatch.pipeline.stages.slots import OpenDomain, Packing, Slots, gather_slots, read_packing
 from hardbatch.pipeline.stages.summary import count_packings, read_packed, refuse_empty, summarise
 from hardbatch.pipeline.step import Executor, Progress, StageResult, Step, Unit, run_pending
 
 # Only texts are compressed: packed integers do not shrink further, and setting up zstd takes longer than reading them.
 _TEXTS = ("query", "document", "negatives.list.element")
 _INTEGERS = (
-    "batch_id", "slot", "pair_id", "cluster_id", "query_id", "document_id", "equivalent_slots.list.element",
+    "batch_id", "slot", "pair_id", "cluster_id", "query_id", "document_id", "positive_slots.list.element",
+    "equivalent_slots.list.element",
 )  # fmt: skip
 _NEGATIVE_COUNTS = (
     "negatives_kept", "negatives_removed_known", "negatives_removed_equivalent", "negatives_removed_no_vector",
@@ -69,14 +75,25 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
     names = run_pending(builder, executor, work, units, progress, "write shards")
 
     index = pa.concat_tables([pq.read_table(_index_piece(builder.path, name)) for name in names])
-    summary = summarise(step, index, packed)
-    negatives = {name: sum(builder.unit_record(unit).counts[name] for unit in names) for name in _NEGATIVE_COUNTS}
+    counts = [builder.unit_record(name).counts for name in names]
+    summary = summarise(step, index, packed, _queries_by_masked(units, counts, work.batch_size))
+    negatives = {name: sum(of_unit[name] for of_unit in counts) for name in _NEGATIVE_COUNTS}
     with write_unit(builder.path, "index") as writer:
         pq.write_table(index, writer.add_file("index.parquet", rows=len(index)), compression="zstd")
         licences = {domain: dataset["licence"] for domain, dataset in datasets.items()}
         card = data_card(step.domain, step.key, licences, summary, work.with_negatives)
         writer.add_file("README.md").write_text(card, encoding="utf-8")
     return StageResult(units=[*names, "index"], counts=summary.counts() | negatives)
+
+
+def _queries_by_masked(units: list[Unit], counts: list[dict[str, Any]], batch_size: int) -> dict[str, Array]:
+    """By domain, the number of queries that have 0, 1, ..., B−1 masked slots."""
+    found: dict[str, Array] = {}
+    for unit, of_unit in zip(units, counts, strict=True):
+        numbers_B = found.setdefault(unit.group, np.zeros(batch_size, dtype=np.int64))
+        for num_masked, num_queries in of_unit["queries_by_masked"].items():
+            numbers_B[int(num_masked)] += num_queries
+    return found
 
 
 def _units(num_batches: dict[str, int], num_packings: int, batches_per_part: int) -> list[Unit]:
@@ -104,6 +121,13 @@ class _Writing:
     def open(self) -> _WritingWorker:
         return _WritingWorker(self)
 
+    def open_domain(self, name: str) -> OpenDomain:
+        dataset = self.datasets[name]
+        return OpenDomain(name, self.inputs, dataset["query_prompt"], dataset["document_prompt"])
+
+    def read_packing(self, domain: str, number: int) -> Packing:
+        return read_packing(self.inputs[f"batches/{domain}"], domain, number, self.batch_size)
+
     def locate(self, unit: Unit) -> tuple[int, int, int]:
         """The packing of a unit's first batch, the batch's number in that packing and domain, and its batch id."""
         packing, number = divmod(unit.start, self.num_batches[unit.group])
@@ -112,97 +136,10 @@ class _Writing:
         return packing, number, packing * sum(self.num_batches.values()) + before + number
 
 
-class _Domain:
-    """What writing needs of one domain; texts and vectors are memory-mapped."""
-
-    def __init__(self, work: _Writing, name: str) -> None:
-        pairs = read_artifact(work.inputs[f"pairs/{name}"])
-        self.name = name
-        self.query_prompt: str = work.datasets[name]["query_prompt"]
-        self.document_prompt: str = work.datasets[name]["document_prompt"]
-        self.pairs = load_pairs(pairs)
-        self.queries, self.documents = (Texts(pairs, side) for side in schemas.SIDES)
-        self.vectors = open_vectors(work.inputs[f"vectors/{name}"])
-        self.surrogate = open_vectors(work.inputs[f"surrogate/{name}"])
-
-
 @dataclass(frozen=True, kw_only=True)
-class _Packing:
-    """The batches of one packing of a domain, or of the batches that mix domains."""
-
-    domain: str
-    pair_id_MB: Array
-    cluster_id_MB: Array
-    domains_MB: Array | None  # names, only if batches mix domains
-
-    def slots_by_domain(self, batch: int) -> list[tuple[str, Array]]:
-        """The domains of a batch, each with the slots that hold its pairs."""
-        if self.domains_MB is None:
-            return [(self.domain, np.arange(self.pair_id_MB.shape[1]))]
-        names = self.domains_MB[batch]
-        return [(str(name), np.flatnonzero(names == name)) for name in np.unique(names)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Slots:
-    """The pairs of one batch, by slot: columns of the shards, vectors of both models, and which pairs are known."""
-
-    pair_id: Array
-    cluster_id: Array
-    domain: Array
-    query_id: Array
-    document_id: Array
-    query: Array
-    document: Array
-    query_prompt: Array
-    document_prompt: Array
-    queries_BD: Array
-    documents_BD: Array
-    surrogate_queries_BD: Array
-    surrogate_documents_BD: Array
-    known_BB: Array  # whether the document of slot j is that of a pair of the query of slot i, at [i, j]
-
-    @classmethod
-    def empty(cls, pair_id: Array, cluster_id: Array, domain: _Domain) -> Slots:
-        """Slots for these pairs, to be filled; any of the batch's domains gives the dimensions of the vectors."""
-        size = len(pair_id)
-        texts = ("domain", "query", "document", "query_prompt", "document_prompt")
-        vectors_BD = np.zeros((2, size, domain.vectors.dimension), dtype=np.float32)
-        surrogate_BD = np.zeros((2, size, domain.surrogate.dimension), dtype=np.float32)
-        return cls(
-            pair_id=pair_id,
-            cluster_id=cluster_id,
-            query_id=np.empty(size, dtype=np.int64),
-            document_id=np.empty(size, dtype=np.int64),
-            queries_BD=vectors_BD[0],
-            documents_BD=vectors_BD[1],
-            surrogate_queries_BD=surrogate_BD[0],
-            surrogate_documents_BD=surrogate_BD[1],
-            known_BB=np.zeros((size, size), dtype=bool),
-            **{name: np.full(size, "", dtype=object) for name in texts},
-        )
-
-    def fill(self, at: Array, domain: _Domain) -> None:
-        """Fills the slots `at`, whose pairs are of `domain`."""
-        query_rows = domain.pairs.query_row[self.pair_id[at]]
-        document_rows = domain.pairs.document_row[self.pair_id[at]]
-        self.domain[at] = domain.name
-        self.query_id[at] = query_rows
-        self.document_id[at] = document_rows
-        self.query[at] = domain.queries.take(query_rows)
-        self.document[at] = domain.documents.take(document_rows)
-        self.query_prompt[at] = domain.query_prompt
-        self.document_prompt[at] = domain.document_prompt
-        self.queries_BD[at] = domain.vectors.queries.take(query_rows)
-        self.documents_BD[at] = domain.vectors.documents.take(document_rows)
-        self.surrogate_queries_BD[at] = domain.surrogate.queries.take(query_rows)
-        self.surrogate_documents_BD[at] = domain.surrogate.documents.take(document_rows)
-
-        # A query with a single document has no other known pair in the batch, so most queries need no look-up.
-        several = domain.pairs.documents_per_query[query_rows] > 1
-        if several.any():
-            is_known = domain.pairs.is_known(query_rows[several][:, None], document_rows[None, :])
-            self.known_BB[np.ix_(at[several], at)] = is_known
+class _BatchFigures:
+    hardness: BatchHardness
+    negatives: BatchNegatives
 
 
 class _WritingWorker:
@@ -210,8 +147,8 @@ class _WritingWorker:
         self._work = work
         self._schema = schemas.SHARDS_WITH_NEGATIVES if work.with_negatives else schemas.SHARDS
         self._group = ""
-        self._domain = lru_cache(maxsize=len(work.datasets))(partial(_Domain, work))
-        self._packing = lru_cache(maxsize=1)(partial(_read_packing, work))
+        self._domain = lru_cache(maxsize=len(work.datasets))(work.open_domain)
+        self._packing = lru_cache(maxsize=1)(work.read_packing)
 
     def prepare(self, unit: Unit) -> None:
         return None
@@ -228,7 +165,7 @@ class _WritingWorker:
         name = f"data/{unit.name}.parquet"
         with write_unit(self._work.path, unit.name) as writer:
             path = writer.add_file(name, rows=num_batches * self._work.batch_size)
-            counts = Counter[str]()
+            counts, masked = Counter[str](), Counter[int]()
             measured = []
             with pq.ParquetWriter(
                 path,
@@ -239,34 +176,31 @@ class _WritingWorker:
                 write_statistics=["batch_id", "pair_id"],
             ) as parquet:
                 for i in range(num_batches):
-                    table, hardness = self._batch(first_batch_id + i, batches, first + i, counts)
+                    table, figures = self._batch(first_batch_id + i, batches, first + i, counts)
                     parquet.write_table(table, row_group_size=len(table))
-                    measured.append(hardness)
+                    measured.append(figures)
+                    masked.update(pc.list_value_length(table["equivalent_slots"]).to_pylist())
             shared = {"packing": packing, "domain": unit.group, "file": name}
             index = _index(path, first_batch_id, measured, shared)
             piece = writer.add_file(_index_piece(Path(), unit.name).as_posix(), rows=num_batches)
             pq.write_table(index, piece, compression="zstd")
             writer.counts = {name: counts[name] for name in _NEGATIVE_COUNTS}
+            writer.counts["queries_by_masked"] = {str(number): masked[number] for number in sorted(masked)}
 
     def _batch(
-        self, batch_id: int, packing: _Packing, number: int, counts: Counter[str]
-    ) -> tuple[pa.Table, BatchHardness]:
-        """The rows of one batch and how hard it is; adds to `counts` what became of its hard negatives."""
+        self, batch_id: int, packing: Packing, number: int, counts: Counter[str]
+    ) -> tuple[pa.Table, _BatchFigures]:
+        """The rows of one batch and its figures; adds to `counts` what became of its hard negatives."""
         parts = [(self._domain(name), slots) for name, slots in packing.slots_by_domain(number)]
-        slots = Slots.empty(packing.pair_id_MB[number], packing.cluster_id_MB[number], parts[0][0])
-        for domain, at in parts:
-            slots.fill(at, domain)
-
-        mask_BB = surrogate_mask(slots.surrogate_queries_BD, slots.surrogate_documents_BD, margin=self._work.margin)
-        mask_BB |= slots.known_BB
-        mask_BB |= equal_texts(slots.document.tolist())
-        mask_BB |= equal_texts(slots.query.tolist())  # across domains; within one, a known pair says the same
-        np.fill_diagonal(mask_BB, False)
+        slots = gather_slots(packing.pair_id_MB[number], packing.cluster_id_MB[number], parts)
+        certain_BB, likely_BB = slots.same_answer_BB, self._likely(slots)
+        mask_BB = certain_BB | likely_BB
 
         columns = vars(slots) | {
             "batch_id": np.full(self._work.batch_size, batch_id),
             "slot": np.arange(self._work.batch_size, dtype=np.int32),
-            "equivalent_slots": [np.flatnonzero(row).astype(np.uint16) for row in mask_BB],
+            "positive_slots": _slot_lists(certain_BB),
+            "equivalent_slots": _slot_lists(mask_BB),
         }
         if self._work.with_negatives:
             columns["negatives"] = [None] * self._work.batch_size
@@ -274,13 +208,18 @@ class _WritingWorker:
                 for slot in at:
                     columns["negatives"][slot] = self._negatives(slots, slot, domain, counts)
         table = pa.table({name: columns[name] for name in self._schema.names}, schema=self._schema)
+
         hardness = measure_batch(
             slots.queries_BD, slots.documents_BD, mask_BB, slots.surrogate_queries_BD, slots.surrogate_documents_BD
         )
-        return table, hardness
+        return table, _BatchFigures(hardness=hardness, negatives=count_negatives(mask_BB, certain_BB))
 
-    def _negatives(self, slots: Slots, slot: int, domain: _Domain, counts: Counter[str]) -> list[str]:
-        """The hard negatives of a slot, without known pairs of its query and without likely answers."""
+    def _likely(self, slots: Slots) -> Array:
+        """Marks at [i, j] whether the document of slot j is likely to answer the query of slot i (bool, B × B)."""
+        return surrogate_mask(slots.surrogate_queries_BD, slots.surrogate_documents_BD, margin=self._work.margin)
+
+    def _negatives(self, slots: Slots, slot: int, domain: OpenDomain, counts: Counter[str]) -> list[str]:
+        """The hard negatives of a slot, without those that answer its query for certain or are likely to."""
         rows = domain.pairs.negatives_of(slots.pair_id[slot])
         if len(rows) == 0:
             return []
@@ -288,7 +227,7 @@ class _WritingWorker:
         counts["negatives_removed_no_vector"] += int((~has_vector).sum())
         rows = rows[has_vector]
 
-        is_known = domain.pairs.is_known(slots.query_id[slot], rows)
+        is_known = domain.answers(slots.query_id[slot], rows)
         counts["negatives_removed_known"] += int(is_known.sum())
         rows = rows[~is_known]
 
@@ -300,26 +239,17 @@ class _WritingWorker:
         return domain.documents.take(rows[keeps])
 
 
-def _read_packing(work: _Writing, domain: str, packing: int) -> _Packing:
-    path = work.inputs[f"batches/{domain}"]
-    read_artifact(path)
-    is_mixed = domain == schemas.MIXED_DOMAIN
-    columns = ["pair_id", "cluster_id"] + ["domain"] * is_mixed
-    table = pq.read_table(path / "batches.parquet", columns=columns, filters=[("packing", "==", packing)])
-    shape = (-1, work.batch_size)
-    return _Packing(
-        domain=domain,
-        pair_id_MB=table["pair_id"].to_numpy().reshape(shape),
-        cluster_id_MB=table["cluster_id"].to_numpy().reshape(shape),
-        domains_MB=np.array(table["domain"].to_pylist()).reshape(shape) if is_mixed else None,
-    )
+def _slot_lists(mask_BB: Array) -> pa.ListArray:
+    """The marked slots of each row, as a list of u16."""
+    offsets = np.concatenate([[0], mask_BB.sum(1).cumsum()]).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, mask_BB.nonzero()[1].astype(np.uint16))
 
 
 def _index_piece(path: Path, unit: str) -> Path:
     return path / "units" / f"{unit}.index.parquet"
 
 
-def _index(path: Path, first_batch_id: int, measured: list[BatchHardness], shared: dict[str, Any]) -> pa.Table:
+def _index(path: Path, first_batch_id: int, measured: list[_BatchFigures], shared: dict[str, Any]) -> pa.Table:
     """The rows of the index for the part file at `path`; `shared` holds the columns that are equal in all of them."""
     ranges = row_group_ranges(path)
     footer_sha256 = sha256_outside(path, ranges)
@@ -338,7 +268,8 @@ def _index(path: Path, first_batch_id: int, measured: list[BatchHardness], share
                     "footer_sha256": footer_sha256,
                     "record_offset": record[0],
                     "record_length": record[1],
-                    **vars(measured[group]),
+                    **vars(measured[group].hardness),
+                    **vars(measured[group].negatives),
                 }
             )
     return pa.Table.from_pylist(rows, schemas.INDEX)

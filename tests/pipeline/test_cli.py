@@ -122,6 +122,8 @@ def test_a_run_prints_the_shards_last_and_a_second_one_changes_nothing(copied_ru
         (["inspect", "SHARDS", "--batch", "-1"], 2),
         (["inspect", "SHARDS", "--batch", "x"], 2),
         (["inspect", "SHARDS", "--batch", "1", "--limit", "2"], 2),
+        (["inspect", "SHARDS", "--batch", "1", "--sort", "hardness"], 2),
+        (["inspect", "SHARDS", "--sort", "slots"], 2),
         (["inspect", "--log", "none", "--batch", "1"], 2),
         (["inspect", "--log", "none", "--limit", "2"], 2),
         (["verify", "none"], 4),

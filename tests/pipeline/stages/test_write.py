@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hardbatch.pipeline.artifacts.artifact import read_artifact, verify_artifact
+from hardbatch.pipeline.artifacts.artifact import verify_artifact
 from hardbatch.pipeline.artifacts.footer import end_of_file, read_head
 from hardbatch.pipeline.errors import InputError
 from hardbatch.pipeline.run import Plan
@@ -166,7 +167,7 @@ def surrogate_gap(query: str, document: str, own: str) -> float:
     return float(query_D @ document_D - query_D @ own_D)
 
 
-def test_equivalent_slots_are_those_of_the_definition(written: Written) -> None:
+def test_positive_and_equivalent_slots_are_those_of_the_definition(written: Written) -> None:
     seen = Counter[str]()
     for _, batch in batches_of(written):
         rows = batch.rows(named=True)
@@ -181,7 +182,10 @@ def test_equivalent_slots_are_those_of_the_definition(written: Written) -> None:
                 }
                 for other in rows
             ]
-            assert row["equivalent_slots"] == [j for j in range(B) if j != i and any(reasons[j].values())]
+            others = [j for j in range(B) if j != i]
+            assert row["equivalent_slots"] == [j for j in others if any(reasons[j].values())]
+            certain = [j for j in others if any(holds for name, holds in reasons[j].items() if name != "surrogate")]
+            assert row["positive_slots"] == certain
             seen.update(name for j in range(B) if j != i for name, holds in reasons[j].items() if holds)
     assert len(seen) == 4
 
@@ -204,6 +208,37 @@ def test_hardness_of_the_index(written: Written) -> None:
             num_all_masked += 1
             assert row["masked_hardness"] is None
     assert num_all_masked < len(written.index)
+
+
+def test_negatives_of_the_index_and_of_the_summary_are_those_of_the_masks(written: Written) -> None:
+    """Effective negatives, by batch and by domain, counted again from the columns of masks."""
+    columns = ("same_answer_rate", "mean_negatives", "min_negatives")
+    columns += ("queries_without_negatives", "queries_with_few_negatives")
+    rows, masked = dict[str, list[Any]](), dict[str, list[int]]()
+    for row, batch in batches_of(written):
+        num_masked = [len(slots) for slots in batch["equivalent_slots"]]
+        kept = [B - 1 - number for number in num_masked]
+        certain = sum(len(slots) for slots in batch["positive_slots"]) / (B * (B - 1))
+        few = sum(number < (B - 1) / 2 for number in kept)
+        expected = [certain, sum(kept) / B, min(kept), kept.count(0), few]
+        assert [row[name] for name in columns] == pytest.approx(expected, abs=2e-6)
+        rows.setdefault(row["domain"], []).append(row)
+        masked.setdefault(row["domain"], []).extend(num_masked)
+
+    for domain, counts in written.counts["domains"].items():
+        found, numbers = counts["effective_negatives"], sorted(masked[domain], reverse=True)
+        assert found["queries"] == len(numbers) == B * len(rows[domain])
+        assert found["mean"] == pytest.approx(B - 1 - np.mean(numbers), abs=1e-4)
+        assert found["q05"] == B - 1 - numbers[math.ceil(len(numbers) / 20) - 1]
+        assert found["without"] == numbers.count(B - 1)
+        top = sum(numbers[: math.ceil(len(numbers) / 10)])
+        assert found["concentration"] == pytest.approx(top / sum(numbers), abs=1e-4)
+        certain = sum(row["same_answer_rate"] for row in rows[domain]) / sum(row["mask_rate"] for row in rows[domain])
+        assert found["same_answer_share"] == pytest.approx(certain, abs=1e-4)
+        assert found["likely_share"] == pytest.approx(1 - certain, abs=1e-4)
+        mostly = [row for row in rows[domain] if row["queries_with_few_negatives"] > B / 2]
+        assert found["mostly_masked_batches"] == len(mostly)
+    assert written.index["queries_with_few_negatives"].max() > 0
 
 
 def test_negatives_serve_their_query_and_are_not_answers(written: Written) -> None:
@@ -236,6 +271,13 @@ def test_a_larger_margin_masks_more(tmp_path: Path) -> None:
     assert domains[2]["masked_share"] is None and domains[2]["masked_hardness"] is None
     assert masked(3.0).index["masked_hardness"].null_count() == 3
 
+    # Three batches without any negative are warned of, with their number, in the data card.
+    found = domains[2]["effective_negatives"]
+    assert (found["mean"], found["without"], found["mostly_masked_batches"]) == (0.0, 12, 3)
+    card = (tmp_path / "2.0" / "shards" / "key" / "README.md").read_text()
+    assert "plain: 12 of 12 queries have no negative in their batch and teach nothing" in card
+    assert "plain: 3 of 3 batches are mostly masked (0% of the masks are same answers" in card
+
 
 # packings
 
@@ -259,19 +301,19 @@ def test_each_packing_is_written_as_if_it_were_alone(written: Written, alone: li
 def test_domains_are_opened_once_and_each_packing_is_read_alone(
     written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened, read, open_domain, read_packing = [], [], write._Domain, write._read_packing
+    opened, read, open_domain, read_packing = [], [], write.OpenDomain, write.read_packing
 
-    def record_domain(work: Any, name: str) -> Any:
+    def record_domain(name: str, *arguments: Any) -> Any:
         opened.append(name)
-        return open_domain(work, name)
+        return open_domain(name, *arguments)
 
-    def record_packing(work: Any, domain: str, number: int) -> Any:
-        packing = read_packing(work, domain, number)
+    def record_packing(path: Path, domain: str, number: int, batch_size: int) -> Any:
+        packing = read_packing(path, domain, number, batch_size)
         read.append((domain, number, len(packing.pair_id_MB)))
         return packing
 
-    monkeypatch.setattr(write, "_Domain", record_domain)
-    monkeypatch.setattr(write, "_read_packing", record_packing)
+    monkeypatch.setattr(write, "OpenDomain", record_domain)
+    monkeypatch.setattr(write, "read_packing", record_packing)
     run_write(replace(written.step, path=tmp_path / "again"))
     assert read == [(domain, p, len(PACKINGS[p][domain])) for p in (0, 1) for domain in ORDER]
     assert opened == ["repeats", "plain", "repeats"] * 2  # one at a time, and both for mixed batches
@@ -307,18 +349,3 @@ def test_no_full_batch_is_refused_and_nothing_is_complete(
     assert "numbers 48" in str(caught.value) and "lower pack.batch_size" in str(caught.value)
     assert caught.value.exit_code == 3
     assert not list((tmp_path / "workspace" / "small" / "shards").glob("*/manifest.json"))
-
-
-def test_a_domain_that_fills_no_batch_does_not_stop_the_others(
-    run_corpus: Callable[..., Plan], write_jsonl: Callable[..., Path], rows: Callable[..., Any]
-) -> None:
-    write_jsonl("large.jsonl", rows(20))
-    write_jsonl("small.jsonl", rows(5))
-    write_jsonl("none.jsonl", [{"query": "the same", "document": "the same"}] * 9)
-    datasets = "".join(f'[[dataset]]\nname = "{n}"\nsource = "{n}.jsonl"\n' for n in ("none", "small", "large"))
-    plan = run_corpus('corpus = "c"\n' + datasets + "[pack]\nbatch_size = 8\n")
-    domains = read_artifact(plan.shards).manifest.counts["domains"]
-    assert {name: counts["batches"] for name, counts in domains.items()} == {"none": 0, "small": 0, "large": 2}
-    assert domains["small"]["leftover"] == {"remainder": 5}
-    assert domains["none"]["pairs"] == 0
-    assert pl.read_parquet(plan.shards / "index.parquet")["batch_id"].to_list() == [0, 1]

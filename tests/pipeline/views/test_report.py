@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -16,9 +18,11 @@ import pytest
 from hardbatch.pipeline.artifacts.artifact import MANIFEST
 from hardbatch.pipeline.errors import ConfigError, InputError, IntegrityError
 from hardbatch.pipeline.run import Plan, plan_corpus, run_corpus, run_step
-from hardbatch.pipeline.stages.card import figure_rows
+from hardbatch.pipeline.stages.card import hardness_rows, negatives_rows, negatives_warnings
+from hardbatch.pipeline.stages.figures import DomainSummary, Negatives, Summary
+from hardbatch.pipeline.views.batch import batch_text
 from hardbatch.pipeline.views.plan import explain_plan, plan_text
-from hardbatch.pipeline.views.report import batch_text, batches_text, summary_markdown, summary_text, table
+from hardbatch.pipeline.views.report import batches_text, summary_markdown, summary_text, table
 from tests.models import require_minilm
 
 Finished = tuple[Path, Path, Path]
@@ -38,7 +42,7 @@ def test_the_summary_counts_rows_and_names_the_folder(finished_run: Finished) ->
     row = next(line for line in text.splitlines() if line.startswith("numbers")).split()
     assert row[1:8] == ["48", "0", "0", "48", row[5], "6", "0"]
     assert str(shards) in text and "6 batches of 8 pairs" in text
-    assert "warning" not in text
+    assert "no full batch" not in text and "could be held out" not in text
     assert f"Shards: `{shards}`" in summary_markdown(shards)
 
 
@@ -65,9 +69,8 @@ def test_a_domain_without_a_full_batch_is_warned_of_and_left_in_the_ledger(
     for name in ("big", "small"):
         text += f'[[dataset]]\nname = "{name}"\nsource = "{name}.jsonl"\n'
     plan = run_corpus(text)
-    warnings = [line for line in summary_text(plan.shards).splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == 1
-    assert "small has no full batch of 8" in warnings[0]
+    (warning,) = [line for line in summary_text(plan.shards).splitlines() if "full batch" in line]
+    assert warning.startswith("warning: small has no full batch of 8")
     ledger = {step.domain: step.path / "leftover.parquet" for step in plan.steps if step.stage == "batches"}
     assert sorted(pq.read_table(ledger["small"])["pair_id"].to_pylist()) == list(range(5))
     assert set(pq.read_table(ledger["small"])["reason"].to_pylist()) == {"remainder"}
@@ -99,7 +102,8 @@ def test_surrogate_loss_and_sizes_of_clusters_are_told_where_they_are_known(fini
     names = ("hardness", "masked_hardness", "share", "masked_share", "mask_rate", "surrogate_loss")
     assert line[1:7] == [f"{figures[name]:.3f}" for name in names]
     sizes = {"cluster_size_q05": 3, "cluster_size_q50": 61.5, "cluster_size_q95": 1_240}
-    header, rows = figure_rows({"sized": {**figures, **sizes}, "unknown": {}}, num_packings=1)
+    unknown = DomainSummary(batches=0, leftover={}, source={})
+    header, rows = hardness_rows({"sized": DomainSummary.read({**figures, **sizes}), "unknown": unknown}, 1)
     assert header[-1] == "cluster sizes 5/50/95 %"
     assert [row[-1] for row in rows] == ["3, 61.5, 1,240", ""]
     assert {len(row) for row in rows} == {len(header)}
@@ -135,10 +139,28 @@ def test_batches_of_several_packings_say_which(two_packings: Path) -> None:
 def test_tables_are_no_wider_than_a_terminal() -> None:
     """A name of 20 letters, several packings and sizes of clusters at once."""
     figures = dict.fromkeys(("hardness", "masked_hardness", "share", "masked_share", "mask_rate"), -0.125)
-    figures |= {"surrogate_loss": 10.5, "shared_batch_mates": 0.5}
+    figures |= {"surrogate_loss": 10.5, "shared_batch_mates": 0.5, "batches": 9_999, "leftover": {}}
     figures |= {"cluster_size_q05": 12, "cluster_size_q50": 512, "cluster_size_q95": 2_048}
-    shown = table(*figure_rows({"d" * 20: {**figures, "by_packing": [figures] * 2}}, num_packings=2))
-    assert max(map(len, shown.splitlines())) <= 150
+    domains = {"d" * 20: replace(DomainSummary.read({**figures, "by_packing": [figures] * 2}), negatives=NEGATIVES)}
+    for rows in (hardness_rows(domains, num_packings=2), negatives_rows(domains)):
+        assert max(map(len, table(*rows).splitlines())) <= 150
+
+
+NEGATIVES = Negatives(
+    queries=1_234_567, mean=511.5, q05=7, without=1_234, same_answer_share=0.25, likely_share=0.75,
+    concentration=0.6, mostly_masked_batches=40,
+)  # fmt: skip
+
+
+def test_negatives_are_shown_and_warned_of_with_their_numbers() -> None:
+    domain = DomainSummary(batches=50, leftover={}, source={}, negatives=NEGATIVES)
+    summary = Summary(batch_size=512, batches=100, packings=2, domains={"d": domain})
+    assert negatives_rows(summary.domains)[1] == [["d", "511.5", "7", "1,234", "25%", "75%", "60%", "40"]]
+    without, mostly = negatives_warnings("d", domain, summary)
+    assert without.startswith("warning: d: 1,234 of 1,234,567 queries have no negative in their batch")
+    assert mostly.startswith("warning: d: 40 of 100 batches are mostly masked (25% of the masks are same answers")
+    none = replace(NEGATIVES, without=0, mostly_masked_batches=0)
+    assert negatives_warnings("d", replace(domain, negatives=none), summary) == []
 
 
 # plan
@@ -267,8 +289,9 @@ def test_a_batch_as_text_shows_every_slot(finished_run: Finished) -> None:
     assert text.startswith("batch 2 of numbers: 8 pairs")
     for row in rows:
         assert f"q: {row['query']}" in text and f"d: {row['document']}" in text and f"pair {row['pair_id']}" in text
-        if row["equivalent_slots"]:
-            assert f"(slots {', '.join(map(str, row['equivalent_slots']))})" in text
+    blocks = text.split("\n[")[1:]
+    for row, block in zip(rows, blocks, strict=True):
+        assert sorted(int(slot) for slot in re.findall(r"\n        \[ *(\d+)\] ", block)) == row["equivalent_slots"]
 
 
 @pytest.mark.parametrize("batch", [-1, 6, 10**25])
