@@ -356,6 +356,13 @@ def find_copies(blocks: Iterable[Sequence[str]]) -> Copies:
     return Copies(text_class=_classes(num_texts, joins), joins=joins)
 
 
+def no_copies(num_texts: int) -> Copies:
+    """Every text in a class of its own."""
+    nothing = np.empty(0, dtype=np.int64)
+    joins = Joins(row=nothing, other_row=nothing, kind=nothing.astype(np.int8), overlap=nothing.astype(np.float32))
+    return Copies(text_class=np.arange(num_texts), joins=joins)
+
+
 def compare(text: str, other: str) -> tuple[str, float] | None:
     """The kind in `KINDS` and the overlap by which two texts are copies of each other; None if they are not.
 

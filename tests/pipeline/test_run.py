@@ -63,7 +63,7 @@ def assert_same_trees(left, right):
     assert [name for name in left if left[name] != right[name]] == []
 
 
-STAGES = ("pairs", "vectors", "clusters", "hardness", "batches")
+STAGES = ("pairs", "answers", "vectors", "clusters", "hardness", "batches")
 EVERYTHING = [*(f"{stage}/{domain}" for domain in ("alpha", "beta") for stage in STAGES), "shards/two"]
 
 
@@ -130,6 +130,7 @@ def test_threads_change_nothing(corpus, tmp_path, write_jsonl):
         ("pack.refine_rounds=0", {"batches", "shards"}),
         ("pack.refine_tolerance=0.1", {"batches", "shards"}),
         ("pack.num_packings=2", {"batches", "shards"}),
+        ("answers.near_copies=false", {"answers", "batches", "shards"}),
         ("cluster.seed=1", {"clusters", "batches", "shards"}),
         ("cluster.balance=0.0", {"clusters", "batches", "shards"}),
         ("cluster.tolerance=0.1", {"clusters", "batches", "shards"}),
