@@ -51,7 +51,7 @@ _LABELLED = frozenset(
         "section", "schedule", "plan", "level", "team", "option", "point", "side", "strain",
         "protein", "factor", "step", "appendix", "title", "chapter", "figure", "table",
         "exhibit", "form", "version", "model", "series", "league", "layer", "column", "row",
-        "variable", "drive", "key", "letter", "note", "string", "and", "or",
+        "variable", "drive", "key", "letter", "note", "string",
     }
 )
 # fmt: on
@@ -62,7 +62,7 @@ _SPACES_IN_QUOTES = re.compile(r"\"[^\"]*  [^\"]*\"|'[^']*  [^']*'")
 
 _LETTERS = r"[^\W\d_]+(?:'[^\W\d_]+)*"
 _WORD = re.compile(_LETTERS)
-_WORDS = re.compile(rf"{_LETTERS}(?:[-,;!?\"]+{_LETTERS})*")
+_WORDS = re.compile(rf"{_LETTERS}(?:(?:[-,;!?\"]+|\.\.+){_LETTERS})*")
 _INITIALS = re.compile(r"[^\W\d_](?:\.[^\W\d_])+")  # U.S or e.g, whose last full stop has been stripped
 _NUMBERED = re.compile(r"[^\W\d_]{2,}-\d+")  # covid-19
 _QUANTITY = re.compile(r"(?=.*\d)[#$€£+]?[^\W_]+(?:[.,:/%°€£+-]+[^\W_]*)*!?|%")
@@ -144,7 +144,8 @@ class Joins:
     Attributes:
         row, other_row: The rows (int64), `other_row` < `row`.
         kind: The position in `KINDS` (int8).
-        overlap: The share of the longer text's words that the shorter one has, in order (float32).
+        overlap: The share of the longer text's words that both have, in order (float32). Where articles differ,
+            none of these is counted as shared.
     """
 
     row: Array
@@ -191,9 +192,9 @@ class Reader:
 
         # Prose does not end in a colon or a semicolon, but a command may.
         if not flags[-1] & _SIGN and not _ENDS_TEXT.fullmatch(exact[-1], len(exact[-1].rstrip(_CLOSING))):
-            words[-1] = content[-1] = exact[-1]
+            words[-1] = content[-1] = words[-1] + exact[-1][-1]
             flags[-1] |= _SIGN
-        if num_code or any(flag & _A for flag in counted):
+        if any(flag & (_CODE | _A) for flag in counted):
             _read_in_context(words, content, exact, flags)
 
         joined = " ".join(filter(None, words))
@@ -218,7 +219,7 @@ def _read_chunk(chunk: str) -> _Chunk:
     if chunk in ('"', ","):
         return _Chunk("", "", chunk, 0)  # as tokenised texts have them
     if not core.strip("-"):
-        return _Chunk(chunk, chunk, chunk, _SIGN | _CODE)  # punctuation that stands alone, as in `su - NAME`
+        return _Chunk(chunk, chunk, chunk, _SIGN)  # punctuation that stands alone, as in `su - NAME`
 
     # 5! is not 5, and f' is not f.
     if (after.startswith("!") and core[-1].isdigit()) or (after.startswith("'") and chunk[1:2] == "'"):
@@ -256,7 +257,8 @@ def _read_in_context(words: list[str], content: list[str], exact: list[str], fla
     last = len(flags) - 1
     for index in [index for index, flag in enumerate(flags) if flag & (_CODE | _A)]:
         if flags[index] & _A:
-            if index == last or flags[index] & _END or (index and flags[index - 1] & _LABEL):
+            is_label = index > 0 and flags[index - 1] & _LABEL
+            if is_label or index == last or exact[index].lower() != "a" or words[index + 1] in ("and", "or"):
                 content[index] = "a"
             continue
 
@@ -316,21 +318,21 @@ def find_copies(blocks: Iterable[Sequence[str]]) -> Copies:
     """
     reader = Reader()
     digests: list[bytes] = []
-    counts: list[int] = []  # words of each text
+    counts: list[tuple[int, int]] = []  # words of each text, and of its content
     long = _Sentences()
     for block in blocks:
         for text in block:
             reading = reader.read(text)
             key = _digest(reading.words, 16)
             digests.append(key + (key if reading.content == reading.words else _digest(reading.content, 16)))
-            counts.append(reading.words.count(" ") + 1)
+            counts.append((reading.words.count(" ") + 1, reading.content.count(" ") + 1))
             if reading.sentences:
                 long.add(len(digests) - 1, reading)
 
     num_texts = len(digests)
     keys = np.frombuffer(b"".join(digests), dtype=np.uint64).reshape(num_texts, 4)
     del digests
-    size = np.array(counts, dtype=np.int64)
+    num_words, num_content = np.array(counts, dtype=np.int64).reshape(-1, 2).T
 
     # Each text is joined to the first of its normal form, and that one to the first of its content.
     first_of_form = _first_of_equal(keys[:, :2])
@@ -348,7 +350,7 @@ def find_copies(blocks: Iterable[Sequence[str]]) -> Copies:
         overlap=np.concatenate(
             [
                 np.ones(len(forms)),
-                np.minimum(size[articles], size[near]) / np.maximum(size[articles], size[near]),
+                num_content[articles] / np.maximum(num_words[articles], num_words[near]),
                 lacking.overlap,
             ]
         ).astype(np.float32),
@@ -413,19 +415,36 @@ class _Sentences:
         kept = np.flatnonzero(_first_of_equal(shape) == np.arange(len(rows)))
         left, right = _candidates(kept, hashes, ends, np.array(self.marks, dtype=np.uint64), num_words)
 
-        found = []
+        # The longer texts of each shorter one, by their number of words.
         listed, may_drop = hashes.tolist(), bytes(self.droppable)
+        spans = [slice(start, stop) for start, stop in pairwise(ends.tolist())]
+        longer_of: dict[int, list[int]] = {}
         for shorter, longer in zip(left.tolist(), right.tolist(), strict=True):
             if first_of_content[rows[shorter]] == first_of_content[rows[longer]]:
                 continue
-            spans = slice(ends[shorter], ends[shorter + 1]), slice(ends[longer], ends[longer + 1])
-            if _lacks_only_droppable(listed[spans[0]], listed[spans[1]], may_drop[spans[1]]):
-                first, second = sorted((int(rows[shorter]), int(rows[longer])))
-                found.append((second, first, num_words[shorter] / num_words[longer]))
+            if _lacks_only_droppable(listed[spans[shorter]], listed[spans[longer]], may_drop[spans[longer]]):
+                longer_of.setdefault(shorter, []).append(longer)
+
+        # A text whose longer versions contradict each other is joined to none of them, or it would join
+        # "... Take both and rest." to "... Take both or rest." So every class has one fullest text, which
+        # holds the sentences of all others.
+        found = []
+        for shorter, longer_texts in longer_of.items():
+            longer_texts.sort(key=lambda item: (num_words[item], item))
+            if all(_is_within(listed[spans[one]], listed[spans[other]]) for one, other in pairwise(longer_texts)):
+                for longer in longer_texts:
+                    first, second = sorted((int(rows[shorter]), int(rows[longer])))
+                    found.append((second, first, num_words[shorter] / num_words[longer]))
         found.sort()
         table = np.array(found, dtype=np.float64).reshape(-1, 3)
         row, other = table[:, 0].astype(np.int64), table[:, 1].astype(np.int64)
         return Joins(row=row, other_row=other, kind=np.full(len(row), 2, np.int8), overlap=table[:, 2])
+
+
+def _is_within(shorter: list[int], longer: list[int]) -> bool:
+    """Whether `shorter` is `longer` without some of its items."""
+    remaining = iter(longer)
+    return all(item in remaining for item in shorter)
 
 
 def _candidates(kept: Array, hashes: Array, ends: Array, marks: Array, num_words: Array) -> tuple[Array, Array]:
