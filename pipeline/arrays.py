@@ -26,6 +26,29 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 
+class PairSet:
+    """A set of pairs (first, second) of whole numbers from 0, 8 bytes each, that finds many at a time.
+
+    Args:
+        first: One number of each pair (int64); pairs may repeat.
+        second: The other number of each pair (int64).
+    """
+
+    def __init__(self, first: Array, second: Array) -> None:
+        self._width = int(second.max(initial=0)) + 1
+        self._codes = np.unique(first * self._width + second)
+
+    def contains(self, first: Array, second: Array) -> Array:
+        """Whether each (first, second) is in the set (bool); the two arrays broadcast."""
+        codes = first * self._width + second
+        if len(self._codes) == 0:
+            return np.zeros(codes.shape, dtype=bool)
+        indices = np.searchsorted(self._codes, codes).clip(max=len(self._codes) - 1)
+
+        # A number beyond the width would have the code of another pair.
+        return np.asarray((self._codes[indices] == codes) & (second < self._width))
+
+
 def empty(shape: tuple[int, int], dtype: type[np.floating[Any]]) -> Array:
     """Like `np.empty`, for large arrays: their memory is returned when they are freed.
 

@@ -86,6 +86,14 @@ class IngestConfig(Table):
     )
 
 
+class AnswersConfig(Table):
+    """Which texts of one side say the same."""
+
+    near_copies: bool = Field(
+        True, description="join near-copies to one class, not equal texts alone; see docs/negatives.md"
+    )
+
+
 class EmbedConfig(Table):
     """Embedding. `model` makes the vectors for clustering, `surrogate_model` those for the equivalence sets."""
 
@@ -198,6 +206,7 @@ class CorpusManifest(Table):
     corpus: Name
     dataset: list[Dataset] = Field(min_length=1)
     ingest: IngestConfig = IngestConfig()
+    answers: AnswersConfig = AnswersConfig()
     embed: EmbedConfig = EmbedConfig()
     cluster: ClusterConfig = ClusterConfig()
     pack: PackConfig = PackConfig()

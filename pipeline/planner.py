@@ -26,7 +26,7 @@ from hardbatch.pipeline.schemas import MIXED_DOMAIN
 from hardbatch.pipeline.sources.files import list_source_files, local_path
 from hardbatch.pipeline.step import Step
 
-VERSIONS = {"pairs": 2, "vectors": 1, "clusters": 4, "hardness": 1, "batches": 4, "shards": 3}
+VERSIONS = {"pairs": 2, "answers": 1, "vectors": 1, "clusters": 4, "hardness": 1, "batches": 4, "shards": 3}
 _ITERATIONS = {"folded": 10, "doubled": 100}
 
 
@@ -71,6 +71,7 @@ class Planner:
         name = dataset.name
         pack = self._settings.pack
         pairs = self._pairs(dataset)
+        answers = self._add("answers", name, self._settings.answers.model_dump(), {"pairs": pairs})
         vectors = {role: self._vectors(name, model, pairs) for role, model in models.items()}
         both = {"pairs": pairs, "vectors": vectors["cluster"]}
 
@@ -84,11 +85,12 @@ class Planner:
         clusters = self._add("clusters", name, cluster, both, runtime=runs_on)
         measure = HardnessSettings(**self._settings.hardness.model_dump(), batch_size=pack.batch_size)
         hardness = self._add("hardness", name, measure.model_dump(), both)
-        packed = {**both, "surrogate": vectors["surrogate"], "clusters": clusters}
+        packed = {**both, "surrogate": vectors["surrogate"], "clusters": clusters, "answers": answers}
         cut = BatchesSettings(**pack.model_dump(), device=device)
         batches = self._add("batches", name, cut.model_dump(), packed, runtime=runs_on)
         return {
             f"pairs/{name}": pairs,
+            f"answers/{name}": answers,
             f"vectors/{name}": vectors["cluster"],
             f"surrogate/{name}": vectors["surrogate"],
             f"clusters/{name}": clusters,

@@ -39,6 +39,7 @@ _LIBRARIES = (
     "faiss-cpu", "faiss-gpu-cu12", "prefect",
 )  # fmt: skip
 _SPEED_SETTINGS = {  # the settings that the speed of a stage depends on most
+    "answers": ("near_copies",),
     "vectors": ("name", "device", "dtype"),
     "clusters": ("method", "device", "backend"),
     "batches": ("order", "device"),

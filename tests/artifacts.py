@@ -97,7 +97,9 @@ def make_domain(folder: Path, name: str, domain: Domain) -> dict[str, Path]:
         "negatives": len(schema) - 5,
     }
     counts |= dict.fromkeys(("held_out", "holdout_target", "texts_cut", "negatives_dropped"), 0)
+    classes = {f"{side}.npy": np.arange(len(texts[side])) for side in schemas.SIDES}
     found = {
+        "answers": make_artifact(folder / "answers" / name / "key", classes),
         "pairs": make_artifact(folder / "pairs" / name / "key", tables, counts=counts),
         "clusters": make_artifact(folder / "clusters" / name / "key", {}, counts={"clusters": 3}),
         "hardness": make_artifact(folder / "hardness" / name / "key", {}, counts={"random": -0.1, "knn": 0.7}),

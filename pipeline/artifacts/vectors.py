@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from hardbatch.pipeline import schemas
-from hardbatch.pipeline.arrays import Array, empty
+from hardbatch.pipeline.arrays import Array, PairSet, empty
 from hardbatch.pipeline.artifacts.artifact import Artifact, read_artifact
 
 _OPEN_FILES = 64  # memory maps of a side; each keeps a file descriptor, and a process may have as few as 1,024
@@ -93,26 +93,18 @@ class Pairs:
         return self.negative_rows[self.negative_offsets[pair_id] : self.negative_offsets[pair_id + 1]]
 
     @cached_property
-    def known(self) -> Array:
-        """The pairs as codes `query_row * width + document_row`, sorted; `is_known` searches them."""
-        return np.sort(self.query_row * self._width + self.document_row)
+    def known(self) -> PairSet:
+        """The pairs, as `is_known` looks them up."""
+        return PairSet(self.query_row, self.document_row)
 
     @cached_property
     def documents_per_query(self) -> Array:
         """Number of pairs of each query (int64, by query row)."""
         return np.bincount(self.query_row)
 
-    @cached_property
-    def _width(self) -> int:
-        return int(self.document_row.max(initial=0)) + 1
-
     def is_known(self, query_rows: Array, document_rows: Array) -> Array:
         """Whether each (query row, document row) is a pair of the domain (bool); the two arrays broadcast."""
-        codes = query_rows * self._width + document_rows
-        indices = np.searchsorted(self.known, codes).clip(max=len(self.known) - 1)
-
-        # A hard negative may have a row beyond the width, and with it the code of a pair of another query.
-        return np.asarray((self.known[indices] == codes) & (document_rows < self._width))
+        return self.known.contains(query_rows, document_rows)
 
 
 def load_pairs(artifact: Artifact) -> Pairs:

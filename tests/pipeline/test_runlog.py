@@ -26,7 +26,7 @@ from hardbatch.pipeline.runlog import LOGS, RunLog, open_run_log, read_log
 from hardbatch.pipeline.views.log import find_log, log_text
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ["pairs", "vectors", "clusters", "hardness", "batches", "shards"]
+STAGES = ["pairs", "answers", "vectors", "clusters", "hardness", "batches", "shards"]
 HEAD = {"event": "run", "format": 1}
 Finished = tuple[Path, Path, Path]
 
@@ -73,10 +73,10 @@ def test_what_is_reused_is_recorded_once_something_is_made(copied_run: Finished,
     manifest, workspace, _ = copied_run
     assert cli("run", manifest, "--workspace", workspace, "--set", "pack.seed=1")[0] == 0
     found = records(workspace)
-    assert [record["event"] for record in found] == ["run", *["reused"] * 4, *["finished"] * 2, "end"]
-    assert (stages_of(found, "reused"), stages_of(found, "finished")) == (STAGES[:4], STAGES[4:])
+    assert [record["event"] for record in found] == ["run", *["reused"] * 5, *["finished"] * 2, "end"]
+    assert (stages_of(found, "reused"), stages_of(found, "finished")) == (STAGES[:5], STAGES[5:])
     text = log_text(workspace)
-    assert "steps run: 2, reused: 4" in text and "done at " in text
+    assert "steps run: 2, reused: 5" in text and "done at " in text
 
 
 def test_a_failure_is_recorded_as_its_user_read_it(small_manifest: Path, tmp_path: Path, cli: Any) -> None:
@@ -133,7 +133,7 @@ def test_an_ended_run_leaves_whole_lines_and_the_next_its_own_log(
     os.killpg(process.pid, sent)
     process.wait(60)
     found, text = records(workspace), log_text(workspace)
-    assert stages_of(found, "finished") == ["pairs"]
+    assert stages_of(found, "finished") == ["pairs", "answers"]
     if sent == signal.SIGKILL:
         assert "no end: killed, or still running; last line at " + found[-1]["time"] in text
     else:
@@ -141,7 +141,7 @@ def test_an_ended_run_leaves_whole_lines_and_the_next_its_own_log(
         assert "with exit code 143: terminated" in text
     assert cli("run", small_manifest, "--workspace", workspace)[0] == 0
     assert len(list(workspace.glob(f"*/{LOGS}/*"))) == 2
-    assert stages_of(records(workspace), "reused") == ["pairs"]
+    assert stages_of(records(workspace), "reused") == ["pairs", "answers"]
 
 
 # lines

@@ -25,7 +25,7 @@ from tests.reliability.workspaces import faults_in, rewrite_manifest
 
 Record = Callable[[int, str], None]
 Run = tuple[Path, Path, Path]
-STAGES = ("pairs", "vectors", "clusters", "hardness", "batches", "shards")
+STAGES = ("pairs", "answers", "vectors", "clusters", "hardness", "batches", "shards")
 NEW_IN_2 = ("footer_sha256", "record_offset", "record_length")
 NEW_IN_3 = (
     "same_answer_rate", "mean_negatives", "min_negatives", "queries_without_negatives", "queries_with_few_negatives",
@@ -105,7 +105,7 @@ def test_older_formats_are_reused_verified_inspected_and_trained_on(
     assert faults_in(workspace) == []
     capsys.readouterr()
     assert main(["run", str(manifest), "--workspace", str(workspace)]) == 0
-    assert "steps run: 0, reused: 6" in capsys.readouterr().err
+    assert "steps run: 0, reused: 7" in capsys.readouterr().err
     assert main(["verify", str(workspace)]) == 0
     capsys.readouterr()
     assert main(["inspect", str(shards), "--batch", "2"]) == 0

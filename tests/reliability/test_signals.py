@@ -17,7 +17,7 @@ from tests.reliability.processes import HARDBATCH, KILLED, finish, run, start, w
 from tests.reliability.workspaces import assert_same, content, faults_in, hidden, real_corpus, run_over, write_corpus
 
 Record = Callable[[int, str], None]
-STAGES = ("pairs", "vectors", "clusters", "hardness", "batches", "shards")
+STAGES = ("pairs", "answers", "vectors", "clusters", "hardness", "batches", "shards")
 BAR_S = 30.0
 
 
