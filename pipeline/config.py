@@ -180,6 +180,15 @@ class HardnessConfig(Table):
     seed: int = Field(0, ge=0, description="seed for drawing the anchors")
 
 
+class ConsistencyConfig(Table):
+    """Measuring how well each pair agrees with the surrogate."""
+
+    pool: int = Field(
+        8_192, ge=1, description="number of documents of the domain that each pair's own document is ranked against"
+    )
+    seed: int = Field(0, ge=0, description="seed for drawing them, if the domain has more documents")
+
+
 class WriteConfig(Table):
     """Equivalence sets and shards."""
 
@@ -202,6 +211,7 @@ class CorpusManifest(Table):
     cluster: ClusterConfig = ClusterConfig()
     pack: PackConfig = PackConfig()
     hardness: HardnessConfig = HardnessConfig()
+    consistency: ConsistencyConfig = ConsistencyConfig()
     write: WriteConfig = WriteConfig()
 
     @model_validator(mode="after")

@@ -22,7 +22,7 @@ from hardbatch.pipeline.runlog import LOGS, list_logs, read_log
 from hardbatch.pipeline.step import Step
 from hardbatch.pipeline.views.plan import PlannedStep, explain_plan, plan_text
 
-STAGES = ("pairs", "vectors", "clusters", "hardness", "batches", "shards")
+STAGES = ("pairs", "vectors", "clusters", "hardness", "consistency", "batches", "shards")
 NUM_ROWS = 600
 MANIFEST_TEXT = """corpus = "c"
 [[dataset]]
@@ -149,7 +149,15 @@ def items(plan: Plan) -> dict[str, PlannedStep]:
 
 def test_rows_are_carried_from_the_source_to_the_shards(tmp_path: Path) -> None:
     plan = plan_corpus(write_corpus(tmp_path, 48), tmp_path / "w", overrides=["pack.num_packings=3"])
-    expected = {"pairs": 48, "vectors": 96, "clusters": 48, "hardness": 48, "batches": 144, "shards": 144}
+    expected = {
+        "pairs": 48,
+        "vectors": 96,
+        "clusters": 48,
+        "hardness": 48,
+        "consistency": 48,
+        "batches": 144,
+        "shards": 144,
+    }
     found = {stage: (item.rows, item.rows_at_most) for stage, item in items(plan).items()}
     assert found == {stage: (rows, stage != "pairs") for stage, rows in expected.items()}
     assert items(plan)["pairs"].bytes == (tmp_path / "n.parquet").stat().st_size

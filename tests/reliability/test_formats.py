@@ -21,7 +21,7 @@ from tests.reliability.workspaces import faults_in, rewrite_manifest
 
 Record = Callable[[int, str], None]
 Run = tuple[Path, Path, Path]
-STAGES = ("pairs", "vectors", "clusters", "hardness", "batches", "shards")
+STAGES = ("pairs", "vectors", "clusters", "hardness", "consistency", "batches", "shards")
 NEW_IN_2 = ("footer_sha256", "record_offset", "record_length")
 
 

@@ -85,12 +85,13 @@ def test_a_rerun_reads_no_weights(tmp_path: Path, record_row: Record) -> None:
 # row 6
 
 Step = tuple[str, str]
-OF_DOMAIN = ("pairs", "vectors", "clusters", "hardness", "batches")
+OF_DOMAIN = ("pairs", "vectors", "clusters", "hardness", "consistency", "batches")
 AFTER = {  # the stages that a new version of a stage recomputes
-    "pairs": {"pairs", "vectors", "clusters", "hardness", "batches", "shards"},
-    "vectors": {"vectors", "clusters", "hardness", "batches", "shards"},
+    "pairs": {"pairs", "vectors", "clusters", "hardness", "consistency", "batches", "shards"},
+    "vectors": {"vectors", "clusters", "hardness", "consistency", "batches", "shards"},
     "clusters": {"clusters", "batches", "shards"},
     "hardness": {"hardness", "shards"},
+    "consistency": {"consistency", "shards"},
     "batches": {"batches", "shards"},
     "shards": {"shards"},
 }
