@@ -34,7 +34,7 @@ _LEAD = 1e-9
 
 def own_scores(queries_mD: Array, documents_mD: Array) -> Array:
     """Returns f(q, d) of each pair, float64 (m); both sides are unit vectors in float32."""
-    return np.einsum("md,md->m", queries_mD, documents_mD, dtype=np.float64)
+    return np.asarray(np.einsum("md,md->m", queries_mD, documents_mD, dtype=np.float64))
 
 
 def percentiles(own_scores_n: Array) -> list[float]:

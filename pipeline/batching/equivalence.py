@@ -116,7 +116,7 @@ def _keep_best(mask_BB: Array, queries_BD: Array, documents_BD: Array, *, limit:
         mask_BB[i, marked[order[limit:]]] = False
 
 
-def _exact_scores(queries_BD: Array, documents_BD: Array, slot: int, others: Array) -> Array:
+def _exact_scores(queries_BD: Array, documents_BD: Array, slot: int | np.integer, others: Array) -> Array:
     """The symmetric scores of `slot` with each of `others`, float64."""
     forward = exact_products(documents_BD[others], queries_BD[slot])
     return np.asarray((forward + exact_products(queries_BD[others], documents_BD[slot])) / 2)
