@@ -197,7 +197,8 @@ class WriteConfig(Table):
     )
     margin_strategy: Literal["absolute", "relative"] = Field(
         "absolute",
-        description="absolute: own score - margin; relative: own score - margin * abs(own score), so 0.05 is 95 % of it",
+        description="absolute: own score - margin; relative: own score - margin * abs(own score), "
+        "so 0.05 asks for 95 % of it",
     )
     floor_quantile: Fraction = Field(
         0.5,
