@@ -57,7 +57,7 @@ def test_the_format_before_is_reused_verified_and_trained_on(
     assert faults_in(workspace) == []
     capsys.readouterr()
     assert main(["run", str(manifest), "--workspace", str(workspace)]) == 0
-    assert "steps run: 0, reused: 6" in capsys.readouterr().err
+    assert "steps run: 0, reused: 7" in capsys.readouterr().err
     assert main(["verify", str(workspace)]) == 0
     assert main(["inspect", str(shards), "--batch", "2"]) == 0
     assert main(["plan", str(manifest), "--workspace", str(workspace)]) == 0

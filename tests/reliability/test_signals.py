@@ -125,6 +125,7 @@ def test_signals_at_random_moments(tmp_path: Path, record_row: Record, seed: int
         ("clusters", ["cluster.iterations=200", "cluster.tolerance=0"], 30_000),
         ("clusters", ["cluster.method=doubled"], 30_000),
         ("hardness", [], 30_000),
+        ("consistency", [], 30_000),
         ("batches", ["pack.refine_rounds=500", "pack.refine_tolerance=0"], 30_000),
         ("shards", [], 30_000),
     ],
