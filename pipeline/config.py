@@ -188,10 +188,33 @@ class HardnessConfig(Table):
     seed: int = Field(0, ge=0, description="seed for drawing the anchors")
 
 
+class ConsistencyConfig(Table):
+    """Measuring how well each pair agrees with the surrogate."""
+
+    pool: int = Field(
+        8_192, ge=1, description="number of documents of the domain that each pair's own document is ranked against"
+    )
+    seed: int = Field(0, ge=0, description="seed for drawing them, if the domain has more documents")
+
+
 class WriteConfig(Table):
     """Equivalence sets and shards."""
 
-    margin: float = Field(0.0, ge=0.0, description="mask d' if f(q,d') >= f(q,d) - margin")
+    margin: float = Field(
+        0.0, description="how far below the own score a likely answer may score; negative: it must lead by this much"
+    )
+    margin_strategy: Literal["absolute", "relative"] = Field(
+        "absolute",
+        description="absolute: own score - margin; relative: own score - margin * abs(own score), "
+        "so 0.05 asks for 95 % of it",
+    )
+    floor_quantile: Fraction = Field(
+        0.5,
+        description="a likely answer scores at least as high as this fraction of the domain's own pairs; 0: no floor",
+    )
+    max_likely: float = Field(
+        0.25, ge=0.0, le=1.0, description="largest part of a batch that the surrogate alone may mask for a query"
+    )
     batches_per_part: int = Field(
         MAX_BATCHES_PER_PART,
         ge=1,
@@ -211,6 +234,7 @@ class CorpusManifest(Table):
     cluster: ClusterConfig = ClusterConfig()
     pack: PackConfig = PackConfig()
     hardness: HardnessConfig = HardnessConfig()
+    consistency: ConsistencyConfig = ConsistencyConfig()
     write: WriteConfig = WriteConfig()
 
     @model_validator(mode="after")

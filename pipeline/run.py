@@ -34,6 +34,7 @@ _STAGES = {  # stage → the module and function that make it, imported only whe
     "vectors": ("hardbatch.pipeline.stages.embed", "build"),
     "clusters": ("hardbatch.pipeline.stages.cluster", "build"),
     "hardness": ("hardbatch.pipeline.stages.measure", "build"),
+    "consistency": ("hardbatch.pipeline.stages.consistency", "build"),
     "batches": ("hardbatch.pipeline.stages.pack", "build"),
     "mixed": ("hardbatch.pipeline.stages.pack", "build_mixed"),
     "shards": ("hardbatch.pipeline.stages.write", "build"),

@@ -48,6 +48,7 @@ INVALID_ROWS = pa.schema([("row", pa.int64()), ("reason", pa.utf8())])
 WORD = pa.dictionary(pa.int32(), pa.utf8())  # a column of few distinct words over many rows
 CLUSTERS = pa.schema([("pair_id", pa.int64()), ("cluster_id", pa.int32())])
 OBJECTIVE = pa.schema([("level", pa.int32()), ("iteration", pa.int32()), ("objective", pa.float64())])
+CONSISTENCY = pa.schema([("pair_id", pa.int64()), ("own_score", pa.float32()), ("rank", pa.int32())])
 BATCHES = pa.schema(
     [
         ("packing", pa.int32()),

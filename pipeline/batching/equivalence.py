@@ -1,17 +1,135 @@
 """Equivalence sets S(q, d): the documents of a batch that may answer q as well as d does (Eq. 4).
 
-Slot j is in S(i), j ≠ i, if (q_i, d_j) is a known pair of the domain, or the texts of d_j and d_i are
-the same, or f(q_i, d_j) ≥ f(q_i, d_i) − margin under the surrogate f, the dot product of unit vectors.
+Slot j is in S(i), j ≠ i, if d_j answers q_i for certain (the same answer), or if it is a *likely* answer by the
+surrogate f, the dot product of unit vectors. Likely is decided on the symmetric score
+
+    s_ij = (f(q_i, d_j) + f(q_j, d_i)) / 2
+
+which is high only if each document fits the other query as well. It must reach three bounds:
+
+    own     s_ij ≥ (own_i + own_j) / 2 less the margin, where own_i = f(q_i, d_i)
+    floor   s_ij ≥ the floor of the domain, a quantile of its own scores (consistency.py)
+    cap     of what passes, a query loses at most a part of its batch, the best-scoring slots
+
+Without a floor, a pair that says little has a low own score, and masks nearly everything.
 
 Shape letters: B slots of a batch, N hard negatives of a pair, D dimension.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import numpy as np
 
 from hardbatch.pipeline.arrays import Array
 from hardbatch.pipeline.batching.ties import UNIT_NEAR_TIE, exact_products
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikelyRule:
+    """When a document is a likely answer. The fields are those of `config.WriteConfig`.
+
+    Attributes:
+        margin: How far below the own score a likely answer may score; a negative margin asks for a lead.
+        margin_strategy: `absolute` subtracts the margin from the own score; `relative` subtracts that fraction of
+            its magnitude. Names and signs are those of GISTEmbedLoss in sentence-transformers.
+        max_likely: The largest part of a batch that the surrogate alone may mask for a query.
+    """
+
+    margin: float = 0.0
+    margin_strategy: Literal["absolute", "relative"] = "absolute"
+    max_likely: float = 0.25
+
+    def bound(self, own: Array) -> Array:
+        """Returns the score that a likely answer must reach, given the own score (float64, any shape)."""
+        return own - self.margin * (np.abs(own) if self.margin_strategy == "relative" else 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likely:
+    """The likely answers of a batch, and the scores that say why.
+
+    Attributes:
+        mask_BB: Whether slot j is a likely answer to the query of slot i (bool), False on the diagonal.
+        score_BB: The symmetric scores (float32).
+        bound_BB: What they are measured against, the higher of the own bound and the floor (float64).
+    """
+
+    mask_BB: Array
+    score_BB: Array
+    bound_BB: Array
+
+
+def likely_answers(
+    queries_BD: Array,
+    documents_BD: Array,
+    rule: LikelyRule,
+    floor_B: Array | float,
+    certain_BB: Array | None = None,
+) -> Likely:
+    """Finds the likely answers of a batch.
+
+    Args:
+        queries_BD: The surrogate's unit vectors of the queries, float32.
+        documents_BD: The same of the documents.
+        rule: Margin and cap.
+        floor_B: The floor of each slot's domain, or one for all. Two slots of different domains must reach
+            the higher one.
+        certain_BB: Same answer (bool). These slots are masked anyway, so they are not marked here and do not
+            count towards the cap.
+
+    Returns:
+        The mask with its scores. The mask is the same for any block size and number of threads.
+    """
+    size = len(queries_BD)
+    own_B = np.einsum("bd,bd->b", queries_BD, documents_BD, dtype=np.float64)
+    floor_B = np.broadcast_to(np.asarray(floor_B, dtype=np.float64), size)
+    bound_B = rule.bound(own_B)
+    bound_BB = np.maximum((bound_B[:, None] + bound_B) / 2, np.maximum(floor_B[:, None], floor_B))
+
+    forward_BB = queries_BD @ documents_BD.T
+    score_BB = (forward_BB + forward_BB.T) / 2
+    lead_BB = score_BB - bound_BB
+    mask_BB: Array = lead_BB >= 0
+
+    # Scores at the bound are decided in float64: above all, equal pairs meet it.
+    near_BB = np.abs(lead_BB) < UNIT_NEAR_TIE
+    np.fill_diagonal(near_BB, False)
+    for i in np.flatnonzero(near_BB.any(1)):
+        near = np.flatnonzero(near_BB[i])
+        mask_BB[i, near] = _exact_scores(queries_BD, documents_BD, i, near) >= bound_BB[i, near]
+
+    np.fill_diagonal(mask_BB, False)
+    if certain_BB is not None:
+        mask_BB &= ~certain_BB
+    _keep_best(mask_BB, queries_BD, documents_BD, limit=int(rule.max_likely * size))
+    return Likely(mask_BB=mask_BB, score_BB=score_BB, bound_BB=bound_BB)
+
+
+def _keep_best(mask_BB: Array, queries_BD: Array, documents_BD: Array, *, limit: int) -> None:
+    """Clears all but the `limit` best-scoring marks of each row, ranked in float64; the lowest slot wins a tie."""
+    for i in np.flatnonzero(mask_BB.sum(1) > limit):
+        marked = np.flatnonzero(mask_BB[i])
+        order = np.argsort(-_exact_scores(queries_BD, documents_BD, i, marked), kind="stable")
+        mask_BB[i, marked[order[limit:]]] = False
+
+
+def _exact_scores(queries_BD: Array, documents_BD: Array, slot: int | np.integer, others: Array) -> Array:
+    """The symmetric scores of `slot` with each of `others`, float64."""
+    forward = exact_products(documents_BD[others], queries_BD[slot])
+    return np.asarray((forward + exact_products(queries_BD[others], documents_BD[slot])) / 2)
+
+
+def keeps_unlikely(query_D: Array, document_D: Array, negatives_ND: Array, rule: LikelyRule, floor: float) -> Array:
+    """Marks the hard negatives of a pair to keep, those that are not likely answers (bool, N).
+
+    A hard negative has no query of its own, so f(q, d') takes the place of the symmetric score. There is no cap.
+    """
+    own = np.einsum("d,d->", query_D, document_D, dtype=np.float64)
+    bound = max(float(rule.bound(own)), floor)
+    return np.asarray(exact_products(negatives_ND, query_D) < bound)
 
 
 def surrogate_mask(queries_BD: Array, documents_BD: Array, *, margin: float) -> Array:

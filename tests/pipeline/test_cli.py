@@ -89,7 +89,7 @@ def test_a_run_prints_the_shards_last_and_a_second_one_changes_nothing(copied_ru
     before = snapshot(workspace)
     second = hardbatch(*command)
     assert second.returncode == 0
-    assert "steps run: 0, reused: 6" in second.stderr
+    assert "steps run: 0, reused: 7" in second.stderr
     assert second.stdout == first.stdout
     assert snapshot(workspace) == before
 

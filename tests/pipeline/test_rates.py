@@ -22,7 +22,7 @@ from hardbatch.pipeline.runlog import LOGS, list_logs, read_log
 from hardbatch.pipeline.step import Step
 from hardbatch.pipeline.views.plan import PlannedStep, explain_plan, plan_text
 
-STAGES = ("pairs", "answers", "vectors", "clusters", "hardness", "batches", "shards")
+STAGES = ("pairs", "answers", "vectors", "clusters", "hardness", "consistency", "batches", "shards")
 NUM_ROWS = 600
 MANIFEST_TEXT = """corpus = "c"
 [[dataset]]
@@ -155,6 +155,7 @@ def test_rows_are_carried_from_the_source_to_the_shards(tmp_path: Path) -> None:
         "vectors": 96,
         "clusters": 48,
         "hardness": 48,
+        "consistency": 48,
         "batches": 144,
         "shards": 144,
     }

@@ -63,7 +63,7 @@ def assert_same_trees(left, right):
     assert [name for name in left if left[name] != right[name]] == []
 
 
-STAGES = ("pairs", "answers", "vectors", "clusters", "hardness", "batches")
+STAGES = ("pairs", "answers", "vectors", "clusters", "hardness", "consistency", "batches")
 EVERYTHING = [*(f"{stage}/{domain}" for domain in ("alpha", "beta") for stage in STAGES), "shards/two"]
 
 
@@ -136,10 +136,11 @@ def test_threads_change_nothing(corpus, tmp_path, write_jsonl):
         ("cluster.tolerance=0.1", {"clusters", "batches", "shards"}),
         ("cluster.iterations=10", set()),  # the default
         ("hardness.seed=1", {"hardness", "shards"}),
+        ("consistency.seed=1", {"consistency", "shards"}),
         ("write.margin=0.1", {"shards"}),
         ("write.batches_per_part=5", {"shards"}),
         ("embed.query_prompt=ask", {"vectors", "clusters", "hardness", "batches", "shards"}),
-        ("embed.surrogate_query_prompt=ask", {"vectors", "batches", "shards"}),
+        ("embed.surrogate_query_prompt=ask", {"vectors", "consistency", "batches", "shards"}),
         ("cluster.restarts=9", set()),  # of the other method
         ("ingest.max_quarantined_fraction=0.5", set()),
     ],

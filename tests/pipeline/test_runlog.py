@@ -26,7 +26,7 @@ from hardbatch.pipeline.runlog import LOGS, RunLog, open_run_log, read_log
 from hardbatch.pipeline.views.log import find_log, log_text
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ["pairs", "answers", "vectors", "clusters", "hardness", "batches", "shards"]
+STAGES = ["pairs", "answers", "vectors", "clusters", "hardness", "consistency", "batches", "shards"]
 HEAD = {"event": "run", "format": 1}
 Finished = tuple[Path, Path, Path]
 

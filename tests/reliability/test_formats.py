@@ -25,7 +25,7 @@ from tests.reliability.workspaces import faults_in, rewrite_manifest
 
 Record = Callable[[int, str], None]
 Run = tuple[Path, Path, Path]
-STAGES = ("pairs", "answers", "vectors", "clusters", "hardness", "batches", "shards")
+STAGES = ("pairs", "answers", "vectors", "clusters", "hardness", "consistency", "batches", "shards")
 NEW_IN_2 = ("footer_sha256", "record_offset", "record_length")
 NEW_IN_3 = (
     "same_answer_rate", "mean_negatives", "min_negatives", "queries_without_negatives", "queries_with_few_negatives",

@@ -108,7 +108,7 @@ def test_a_disk_that_fills_in_one_step_after_the_other(
         ("pairs", 0.0),
         *(
             pytest.param(stage, part, marks=pytest.mark.soak)
-            for stage in ("pairs", "answers", "vectors", "clusters", "hardness", "batches", "shards")
+            for stage in ("pairs", "answers", "vectors", "clusters", "hardness", "consistency", "batches", "shards")
             for part in (0.0, 0.25, 0.75, 0.9)
             if (stage, part) != ("pairs", 0.0)
         ),

@@ -64,13 +64,31 @@ def peaks(folder: Path, table: pl.DataFrame, settings: str) -> dict[str, float]:
         pytest.param(
             made_up,
             "unit_rows = 256\n[hardness]\nanchors = 256\n",  # which 3,000 pairs fill
-            {"pairs": 95, "answers": 45, "vectors": 22, "clusters": 90, "hardness": 33, "batches": 140, "shards": 40},
+            {
+                "pairs": 95,
+                "answers": 45,
+                "vectors": 22,
+                "clusters": 90,
+                "hardness": 33,
+                "consistency": 60,
+                "batches": 140,
+                "shards": 40,
+            },
             id="3,000 to 30,000 pairs",
         ),
         pytest.param(
             real,
             "[cluster]\ntwo_level_above = 256\n",
-            {"pairs": 465, "answers": 140, "vectors": 30, "clusters": 90, "hardness": 45, "batches": 160, "shards": 45},
+            {
+                "pairs": 465,
+                "answers": 140,
+                "vectors": 30,
+                "clusters": 90,
+                "hardness": 45,
+                "consistency": 60,
+                "batches": 160,
+                "shards": 45,
+            },
             marks=pytest.mark.soak,
             id="30,000 to 300,000 real pairs",
         ),

@@ -85,13 +85,14 @@ def test_a_rerun_reads_no_weights(tmp_path: Path, record_row: Record) -> None:
 # row 6
 
 Step = tuple[str, str]
-OF_DOMAIN = ("pairs", "answers", "vectors", "clusters", "hardness", "batches")
+OF_DOMAIN = ("pairs", "answers", "vectors", "clusters", "hardness", "consistency", "batches")
 AFTER = {  # the stages that a new version of a stage recomputes
-    "pairs": {"pairs", "answers", "vectors", "clusters", "hardness", "batches", "shards"},
+    "pairs": {"pairs", "answers", "vectors", "clusters", "hardness", "consistency", "batches", "shards"},
     "answers": {"answers", "batches", "shards"},
-    "vectors": {"vectors", "clusters", "hardness", "batches", "shards"},
+    "vectors": {"vectors", "clusters", "hardness", "consistency", "batches", "shards"},
     "clusters": {"clusters", "batches", "shards"},
     "hardness": {"hardness", "shards"},
+    "consistency": {"consistency", "shards"},
     "batches": {"batches", "shards"},
     "shards": {"shards"},
 }

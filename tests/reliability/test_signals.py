@@ -17,7 +17,7 @@ from tests.reliability.processes import HARDBATCH, KILLED, finish, run, start, w
 from tests.reliability.workspaces import assert_same, content, faults_in, hidden, real_corpus, run_over, write_corpus
 
 Record = Callable[[int, str], None]
-STAGES = ("pairs", "answers", "vectors", "clusters", "hardness", "batches", "shards")
+STAGES = ("pairs", "answers", "vectors", "clusters", "hardness", "consistency", "batches", "shards")
 BAR_S = 30.0
 
 
@@ -125,10 +125,11 @@ def test_signals_at_random_moments(tmp_path: Path, record_row: Record, seed: int
         ("clusters", ["cluster.iterations=200", "cluster.tolerance=0"], 30_000),
         ("clusters", ["cluster.method=doubled"], 30_000),
         ("hardness", [], 30_000),
+        ("consistency", [], 30_000),
         ("batches", ["pack.refine_rounds=500", "pack.refine_tolerance=0"], 30_000),
         ("shards", [], 30_000),
     ],
-    ids=["vectors", "clusters", "clusters-doubled", "hardness", "batches", "shards"],
+    ids=["vectors", "clusters", "clusters-doubled", "hardness", "consistency", "batches", "shards"],
 )
 def test_a_run_at_work_leaves_in_time(
     tmp_path: Path, record_row: Record, stage: str, settings: list[str], limit: int

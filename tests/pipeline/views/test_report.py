@@ -168,7 +168,7 @@ def test_negatives_are_shown_and_warned_of_with_their_numbers() -> None:
 
 def test_a_plan_of_nothing_done_runs_all_in_order(tmp_path: Path, small_manifest: Path) -> None:
     plan = plan_corpus(small_manifest, tmp_path / "new")
-    stages = ["pairs", "vectors", "clusters", "hardness", "batches", "shards"]
+    stages = ["pairs", "vectors", "clusters", "hardness", "consistency", "batches", "shards"]
     assert [step.stage for step in plan.steps] == stages
     why = to_run(plan)
     assert list(why) == stages
@@ -214,8 +214,16 @@ def test_a_plan_names_the_gpu_that_clusters(
         ("write.margin=0.5", ["shards"], "margin 0.0 → 0.5"),
         ("hardness.anchors=7", ["hardness", "shards"], "anchors 4096 → 7"),
         ("cluster.seed=1", ["clusters", "batches", "shards"], "seed 0 → 1"),
-        ("embed.unit_rows=32", ["vectors", "clusters", "hardness", "batches", "shards"], "unit_rows 8192 → 32"),
-        ("ingest.max_characters=99", ["pairs", "vectors", "clusters", "hardness", "batches", "shards"], "32768 → 99"),
+        (
+            "embed.unit_rows=32",
+            ["vectors", "clusters", "hardness", "consistency", "batches", "shards"],
+            "unit_rows 8192 → 32",
+        ),
+        (
+            "ingest.max_characters=99",
+            ["pairs", "vectors", "clusters", "hardness", "consistency", "batches", "shards"],
+            "32768 → 99",
+        ),
         ("ingest.max_quarantined_fraction=0.2", [], ""),
         ("cluster.restarts=1", [], ""),
     ],
@@ -238,7 +246,7 @@ def test_a_changed_source_file_is_the_reason(copied_run: Finished) -> None:
     assert to_run(plan_corpus(*copied_run[:2])) == {}
     source.write_text(source.read_text().replace("number 3 ", "number three "))
     reasons = to_run(plan_corpus(*copied_run[:2]))
-    assert list(reasons) == ["pairs", "vectors", "clusters", "hardness", "batches", "shards"]
+    assert list(reasons) == ["pairs", "vectors", "clusters", "hardness", "consistency", "batches", "shards"]
     assert reasons["pairs"] == "source files differ"
 
 
