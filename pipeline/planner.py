@@ -26,7 +26,16 @@ from hardbatch.pipeline.schemas import MIXED_DOMAIN
 from hardbatch.pipeline.sources.files import list_source_files, local_path
 from hardbatch.pipeline.step import Step
 
-VERSIONS = {"pairs": 2, "answers": 1, "vectors": 1, "clusters": 4, "hardness": 1, "consistency": 1, "batches": 4, "shards": 3}
+VERSIONS = {
+    "pairs": 2,
+    "answers": 1,
+    "vectors": 1,
+    "clusters": 4,
+    "hardness": 1,
+    "consistency": 1,
+    "batches": 4,
+    "shards": 3,
+}
 _ITERATIONS = {"folded": 10, "doubled": 100}
 
 
@@ -85,7 +94,7 @@ class Planner:
         clusters = self._add("clusters", name, cluster, both, runtime=runs_on)
         measure = HardnessSettings(**self._settings.hardness.model_dump(), batch_size=pack.batch_size)
         hardness = self._add("hardness", name, measure.model_dump(), both)
-        ranked = {"pairs": pairs, "vectors": vectors["surrogate"]}
+        ranked = {"pairs": pairs, "vectors": vectors["surrogate"], "answers": answers}
         consistency = self._add("consistency", name, self._settings.consistency.model_dump(), ranked)
         packed = {**both, "surrogate": vectors["surrogate"], "clusters": clusters, "answers": answers}
         cut = BatchesSettings(**pack.model_dump(), device=device)

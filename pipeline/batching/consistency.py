@@ -52,9 +52,9 @@ def floor_at(percentiles: list[float], quantile: float) -> float:
         quantile: From 0 to 1; values between two percentiles are interpolated.
 
     Returns:
-        The score, -1.0 (no floor at all) if the domain has no pair.
+        The score, -1.0 (no floor at all) if the quantile is 0 or the domain has no pair.
     """
-    if not percentiles:
+    if quantile == 0 or not percentiles:
         return -1.0
     return float(np.interp(100 * quantile, _PERCENTILES, percentiles))
 

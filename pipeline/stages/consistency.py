@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hardbatch.pipeline import schemas
+from hardbatch.pipeline.artifacts.answers import load_answers
 from hardbatch.pipeline.artifacts.artifact import read_artifact
 from hardbatch.pipeline.artifacts.commit import ArtifactBuilder, write_unit
 from hardbatch.pipeline.artifacts.vectors import load_pairs, open_vectors
@@ -73,6 +74,7 @@ class _RankingWorker:
         self._path = work.path
         self._pairs = load_pairs(read_artifact(work.inputs["pairs"]))
         self._vectors = open_vectors(work.inputs["vectors"])
+        self._answers = load_answers(work.inputs["answers"], self._pairs).answers
         self._is_valid = ~self._vectors.invalid_pairs(self._pairs)
 
         # Hard negatives have rows too, but only documents of pairs are what a query competes for.
@@ -94,7 +96,7 @@ class _RankingWorker:
             documents_mD = self._vectors.documents.take(self._pairs.document_row[pair_ids])
             own_score[pair_ids - unit.start] = own_scores(queries_mD, documents_mD)
             rank[pair_ids - unit.start] = rank_own_documents(
-                queries_mD, documents_mD, query_rows, self._pool_kD, self._pool_rows, self._pairs.is_known
+                queries_mD, documents_mD, query_rows, self._pool_kD, self._pool_rows, self._answers
             )
 
         with write_unit(self._path, unit.name) as writer:

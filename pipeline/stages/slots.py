@@ -15,9 +15,12 @@ import pyarrow.parquet as pq
 
 from hardbatch.pipeline import schemas
 from hardbatch.pipeline.arrays import Array
+from hardbatch.pipeline.artifacts.answers import load_answers
 from hardbatch.pipeline.artifacts.artifact import read_artifact
+from hardbatch.pipeline.artifacts.consistency import load_percentiles
 from hardbatch.pipeline.artifacts.vectors import Texts, load_pairs, open_vectors
-from hardbatch.pipeline.batching.equivalence import equal_texts
+from hardbatch.pipeline.batching.consistency import floor_at
+from hardbatch.pipeline.batching.copies import find_copies
 
 
 class OpenDomain:
@@ -28,9 +31,12 @@ class OpenDomain:
         inputs: The folders of the artifacts, by `pairs/NAME`, `vectors/NAME` and so on.
         query_prompt: What is put before its queries in training.
         document_prompt: The same for its documents.
+        floor_quantile: A likely answer scores as high as this fraction of the domain's own pairs; 0: no floor.
     """
 
-    def __init__(self, name: str, inputs: dict[str, Path], query_prompt: str, document_prompt: str) -> None:
+    def __init__(
+        self, name: str, inputs: dict[str, Path], query_prompt: str, document_prompt: str, floor_quantile: float
+    ) -> None:
         pairs = read_artifact(inputs[f"pairs/{name}"])
         self.name = name
         self.query_prompt = query_prompt
@@ -39,13 +45,8 @@ class OpenDomain:
         self.queries, self.documents = (Texts(pairs, side) for side in schemas.SIDES)
         self.vectors = open_vectors(inputs[f"vectors/{name}"])
         self.surrogate = open_vectors(inputs[f"surrogate/{name}"])
-
-    def answers(self, query_rows: Array, document_rows: Array) -> Array:
-        """Whether each document answers each query for certain (bool); the two arrays of rows broadcast.
-
-        Rows number distinct texts, so this includes equal documents and equal queries.
-        """
-        return self.pairs.is_known(query_rows, document_rows)
+        self.answers = load_answers(inputs[f"answers/{name}"], self.pairs).answers
+        self.floor = floor_at(load_percentiles(inputs[f"consistency/{name}"]), floor_quantile)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +85,8 @@ def read_packing(path: Path, domain: str, packing: int, batch_size: int) -> Pack
 class Slots:
     """The pairs of one batch, by slot: columns of the shards, vectors of both models, and the certain answers.
 
-    `same_answer_BB[i, j]` says whether the document of slot j answers the query of slot i for certain; it
-    is False on the diagonal.
+    `floor_B` is the floor of each slot's domain. `same_answer_BB[i, j]` says whether the document of slot j
+    answers the query of slot i for certain; it is False on the diagonal.
     """
 
     pair_id: Array
@@ -101,6 +102,7 @@ class Slots:
     documents_BD: Array
     surrogate_queries_BD: Array
     surrogate_documents_BD: Array
+    floor_B: Array
     same_answer_BB: Array
 
 
@@ -116,9 +118,11 @@ def gather_slots(pair_id: Array, cluster_id: Array, parts: Sequence[tuple[OpenDo
     for domain, at in parts:
         _fill(slots, at, domain)
 
-    # Rows are numbered per domain. Between two domains, equal texts tell what answers.
+    # Classes are numbered per domain. Between two domains, copies of one side tell what answers.
     if len(parts) > 1:
-        slots.same_answer_BB[:] |= equal_texts(slots.document.tolist()) | equal_texts(slots.query.tolist())
+        for texts in (slots.document, slots.query):
+            class_B = find_copies([texts.tolist()]).text_class
+            slots.same_answer_BB[:] |= class_B[:, None] == class_B
     np.fill_diagonal(slots.same_answer_BB, False)
     return slots
 
@@ -139,6 +143,7 @@ def _empty_slots(pair_id: Array, cluster_id: Array, domain: OpenDomain) -> Slots
         documents_BD=vectors_BD[1],
         surrogate_queries_BD=surrogate_BD[0],
         surrogate_documents_BD=surrogate_BD[1],
+        floor_B=np.empty(size),
         same_answer_BB=np.zeros((size, size), dtype=bool),
         **columns,
     )
@@ -159,4 +164,5 @@ def _fill(slots: Slots, at: Array, domain: OpenDomain) -> None:
     slots.documents_BD[at] = domain.vectors.documents.take(document_rows)
     slots.surrogate_queries_BD[at] = domain.surrogate.queries.take(query_rows)
     slots.surrogate_documents_BD[at] = domain.surrogate.documents.take(document_rows)
+    slots.floor_B[at] = domain.floor
     slots.same_answer_BB[np.ix_(at, at)] = domain.answers(query_rows[:, None], document_rows[None, :])

@@ -30,7 +30,7 @@ from hardbatch.pipeline.artifacts.artifact import read_artifact
 from hardbatch.pipeline.artifacts.commit import ArtifactBuilder, write_unit
 from hardbatch.pipeline.artifacts.files import sha256_outside
 from hardbatch.pipeline.artifacts.footer import record_ranges, row_group_ranges
-from hardbatch.pipeline.batching.equivalence import keeps_negative, surrogate_mask
+from hardbatch.pipeline.batching.equivalence import LikelyRule, keeps_unlikely, likely_answers
 from hardbatch.pipeline.batching.hardness import BatchHardness, measure_batch
 from hardbatch.pipeline.batching.negatives import BatchNegatives, count_negatives
 from hardbatch.pipeline.stages.card import data_card
@@ -66,7 +66,8 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         path=builder.path,
         inputs=step.inputs,
         datasets=datasets,
-        margin=step.config["margin"],
+        rule=LikelyRule(**{name: step.config[name] for name in ("margin", "margin_strategy", "max_likely")}),
+        floor_quantile=step.config["floor_quantile"],
         batch_size=step.config["batch_size"],
         num_batches={domain: counts.batches for domain, counts in packed.items()},
         with_negatives=any(artifact.manifest.counts["negatives"] for artifact in pairs),
@@ -113,7 +114,8 @@ class _Writing:
     path: Path
     inputs: dict[str, Path]
     datasets: dict[str, dict[str, Any]]
-    margin: float
+    rule: LikelyRule
+    floor_quantile: float
     batch_size: int
     num_batches: dict[str, int]  # of each packing, by domain, in the order of the batch ids
     with_negatives: bool
@@ -123,7 +125,8 @@ class _Writing:
 
     def open_domain(self, name: str) -> OpenDomain:
         dataset = self.datasets[name]
-        return OpenDomain(name, self.inputs, dataset["query_prompt"], dataset["document_prompt"])
+        prompts = dataset["query_prompt"], dataset["document_prompt"]
+        return OpenDomain(name, self.inputs, *prompts, self.floor_quantile)
 
     def read_packing(self, domain: str, number: int) -> Packing:
         return read_packing(self.inputs[f"batches/{domain}"], domain, number, self.batch_size)
@@ -193,8 +196,11 @@ class _WritingWorker:
         """The rows of one batch and its figures; adds to `counts` what became of its hard negatives."""
         parts = [(self._domain(name), slots) for name, slots in packing.slots_by_domain(number)]
         slots = gather_slots(packing.pair_id_MB[number], packing.cluster_id_MB[number], parts)
-        certain_BB, likely_BB = slots.same_answer_BB, self._likely(slots)
-        mask_BB = certain_BB | likely_BB
+        certain_BB = slots.same_answer_BB
+        likely = likely_answers(
+            slots.surrogate_queries_BD, slots.surrogate_documents_BD, self._work.rule, slots.floor_B, certain_BB
+        )
+        mask_BB = certain_BB | likely.mask_BB
 
         columns = vars(slots) | {
             "batch_id": np.full(self._work.batch_size, batch_id),
@@ -214,10 +220,6 @@ class _WritingWorker:
         )
         return table, _BatchFigures(hardness=hardness, negatives=count_negatives(mask_BB, certain_BB))
 
-    def _likely(self, slots: Slots) -> Array:
-        """Marks at [i, j] whether the document of slot j is likely to answer the query of slot i (bool, B × B)."""
-        return surrogate_mask(slots.surrogate_queries_BD, slots.surrogate_documents_BD, margin=self._work.margin)
-
     def _negatives(self, slots: Slots, slot: int, domain: OpenDomain, counts: Counter[str]) -> list[str]:
         """The hard negatives of a slot, without those that answer its query for certain or are likely to."""
         rows = domain.pairs.negatives_of(slots.pair_id[slot])
@@ -233,7 +235,7 @@ class _WritingWorker:
 
         query_D, document_D = slots.surrogate_queries_BD[slot], slots.surrogate_documents_BD[slot]
         vectors = domain.surrogate.documents.take(rows)
-        keeps = keeps_negative(query_D, document_D, vectors, margin=self._work.margin)
+        keeps = keeps_unlikely(query_D, document_D, vectors, self._work.rule, domain.floor)
         counts["negatives_removed_equivalent"] += int((~keeps).sum())
         counts["negatives_kept"] += int(keeps.sum())
         return domain.documents.take(rows[keeps])

@@ -14,7 +14,10 @@ import numpy as np
 
 from hardbatch.pipeline.arrays import Array
 from hardbatch.pipeline.artifacts.artifact import Artifact, diagnose_damage, find_artifact
+from hardbatch.pipeline.artifacts.consistency import load_percentiles
 from hardbatch.pipeline.artifacts.vectors import open_vectors
+from hardbatch.pipeline.batching.consistency import floor_at
+from hardbatch.pipeline.batching.equivalence import Likely, LikelyRule, likely_answers
 from hardbatch.pipeline.schemas import SIDES
 
 LIKELY = "likely"  # by the surrogate alone; every other reason is certain
@@ -66,7 +69,7 @@ def explain_masks(shards: Artifact, rows: Sequence[Mapping[str, Any]]) -> BatchM
     missing: list[str] = []
     known = _known_pairs(shards, rows, missing)
     vectors = _vectors(shards, rows, missing)
-    scores = None if vectors is None else _score(*vectors, margin=shards.manifest.config["margin"])
+    scores = None if vectors is None else _score(*vectors, _floors(shards, rows), shards.manifest.config)
     classes = _classes(shards, rows)
     by_slot = []
     for i, row in enumerate(rows):
@@ -152,22 +155,30 @@ def _overlap(classes: list[list[tuple[str, int, float]]], i: int, j: int) -> flo
     return None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Scores:
-    """The surrogate's score of the document of slot j for the query of slot i at [i, j], and what it must reach."""
+def _score(queries_BD: Array, documents_BD: Array, floor_B: Array | None, config: Mapping[str, Any]) -> Likely:
+    """Scores a batch by the rule that its shards were written with."""
+    if floor_B is None:
+        score_BB = queries_BD @ documents_BD.T
+        bound_BB = np.broadcast_to(np.diag(score_BB)[:, None] - config["margin"], score_BB.shape)
+        return Likely(mask_BB=score_BB >= bound_BB, score_BB=score_BB, bound_BB=bound_BB)
+    rule = LikelyRule(**{name: config[name] for name in ("margin", "margin_strategy", "max_likely")})
+    return likely_answers(queries_BD, documents_BD, rule, floor_B)
 
-    score_BB: Array
-    bound_BB: Array
 
-
-def _score(queries_BD: Array, documents_BD: Array, *, margin: float) -> _Scores:
-    """Scores a batch as `batching.equivalence` does."""
-    score_BB = queries_BD @ documents_BD.T
-    return _Scores(score_BB=score_BB, bound_BB=np.broadcast_to(np.diag(score_BB)[:, None] - margin, score_BB.shape))
+def _floors(shards: Artifact, rows: Sequence[Mapping[str, Any]]) -> Array | None:
+    """The floor of each slot's domain (B); None before format version 3, whose rule had no floor."""
+    if "floor_quantile" not in shards.manifest.config:
+        return None
+    floors = {}
+    for domain in {row["domain"] for row in rows}:
+        folder = _input_folder(shards, f"consistency/{domain}")
+        percentiles = load_percentiles(folder) if find_artifact(folder) is not None else []
+        floors[domain] = floor_at(percentiles, shards.manifest.config["floor_quantile"])
+    return np.array([floors[row["domain"]] for row in rows])
 
 
 def _vectors(shards: Artifact, rows: Sequence[Mapping[str, Any]], missing: list[str]) -> tuple[Array, Array] | None:
-    """The surrogate's vectors of the queries and of the documents by slot (float64, B × D); None if they are gone."""
+    """The surrogate's vectors of the queries and of the documents by slot (float32, B × D); None if they are gone."""
     sides: list[list[Array]] = [[np.empty(0)] * len(rows) for _ in SIDES]
     for domain in sorted({row["domain"] for row in rows}):
         folder = _input_folder(shards, f"surrogate/{domain}")
@@ -180,7 +191,7 @@ def _vectors(shards: Artifact, rows: Sequence[Mapping[str, Any]], missing: list[
             for side, column, file in zip(sides, ("query_id", "document_id"), SIDES, strict=True):
                 taken_BD = getattr(vectors, file).take(np.array([rows[slot][column] for slot in at]))
                 for slot, vector_D in zip(at, taken_BD, strict=True):
-                    side[slot] = vector_D.astype(np.float64)
+                    side[slot] = vector_D
     queries_BD, documents_BD = map(np.stack, sides)
     return queries_BD, documents_BD
 

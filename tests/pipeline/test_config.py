@@ -231,7 +231,10 @@ def test_an_override_that_cannot_be_used_is_refused(load: Load, override: str, m
 @pytest.mark.parametrize("override", ["packs.seed=1", ".seed=1", "dataset.name=x", "Pack.seed=1"])
 def test_an_override_of_no_stage_is_refused(load: Load, override: str) -> None:
     message = refused(load, MINIMAL, override)
-    assert "no stage" in message and "stages: ingest, answers, embed, cluster, pack, hardness, consistency, write" in message
+    assert (
+        "no stage" in message
+        and "stages: ingest, answers, embed, cluster, pack, hardness, consistency, write" in message
+    )
 
 
 def test_an_override_below_what_is_no_table_is_refused(load: Load) -> None:
