@@ -9,7 +9,9 @@ precision and recall of the rule; `P today` is the precision of today's rule at 
 reaches by another margin, and `gain` is the quotient.
 
 several answers: batches of a domain in which queries have several known documents (--known). `R` is the part of
-these that the rule finds by itself, without being told.
+these that the rule finds by itself. Read it with care: for two pairs of one query the symmetric score equals the mean
+of their own scores, so the symmetric rules meet the own bound by construction and `R` measures their floor and cap
+alone; today's rule finds one of the two by construction, hence .5.
 
 concentration: hard batches of real domains, made by our clustering and packing. `masks` is the mean number of
 masked slots of a query, `top 10 %` the part of all masks that the tenth of the queries with most of them holds,
