@@ -26,7 +26,7 @@ from hardbatch.pipeline.schemas import MIXED_DOMAIN
 from hardbatch.pipeline.sources.files import list_source_files, local_path
 from hardbatch.pipeline.step import Step
 
-VERSIONS = {"pairs": 2, "vectors": 1, "clusters": 4, "hardness": 1, "batches": 4, "shards": 2}
+VERSIONS = {"pairs": 2, "vectors": 1, "clusters": 4, "hardness": 1, "batches": 5, "shards": 2}
 _ITERATIONS = {"folded": 10, "doubled": 100}
 
 

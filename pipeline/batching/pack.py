@@ -1,9 +1,10 @@
 """Batches of exactly B pairs from clusters.
 
 Clusters follow each other on a greedy tour over their centroids (tour.py). The tour is cut into
-stretches whose vectors fit into memory. The clusters of a stretch fill batches (fill.py), which then
-trade pairs with near batches while Eq. 2 rises (refine.py). Pairs that are left over join the next
-stretch; those of the last stretch are the remainder.
+stretches whose vectors fit into memory. The clusters of a stretch fill batches (fill.py). Pairs that
+answer each other's queries are spread over these (spread.py), which then trade pairs with near batches
+while Eq. 2 rises (refine.py). Pairs that are left over join the next stretch; those of the last stretch
+are the remainder.
 
 Shape letters: n pairs, m pairs of a stretch, k clusters, B slots, D dimension.
 """
@@ -20,6 +21,7 @@ from hardbatch.pipeline.arrays import Array, trim_heap
 from hardbatch.pipeline.batching.fill import fill_batches
 from hardbatch.pipeline.batching.points import PairPoints
 from hardbatch.pipeline.batching.refine import refine
+from hardbatch.pipeline.batching.spread import SharedClasses, spread
 from hardbatch.pipeline.batching.tour import greedy_tour
 
 _STRETCH_VALUES = 2**26  # float32 values of d⊕q in a stretch: 256 MiB
@@ -46,17 +48,21 @@ class PackSettings:
     device: str = "cpu"
 
 
-def pack(points: PairPoints, labels: Array, centroids: Array, settings: PackSettings) -> Packing:
+def pack(
+    points: PairPoints, labels: Array, centroids: Array, settings: PackSettings, classes: Array | None = None
+) -> Packing:
     """Packs clustered pairs into ⌊n/B⌋ batches; every index 0..n-1 is in a batch or in the remainder.
 
     Holds what the tour does, some 60 bytes per pair, and the vectors of a stretch: 256 MiB at most,
-    whatever n is.
+    whatever n is. For each class that pairs of a stretch share, it holds 2 bytes per batch.
 
     Args:
         points: The pairs.
         labels: The cluster of each (int, n).
         centroids: Of the clusters (float32, k × D).
         settings: Among them the seed, which draws the cluster that the tour begins at.
+        classes: The query class and the document class of each pair (int64, n × 2), each numbered by itself.
+            Pairs of one class go to different batches as far as possible. None if no pairs share a class.
     """
     if len(labels) == 0:
         return pack_randomly(0, batch_size=settings.batch_size, seed=settings.seed)
@@ -72,6 +78,10 @@ def pack(points: PairPoints, labels: Array, centroids: Array, settings: PackSett
         row = lay_out(folded, stretch)
         lengths = np.array([len(members) for members in stretch.members])
         filled, rest = fill_batches(folded, row, lengths, settings.batch_size)
+        shared = None if classes is None else SharedClasses.of(classes[index], len(filled))
+        if shared is not None:
+            filled = spread(folded, filled, shared)
+            shared = shared.at(filled)
         left, batched = index[rest], index[filled]
 
         # Refining reads d⊕q, twice the size of d + q: both are never held at once.
@@ -82,6 +92,7 @@ def pack(points: PairPoints, labels: Array, centroids: Array, settings: PackSett
             batched,
             rounds=settings.refine_rounds,
             tolerance=settings.refine_tolerance,
+            shared=shared,
             device=settings.device,
         )
         batches.append(refined.batches)
