@@ -21,7 +21,7 @@ from hardbatch.pipeline.arrays import Array, trim_heap
 from hardbatch.pipeline.batching.fill import fill_batches
 from hardbatch.pipeline.batching.points import PairPoints
 from hardbatch.pipeline.batching.refine import refine
-from hardbatch.pipeline.batching.spread import SharedClasses, spread
+from hardbatch.pipeline.batching.spread import CappedClasses, spread
 from hardbatch.pipeline.batching.tour import greedy_tour
 
 _STRETCH_VALUES = 2**26  # float32 values of d⊕q in a stretch: 256 MiB
@@ -54,7 +54,7 @@ def pack(
     """Packs clustered pairs into ⌊n/B⌋ batches; every index 0..n-1 is in a batch or in the remainder.
 
     Holds what the tour does, some 60 bytes per pair, and the vectors of a stretch: 256 MiB at most,
-    whatever n is. For each class that pairs of a stretch share, it holds 2 bytes per batch.
+    whatever n is. For each capped class of a stretch, it holds 2 bytes per batch.
 
     Args:
         points: The pairs.
@@ -78,10 +78,10 @@ def pack(
         row = lay_out(folded, stretch)
         lengths = np.array([len(members) for members in stretch.members])
         filled, rest = fill_batches(folded, row, lengths, settings.batch_size)
-        shared = None if classes is None else SharedClasses.of(classes[index], len(filled))
-        if shared is not None:
-            filled = spread(folded, filled, shared)
-            shared = shared.at(filled)
+        capped = None if classes is None else CappedClasses.of(classes[index], *filled.shape)
+        if capped is not None:
+            filled = spread(folded, filled, capped)
+            capped = capped.at(filled)
         left, batched = index[rest], index[filled]
 
         # Refining reads d⊕q, twice the size of d + q: both are never held at once.
@@ -92,7 +92,7 @@ def pack(
             batched,
             rounds=settings.refine_rounds,
             tolerance=settings.refine_tolerance,
-            shared=shared,
+            capped=capped,
             device=settings.device,
         )
         batches.append(refined.batches)

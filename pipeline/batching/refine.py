@@ -20,7 +20,7 @@ takes part at most once. Each two matched batches exchange their best pairs, as 
 gains in float64: Eq. 2 never falls. A pair may only go to a batch that has room for its classes (spread.py).
 
 Shape letters: b batches, B slots, L near batches, M candidates, P exchanging pairs of batches, N = M + 1,
-F = 2·dimension, k shared classes.
+F = 2·dimension, k capped classes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import torch
 
 from hardbatch.pipeline.arrays import Array
 from hardbatch.pipeline.batching.nearest import fast_products
-from hardbatch.pipeline.batching.spread import SharedClasses
+from hardbatch.pipeline.batching.spread import CappedClasses
 
 _NUM_NEAR = 32  # batches that a batch may trade with: more gain more, and take proportionally longer
 _NUM_CANDIDATES = 8  # pairs that a batch may give to another at once
@@ -57,13 +57,13 @@ def refine(
     *,
     rounds: int,
     tolerance: float,
-    shared: SharedClasses | None = None,
+    capped: CappedClasses | None = None,
     device: str = "cpu",
 ) -> Refined:
     """Trades pairs between batches while Eq. 2 (summed over i ≠ j) rises.
 
     Holds, beside the vectors, 16 MiB of gains, 20·M·F bytes for each of 128 exchanges, b × b cosines, and
-    2 bytes for each shared class and batch.
+    2 bytes for each capped class and batch.
 
     Args:
         vectors: x = d⊕q of the pairs, slot by slot (float32, b·B × F). On the CPU they are traded too: they
@@ -71,14 +71,14 @@ def refine(
         batches: The pairs, by any number (int64, b × B).
         rounds: The maximum.
         tolerance: Ends after a round that gains no more than this part of Eq. 2.
-        shared: The classes of the pairs, slot by slot (b × B × 2). No batch comes to hold more pairs of a
+        capped: The classes of the pairs, slot by slot (b × B × 2). No batch comes to hold more pairs of a
             class than its cap, unless it does already.
         device: Where to trade, as torch names it.
     """
     if len(batches) == 0:
         return Refined(batches=batches, objective=[0.0])
 
-    trade = _Trade(vectors.to(device).view(*batches.shape, -1), torch.tensor(batches, device=device), shared)
+    trade = _Trade(vectors.to(device).view(*batches.shape, -1), torch.tensor(batches, device=device), capped)
     objective = [trade.value()]
     for _ in range(rounds if len(batches) > 1 else 0):
         gained = trade.round()
@@ -91,9 +91,9 @@ def refine(
 class _Trade:
     """Batches that trade, with the sums of their pairs kept up to date."""
 
-    def __init__(self, x_bBF: torch.Tensor, pairs_bB: torch.Tensor, shared: SharedClasses | None) -> None:
+    def __init__(self, x_bBF: torch.Tensor, pairs_bB: torch.Tensor, capped: CappedClasses | None) -> None:
         self.pairs = pairs_bB
-        self._room = None if shared is None else _Room(shared, pairs_bB.device)
+        self._room = None if capped is None else _Room(capped, pairs_bB.device)
         self._x_bBF = x_bBF
         self._half = x_bBF.shape[2] // 2
         self._sum_bF = x_bBF.new_empty((len(x_bBF), x_bBF.shape[2]), dtype=torch.float64)
@@ -238,9 +238,9 @@ class _Trade:
 class _Room:
     """How many more pairs of each class a batch may hold, kept up to date."""
 
-    def __init__(self, shared: SharedClasses, device: torch.device) -> None:
-        self._classes_bB2 = torch.tensor(shared.numbers, device=device)
-        self._room_kb = torch.from_numpy(shared.room()).to(device)
+    def __init__(self, capped: CappedClasses, device: torch.device) -> None:
+        self._classes_bB2 = torch.tensor(capped.numbers, device=device)
+        self._room_kb = torch.from_numpy(capped.room()).to(device)
 
     def forbid(self, gain_bLB: torch.Tensor, block: slice, near_bL: torch.Tensor) -> None:
         """Makes the gains -inf, in place, of the pairs of a block whose near batch has no room for their classes."""
@@ -266,7 +266,7 @@ class _Room:
                 batch = (rows // num_slots)[:, None]
                 self._room_kb.index_put_((classes[origin], batch), change, accumulate=True)
         classes[here], classes[there] = classes[there], classes[here]
-        self._room_kb[0] = num_slots  # of classes that nobody shares there is always room
+        self._room_kb[0] = num_slots  # there is always room for small classes
 
 
 def _blocks(total: int, size: int) -> Iterator[slice]:

@@ -1,8 +1,9 @@
 """Spread: pairs that share an answer class go to different batches, because there they cost no negative.
 
 A pair has a query class and a document class. Two pairs of one class in one batch are masked for each
-other, so a batch of the paraphrases of one question has no negatives at all. The cap of a class is its
-size divided by the number of batches, rounded up: 1 for all but very large classes.
+other, so a batch of the paraphrases of one question has no negatives at all. Therefore a batch holds of a
+class no more than its cap: the size of the class divided by the number of batches, rounded up, or B/16 if
+that is more. (Without the second, hardness falls, because a few equal documents leave their topic.)
 
 A batch with more pairs of a class than its cap is crowded. A crowding pair is exchanged with a pair of
 the batch that suits it best among those that have room for its classes; the other pair must find room
@@ -10,7 +11,7 @@ too. If there is no such exchange, two batches are split again, such that each c
 theorem on equitable edge colourings says that this always ends without a crowded batch: classes are
 vertices of a bipartite multigraph, pairs are edges, and batches are colours.
 
-Shape letters: m points, b batches, B slots, k shared classes, D dimension, T target batches.
+Shape letters: m points, b batches, B slots, k capped classes, D dimension.
 """
 
 from __future__ import annotations
@@ -24,49 +25,51 @@ from hardbatch.pipeline.arrays import Array
 from hardbatch.pipeline.batching.nearest import fast_products
 from hardbatch.pipeline.batching.points import cluster_sums, partitions
 
+_PART_OF_BATCH = 16  # a class may always fill a 16th of a batch; see docs/batching.md for what other parts cost
 _NUM_TARGETS = 4  # batches that a pair may be exchanged with, the best ones that have room for it
 _NUM_PARTNERS = 32  # pairs of these batches that are compared, those that their batches miss least
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharedClasses:
-    """The classes that several pairs share.
+class CappedClasses:
+    """The classes that are large enough to crowd a batch, and how many pairs of each a batch may hold.
 
     Attributes:
         numbers: The query class and the document class of each pair (int64, ... × 2), in one numbering
-            from 1. 0 stands for a class that no other pair shares.
-        caps: How many pairs of each class a batch may hold (int64, k + 1); no limit for 0.
+            from 1. 0 stands for a class that is too small to crowd a batch.
+        caps: By class (int64, k + 1); no limit for 0.
     """
 
     numbers: Array
     caps: Array
 
     @classmethod
-    def of(cls, classes_m2: Array, num_batches: int) -> SharedClasses | None:
+    def of(cls, classes_m2: Array, num_batches: int, batch_size: int) -> CappedClasses | None:
         """Finds them, for pairs that fill this number of batches.
 
         Args:
             classes_m2: The query class and the document class of each pair (int64), each numbered by itself.
             num_batches: b.
+            batch_size: B.
 
         Returns:
-            The shared classes, or None if no two pairs share a class.
+            The classes, or None if all are too small.
         """
+        always = max(1, batch_size // _PART_OF_BATCH)
         numbers = np.zeros(classes_m2.shape, dtype=np.int64)
         caps = [np.array([len(classes_m2) + 1])]
-        num_shared = 0
+        num_capped = 0
         for side in (0, 1):
             _, class_m, sizes = np.unique(classes_m2[:, side], return_inverse=True, return_counts=True)
-            is_shared = sizes > 1
-            new = np.where(is_shared, num_shared + np.cumsum(is_shared), 0)
-            numbers[:, side] = new[class_m]
-            caps.append(-(-sizes[is_shared] // max(1, num_batches)))
-            num_shared += int(is_shared.sum())
-        return cls(numbers=numbers, caps=np.concatenate(caps)) if num_shared else None
+            is_capped = sizes > always
+            numbers[:, side] = np.where(is_capped, num_capped + np.cumsum(is_capped), 0)[class_m]
+            caps.append(np.maximum(-(-sizes[is_capped] // max(1, num_batches)), always))
+            num_capped += int(is_capped.sum())
+        return cls(numbers=numbers, caps=np.concatenate(caps)) if num_capped else None
 
-    def at(self, points: Array) -> SharedClasses:
+    def at(self, points: Array) -> CappedClasses:
         """The same classes, with the numbers of the pairs at `points` (int, of any shape)."""
-        return SharedClasses(numbers=self.numbers[points], caps=self.caps)
+        return CappedClasses(numbers=self.numbers[points], caps=self.caps)
 
     def held(self) -> tuple[Array, Array, Array]:
         """Where `numbers` are of batches (b × B × 2): classes, batches that hold them, and how many pairs of each."""
@@ -90,21 +93,21 @@ class SharedClasses:
         return room
 
 
-def spread(points_mD: Array, batches: Array, shared: SharedClasses) -> Array:
+def spread(points_mD: Array, batches: Array, capped: CappedClasses) -> Array:
     """Exchanges pairs until no batch holds more pairs of a class than its cap; sizes do not change.
 
-    Each exchange lowers the number of crowding pairs, so it ends. Holds 2 bytes for each shared class and
+    Each exchange lowers the number of crowding pairs, so it ends. Holds 2 bytes for each capped class and
     batch.
 
     Args:
         points_mD: Folded points, float32.
         batches: Indices into `points_mD` (int64, b × B).
-        shared: The classes of the points (m × 2).
+        capped: The classes of the points (m × 2).
 
     Returns:
         The batches (int64, b × B).
     """
-    spreading = _Spreading(points_mD, batches, shared)
+    spreading = _Spreading(points_mD, batches, capped)
     while len(crowding := spreading.crowding()) > 0:
         for part in partitions(len(crowding)):
             points = crowding[part]
@@ -116,10 +119,10 @@ def spread(points_mD: Array, batches: Array, shared: SharedClasses) -> Array:
 class _Spreading:
     """Batches whose pairs are exchanged. A pair fits a batch by c·s, with the centroid c that it had at first."""
 
-    def __init__(self, points_mD: Array, batches: Array, shared: SharedClasses) -> None:
+    def __init__(self, points_mD: Array, batches: Array, capped: CappedClasses) -> None:
         self.batches = batches.copy()
-        self._points_mD, self._classes_m2 = points_mD, shared.numbers
-        self._room_kb = shared.at(batches).room()
+        self._points_mD, self._classes_m2 = points_mD, capped.numbers
+        self._room_kb = capped.at(batches).room()
 
         # Points that are in no batch count as one more batch, which takes no part.
         num_batches, batch_size = batches.shape
@@ -182,7 +185,7 @@ class _Spreading:
         for point, origin, target in ((one, here, there), (two, there, here)):
             self._room_kb[self._classes_m2[point], origin] += 1
             self._room_kb[self._classes_m2[point], target] -= 1
-        self._room_kb[0] = len(self.batches[0])  # of classes that nobody shares there is always room
+        self._room_kb[0] = len(self.batches[0])  # there is always room for small classes
 
     def _halve(self, here: int, there: int) -> None:
         """Splits the pairs of two batches again, such that each of their classes is halved."""
@@ -208,7 +211,7 @@ def halve(classes_n2: Array) -> Array:
     they have no odd rings, because the two kinds of ties take turns.
 
     Args:
-        classes_n2: The query class and the document class of each pair, 0 for one that is not shared (int64).
+        classes_n2: The query class and the document class of each pair, 0 for one that is not capped (int64).
             The first half of the pairs is in one batch now, the second half in another.
 
     Returns:

@@ -15,7 +15,7 @@ from hardbatch.pipeline.artifacts.artifact import read_artifact
 from hardbatch.pipeline.artifacts.commit import ArtifactBuilder, write_unit
 from hardbatch.pipeline.artifacts.vectors import FoldedPoints, Pairs, load_pairs, open_vectors
 from hardbatch.pipeline.batching.pack import Packing, PackSettings, pack, pack_randomly
-from hardbatch.pipeline.batching.spread import SharedClasses
+from hardbatch.pipeline.batching.spread import CappedClasses
 from hardbatch.pipeline.step import Executor, Progress, StageResult, Step
 
 
@@ -60,8 +60,8 @@ def _classes(pairs: Pairs) -> Array:
 
 def _crowding_pairs(classes: Array, batches: Array) -> int:
     """The pairs of a packing beyond what their batches may hold of a class, if classes are spread over all of them."""
-    shared = SharedClasses.of(classes, len(batches))
-    return 0 if shared is None else shared.at(batches).num_crowding()
+    capped = CappedClasses.of(classes, *batches.shape)
+    return 0 if capped is None else capped.at(batches).num_crowding()
 
 
 def _pack_by(
