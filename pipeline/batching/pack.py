@@ -21,7 +21,7 @@ from hardbatch.pipeline.arrays import Array, trim_heap
 from hardbatch.pipeline.batching.fill import fill_batches
 from hardbatch.pipeline.batching.points import PairPoints
 from hardbatch.pipeline.batching.refine import refine
-from hardbatch.pipeline.batching.spread import CappedClasses, spread
+from hardbatch.pipeline.batching.spread import CappedClasses, always_allowed, spread
 from hardbatch.pipeline.batching.tour import greedy_tour
 
 _STRETCH_VALUES = 2**26  # float32 values of d⊕q in a stretch: 256 MiB
@@ -69,9 +69,13 @@ def pack(
 
     start = int(np.random.default_rng(settings.seed).integers(len(centroids)))
     tour = greedy_tour(centroids, start, exact_below=settings.exact_tour_below)
+    limit = _stretch_limit(len(labels), settings.batch_size, 2 * points.dimension)
+    if classes is not None and limit < len(labels):
+        labels = _deal(labels, tour, classes, limit, settings)
+
     left = np.empty(0, dtype=np.int64)
     batches = [np.empty((0, settings.batch_size), dtype=np.int64)]
-    for stretch in _stretches(labels, centroids, tour, settings.batch_size, 2 * points.dimension):
+    for stretch in _stretches(labels, centroids, tour, limit):
         trim_heap()  # of what the previous stretch freed
         index = np.concatenate([*stretch.members, left])
         folded = points.take(index)
@@ -119,12 +123,36 @@ class _Stretch:
     directions: Array
 
 
-def _stretches(labels: Array, centroids: Array, tour: Array, batch_size: int, width: int) -> Iterator[_Stretch]:
-    """Cuts the tour into stretches of at most about as many pairs as fit into memory."""
+def _stretch_limit(num_points: int, batch_size: int, width: int) -> int:
+    """How many pairs a stretch may have to fit into memory, such that all are of about the same length."""
     limit = int(min(_STRETCH_VALUES // width, (_STRETCH_SCORES * batch_size) ** 0.5))
-    num_stretches = -(-len(labels) // max(limit, batch_size))
-    limit = -(-len(labels) // num_stretches)  # so that all are of about the same length
+    return -(-num_points // -(-num_points // max(limit, batch_size)))
 
+
+def _deal(labels: Array, tour: Array, classes: Array, limit: int, settings: PackSettings) -> Array:
+    """Deals the pairs of classes that would crowd the batches of one stretch to clusters all along the tour.
+
+    Returns:
+        The clusters of the pairs (int, n).
+    """
+    capped = CappedClasses.of(classes, limit // settings.batch_size, settings.batch_size)
+    if capped is None:
+        return labels
+    is_large = capped.caps > always_allowed(settings.batch_size)
+    is_large[0] = False
+    dealt = is_large[capped.numbers].any(1)
+    if dealt.all():
+        return labels
+
+    row = np.argsort(np.argsort(tour)[labels], kind="stable")
+    others, dealt_row = row[~dealt[row]], np.random.default_rng(settings.seed).permutation(np.flatnonzero(dealt))
+    labels = labels.copy()
+    labels[dealt_row] = labels[others[np.arange(len(dealt_row)) * len(others) // max(1, len(dealt_row))]]
+    return labels
+
+
+def _stretches(labels: Array, centroids: Array, tour: Array, limit: int) -> Iterator[_Stretch]:
+    """Cuts the tour into stretches of at most about `limit` pairs."""
     order = np.argsort(labels, kind="stable")
     starts = np.searchsorted(labels[order], np.arange(len(centroids) + 1))
     norms = np.linalg.norm(centroids, axis=1, keepdims=True)

@@ -55,7 +55,7 @@ class CappedClasses:
         Returns:
             The classes, or None if all are too small.
         """
-        always = max(1, batch_size // _PART_OF_BATCH)
+        always = always_allowed(batch_size)
         numbers = np.zeros(classes_m2.shape, dtype=np.int64)
         caps = [np.array([len(classes_m2) + 1])]
         num_capped = 0
@@ -91,6 +91,11 @@ class CappedClasses:
         classes, batches, counts = self.held()
         room[classes, batches] -= counts.astype(dtype)
         return room
+
+
+def always_allowed(batch_size: int) -> int:
+    """How many pairs of a class a batch may hold, however small the class is."""
+    return max(1, batch_size // _PART_OF_BATCH)
 
 
 def spread(points_mD: Array, batches: Array, capped: CappedClasses) -> Array:
