@@ -140,14 +140,16 @@ def _deal(labels: Array, tour: Array, classes: Array, limit: int, settings: Pack
         return labels
     is_large = capped.caps > always_allowed(settings.batch_size)
     is_large[0] = False
-    dealt = is_large[capped.numbers].any(1)
-    if dealt.all():
+    dealt: Array = is_large[capped.numbers].any(1)
+    others, dealt_points = np.flatnonzero(~dealt), np.flatnonzero(dealt)
+    if len(others) == 0 or len(dealt_points) == 0:
         return labels
 
-    row = np.argsort(np.argsort(tour)[labels], kind="stable")
-    others, dealt_row = row[~dealt[row]], np.random.default_rng(settings.seed).permutation(np.flatnonzero(dealt))
+    # At even steps along the tour, in an order drawn by the seed, so that each class is dealt evenly.
+    along = others[np.argsort(np.argsort(tour)[labels[others]], kind="stable")]
+    steps = np.arange(len(dealt_points)) * len(along) // len(dealt_points)
     labels = labels.copy()
-    labels[dealt_row] = labels[others[np.arange(len(dealt_row)) * len(others) // max(1, len(dealt_row))]]
+    labels[np.random.default_rng(settings.seed).permutation(dealt_points)] = labels[along[steps]]
     return labels
 
 
