@@ -140,7 +140,7 @@ def _deal(labels: Array, tour: Array, classes: Array, limit: int, settings: Pack
         return labels
     is_large = capped.caps > always_allowed(settings.batch_size)
     is_large[0] = False
-    dealt: Array = is_large[capped.numbers].any(1)
+    dealt = np.asarray(is_large[capped.numbers].any(1))
     others, dealt_points = np.flatnonzero(~dealt), np.flatnonzero(dealt)
     if len(others) == 0 or len(dealt_points) == 0:
         return labels
