@@ -33,7 +33,7 @@ VERSIONS = {
     "clusters": 4,
     "hardness": 1,
     "consistency": 1,
-    "batches": 4,
+    "batches": 5,
     "shards": 3,
 }
 _ITERATIONS = {"folded": 10, "doubled": 100}

@@ -1,9 +1,10 @@
 """Batches of exactly B pairs from clusters.
 
 Clusters follow each other on a greedy tour over their centroids (tour.py). The tour is cut into
-stretches whose vectors fit into memory. The clusters of a stretch fill batches (fill.py), which then
-trade pairs with near batches while Eq. 2 rises (refine.py). Pairs that are left over join the next
-stretch; those of the last stretch are the remainder.
+stretches whose vectors fit into memory. The clusters of a stretch fill batches (fill.py). Pairs that
+answer each other's queries are spread over these (spread.py), which then trade pairs with near batches
+while Eq. 2 rises (refine.py). Pairs that are left over join the next stretch; those of the last stretch
+are the remainder.
 
 Shape letters: n pairs, m pairs of a stretch, k clusters, B slots, D dimension.
 """
@@ -20,6 +21,7 @@ from hardbatch.pipeline.arrays import Array, trim_heap
 from hardbatch.pipeline.batching.fill import fill_batches
 from hardbatch.pipeline.batching.points import PairPoints
 from hardbatch.pipeline.batching.refine import refine
+from hardbatch.pipeline.batching.spread import CappedClasses, always_allowed, spread
 from hardbatch.pipeline.batching.tour import greedy_tour
 
 _STRETCH_VALUES = 2**26  # float32 values of d⊕q in a stretch: 256 MiB
@@ -46,32 +48,44 @@ class PackSettings:
     device: str = "cpu"
 
 
-def pack(points: PairPoints, labels: Array, centroids: Array, settings: PackSettings) -> Packing:
+def pack(
+    points: PairPoints, labels: Array, centroids: Array, settings: PackSettings, classes: Array | None = None
+) -> Packing:
     """Packs clustered pairs into ⌊n/B⌋ batches; every index 0..n-1 is in a batch or in the remainder.
 
     Holds what the tour does, some 60 bytes per pair, and the vectors of a stretch: 256 MiB at most,
-    whatever n is.
+    whatever n is. For each capped class of a stretch, it holds 2 bytes per batch.
 
     Args:
         points: The pairs.
         labels: The cluster of each (int, n).
         centroids: Of the clusters (float32, k × D).
         settings: Among them the seed, which draws the cluster that the tour begins at.
+        classes: The query class and the document class of each pair (int64, n × 2), each numbered by itself.
+            Pairs of one class go to different batches as far as possible. None if no pairs share a class.
     """
     if len(labels) == 0:
         return pack_randomly(0, batch_size=settings.batch_size, seed=settings.seed)
 
     start = int(np.random.default_rng(settings.seed).integers(len(centroids)))
     tour = greedy_tour(centroids, start, exact_below=settings.exact_tour_below)
+    limit = _stretch_limit(len(labels), settings.batch_size, 2 * points.dimension)
+    if classes is not None and limit < len(labels):
+        labels = _deal(labels, tour, classes, limit, settings)
+
     left = np.empty(0, dtype=np.int64)
     batches = [np.empty((0, settings.batch_size), dtype=np.int64)]
-    for stretch in _stretches(labels, centroids, tour, settings.batch_size, 2 * points.dimension):
+    for stretch in _stretches(labels, centroids, tour, limit):
         trim_heap()  # of what the previous stretch freed
         index = np.concatenate([*stretch.members, left])
         folded = points.take(index)
         row = lay_out(folded, stretch)
         lengths = np.array([len(members) for members in stretch.members])
         filled, rest = fill_batches(folded, row, lengths, settings.batch_size)
+        capped = None if classes is None else CappedClasses.of(classes[index], *filled.shape)
+        if capped is not None:
+            filled = spread(folded, filled, capped)
+            capped = capped.at(filled)
         left, batched = index[rest], index[filled]
 
         # Refining reads d⊕q, twice the size of d + q: both are never held at once.
@@ -82,6 +96,7 @@ def pack(points: PairPoints, labels: Array, centroids: Array, settings: PackSett
             batched,
             rounds=settings.refine_rounds,
             tolerance=settings.refine_tolerance,
+            capped=capped,
             device=settings.device,
         )
         batches.append(refined.batches)
@@ -108,12 +123,38 @@ class _Stretch:
     directions: Array
 
 
-def _stretches(labels: Array, centroids: Array, tour: Array, batch_size: int, width: int) -> Iterator[_Stretch]:
-    """Cuts the tour into stretches of at most about as many pairs as fit into memory."""
+def _stretch_limit(num_points: int, batch_size: int, width: int) -> int:
+    """How many pairs a stretch may have to fit into memory, such that all are of about the same length."""
     limit = int(min(_STRETCH_VALUES // width, (_STRETCH_SCORES * batch_size) ** 0.5))
-    num_stretches = -(-len(labels) // max(limit, batch_size))
-    limit = -(-len(labels) // num_stretches)  # so that all are of about the same length
+    return -(-num_points // -(-num_points // max(limit, batch_size)))
 
+
+def _deal(labels: Array, tour: Array, classes: Array, limit: int, settings: PackSettings) -> Array:
+    """Deals the pairs of classes that would crowd the batches of one stretch to clusters all along the tour.
+
+    Returns:
+        The clusters of the pairs (int, n).
+    """
+    capped = CappedClasses.of(classes, limit // settings.batch_size, settings.batch_size)
+    if capped is None:
+        return labels
+    is_large = capped.caps > always_allowed(settings.batch_size)
+    is_large[0] = False
+    dealt = np.asarray(is_large[capped.numbers].any(1))
+    others, dealt_points = np.flatnonzero(~dealt), np.flatnonzero(dealt)
+    if len(others) == 0 or len(dealt_points) == 0:
+        return labels
+
+    # At even steps along the tour, in an order drawn by the seed, so that each class is dealt evenly.
+    along = others[np.argsort(np.argsort(tour)[labels[others]], kind="stable")]
+    steps = np.arange(len(dealt_points)) * len(along) // len(dealt_points)
+    labels = labels.copy()
+    labels[np.random.default_rng(settings.seed).permutation(dealt_points)] = labels[along[steps]]
+    return labels
+
+
+def _stretches(labels: Array, centroids: Array, tour: Array, limit: int) -> Iterator[_Stretch]:
+    """Cuts the tour into stretches of at most about `limit` pairs."""
     order = np.argsort(labels, kind="stable")
     starts = np.searchsorted(labels[order], np.arange(len(centroids) + 1))
     norms = np.linalg.norm(centroids, axis=1, keepdims=True)

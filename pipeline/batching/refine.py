@@ -17,10 +17,10 @@ u, u, v and B holds v, v, u:
 A round asks of every pair what it would gain in each of the batches nearest to its own, and ranks, for
 every two near batches, what they would best exchange. Then it makes several matchings, in which a batch
 takes part at most once. Each two matched batches exchange their best pairs, as many as gain most, if that
-gains in float64: Eq. 2 never falls.
+gains in float64: Eq. 2 never falls. A pair may only go to a batch that has room for its classes (spread.py).
 
 Shape letters: b batches, B slots, L near batches, M candidates, P exchanging pairs of batches, N = M + 1,
-F = 2·dimension.
+F = 2·dimension, k capped classes.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import torch
 
 from hardbatch.pipeline.arrays import Array
 from hardbatch.pipeline.batching.nearest import fast_products
+from hardbatch.pipeline.batching.spread import CappedClasses
 
 _NUM_NEAR = 32  # batches that a batch may trade with: more gain more, and take proportionally longer
 _NUM_CANDIDATES = 8  # pairs that a batch may give to another at once
@@ -50,10 +51,19 @@ class Refined:
     objective: list[float]
 
 
-def refine(vectors: torch.Tensor, batches: Array, *, rounds: int, tolerance: float, device: str = "cpu") -> Refined:
+def refine(
+    vectors: torch.Tensor,
+    batches: Array,
+    *,
+    rounds: int,
+    tolerance: float,
+    capped: CappedClasses | None = None,
+    device: str = "cpu",
+) -> Refined:
     """Trades pairs between batches while Eq. 2 (summed over i ≠ j) rises.
 
-    Holds, beside the vectors, 16 MiB of gains, 20·M·F bytes for each of 128 exchanges, and b × b cosines.
+    Holds, beside the vectors, 16 MiB of gains, 20·M·F bytes for each of 128 exchanges, b × b cosines, and
+    2 bytes for each capped class and batch.
 
     Args:
         vectors: x = d⊕q of the pairs, slot by slot (float32, b·B × F). On the CPU they are traded too: they
@@ -61,12 +71,14 @@ def refine(vectors: torch.Tensor, batches: Array, *, rounds: int, tolerance: flo
         batches: The pairs, by any number (int64, b × B).
         rounds: The maximum.
         tolerance: Ends after a round that gains no more than this part of Eq. 2.
+        capped: The classes of the pairs, slot by slot (b × B × 2). No batch comes to hold more pairs of a
+            class than its cap, unless it does already.
         device: Where to trade, as torch names it.
     """
     if len(batches) == 0:
         return Refined(batches=batches, objective=[0.0])
 
-    trade = _Trade(vectors.to(device).view(*batches.shape, -1), torch.tensor(batches, device=device))
+    trade = _Trade(vectors.to(device).view(*batches.shape, -1), torch.tensor(batches, device=device), capped)
     objective = [trade.value()]
     for _ in range(rounds if len(batches) > 1 else 0):
         gained = trade.round()
@@ -79,8 +91,9 @@ def refine(vectors: torch.Tensor, batches: Array, *, rounds: int, tolerance: flo
 class _Trade:
     """Batches that trade, with the sums of their pairs kept up to date."""
 
-    def __init__(self, x_bBF: torch.Tensor, pairs_bB: torch.Tensor) -> None:
+    def __init__(self, x_bBF: torch.Tensor, pairs_bB: torch.Tensor, capped: CappedClasses | None) -> None:
         self.pairs = pairs_bB
+        self._room = None if capped is None else _Room(capped, pairs_bB.device)
         self._x_bBF = x_bBF
         self._half = x_bBF.shape[2] // 2
         self._sum_bF = x_bBF.new_empty((len(x_bBF), x_bBF.shape[2]), dtype=torch.float64)
@@ -161,6 +174,8 @@ class _Trade:
 
             # The score in its own batch counts d·q and q·d of the pair itself, which it does not lose by leaving.
             gain_bLB += 2 * self._own_bB[block, None]
+            if self._room is not None:
+                self._room.forbid(gain_bLB, block, near_bL[block])
             best.append(gain_bLB.topk(min(_NUM_CANDIDATES, num_slots), dim=2))
         return torch.cat([top.values for top in best]), torch.cat([top.indices for top in best])
 
@@ -168,9 +183,13 @@ class _Trade:
         self, one_P: torch.Tensor, two_P: torch.Tensor, slot_PM: torch.Tensor, back_slot_PM: torch.Tensor
     ) -> float:
         """Exchanges the best first m candidates of each two batches, if Eq. 2 rises; returns by how much."""
-        change_PMF = self._pairs_in(two_P, back_slot_PM) - self._pairs_in(one_P, slot_PM)
+        here_PM, there_PM = self._row(one_P[:, None], slot_PM), self._row(two_P[:, None], back_slot_PM)
+        change_PMF = self._pairs_in(there_PM) - self._pairs_in(here_PM)
         apart_PF = self._swapped(self._sum_bF[one_P] - self._sum_bF[two_P])
-        is_given_PM = self._best_prefix(change_PMF, apart_PF.float())
+        may_PM = torch.ones_like(slot_PM, dtype=torch.bool)
+        if self._room is not None:
+            may_PM = self._room.admits(two_P, here_PM) & self._room.admits(one_P, there_PM)
+        is_given_PM = self._best_prefix(change_PMF, apart_PF.float(), may_PM)
 
         # The prefix was chosen in float32; whether it gains is decided in float64.
         change_PF = torch.bmm(is_given_PM[:, None].double(), change_PMF.double())[:, 0]
@@ -179,33 +198,34 @@ class _Trade:
 
         self._sum_bF[one_P[gains]] += change_PF[gains]
         self._sum_bF[two_P[gains]] -= change_PF[gains]
-        which, candidate = (is_given_PM & gains[:, None]).nonzero(as_tuple=True)
-        self._swap_slots(
-            self._row(one_P[which], slot_PM[which, candidate]), self._row(two_P[which], back_slot_PM[which, candidate])
-        )
+        given_PM = is_given_PM & gains[:, None]
+        self._swap_slots(here_PM[given_PM], there_PM[given_PM])
         return float(gain_P[gains].sum())
 
-    def _best_prefix(self, change_PMF: torch.Tensor, apart_PF: torch.Tensor) -> torch.Tensor:
+    def _best_prefix(self, change_PMF: torch.Tensor, apart_PF: torch.Tensor, may_PM: torch.Tensor) -> torch.Tensor:
         """Marks (bool, P × M) the first m changes, with m where Δ·(X'_A − X'_B) + Δ·Δ' is largest.
 
         Δ is the sum of the first m changes. So the first term is a running sum of products, and the second
-        is the sum of the leading m × m block of a matrix of products.
+        is the sum of the leading m × m block of a matrix of products. The changes end before the first one
+        that `may_PM` does not allow.
         """
         against_PNF = torch.cat([apart_PF[:, None], self._swapped(change_PMF)], dim=1)
         product_PMN = torch.bmm(change_PMF, against_PNF.transpose(1, 2))
         gain_PM = product_PMN[..., 0].cumsum(1)
         gain_PM += product_PMN[..., 1:].cumsum(1).cumsum(2).diagonal(dim1=1, dim2=2)
         order_M = torch.arange(change_PMF.shape[1], device=change_PMF.device)
-        return order_M <= gain_PM.argmax(1)[:, None]
+        may_PM = may_PM.cumprod(1).bool()
+        return may_PM & (order_M <= gain_PM.masked_fill(~may_PM, -torch.inf).argmax(1)[:, None])
 
     def _swap_slots(self, here: torch.Tensor, there: torch.Tensor) -> None:
         for values in (self._x_bBF.flatten(0, 1), self.pairs.flatten(), self._own_bB.flatten()):
             values[here], values[there] = values[there], values[here]
+        if self._room is not None:
+            self._room.swap(here, there)
 
-    def _pairs_in(self, batch_P: torch.Tensor, slot_PM: torch.Tensor) -> torch.Tensor:
-        """d⊕q of the pairs in these slots (P × M × F)."""
-        rows = self._row(batch_P[:, None], slot_PM)
-        return self._x_bBF.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, -1)
+    def _pairs_in(self, row_PM: torch.Tensor) -> torch.Tensor:
+        """d⊕q of the pairs in these rows (P × M × F)."""
+        return self._x_bBF.flatten(0, 1).index_select(0, row_PM.flatten()).view(*row_PM.shape, -1)
 
     def _row(self, batch: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
         return batch * self.pairs.shape[1] + slot
@@ -213,6 +233,40 @@ class _Trade:
     def _swapped(self, vectors: torch.Tensor) -> torch.Tensor:
         """d⊕q → q⊕d."""
         return vectors.roll(self._half, dims=-1)
+
+
+class _Room:
+    """How many more pairs of each class a batch may hold, kept up to date."""
+
+    def __init__(self, capped: CappedClasses, device: torch.device) -> None:
+        self._classes_bB2 = torch.tensor(capped.numbers, device=device)
+        self._room_kb = torch.from_numpy(capped.room()).to(device)
+
+    def forbid(self, gain_bLB: torch.Tensor, block: slice, near_bL: torch.Tensor) -> None:
+        """Makes the gains -inf, in place, of the pairs of a block whose near batch has no room for their classes."""
+        classes_bB2 = self._classes_bB2[block]
+        batch, slot = (classes_bB2 > 0).any(2).nonzero(as_tuple=True)
+        classes, near = classes_bB2[batch, slot][:, :, None], near_bL[batch][:, None]
+        is_full = (self._room_kb[classes, near] <= 0).any(1)
+        gain_bLB[batch, :, slot] = gain_bLB[batch, :, slot].masked_fill(is_full, -torch.inf)
+
+    def admits(self, to_P: torch.Tensor, row_PM: torch.Tensor) -> torch.Tensor:
+        """Whether a batch has room for each pair (bool, P × M), after those that come before it in its list."""
+        classes_PM2 = self._classes_bB2.flatten(0, 1)[row_PM]
+        same_PMM2 = classes_PM2[:, :, None] == classes_PM2[:, None]
+        place_PM2 = same_PMM2.transpose(1, 3).triu().sum(2).transpose(1, 2)  # 1 for the first of its class
+        return (place_PM2 <= self._room_kb[classes_PM2, to_P[:, None, None]]).all(2)
+
+    def swap(self, here: torch.Tensor, there: torch.Tensor) -> None:
+        """Exchanges the pairs in these rows."""
+        classes, num_slots = self._classes_bB2.flatten(0, 1), self._classes_bB2.shape[1]
+        one = self._room_kb.new_ones(())
+        for origin, target in ((here, there), (there, here)):
+            for rows, change in ((origin, one), (target, -one)):
+                batch = (rows // num_slots)[:, None]
+                self._room_kb.index_put_((classes[origin], batch), change, accumulate=True)
+        classes[here], classes[there] = classes[there], classes[here]
+        self._room_kb[0] = num_slots  # there is always room for small classes
 
 
 def _blocks(total: int, size: int) -> Iterator[slice]:

@@ -11,10 +11,12 @@ import pyarrow.parquet as pq
 
 from hardbatch.pipeline import schemas
 from hardbatch.pipeline.arrays import Array
+from hardbatch.pipeline.artifacts.answers import Answers, load_answers
 from hardbatch.pipeline.artifacts.artifact import read_artifact
 from hardbatch.pipeline.artifacts.commit import ArtifactBuilder, write_unit
 from hardbatch.pipeline.artifacts.vectors import FoldedPoints, load_pairs, open_vectors
 from hardbatch.pipeline.batching.pack import Packing, PackSettings, pack, pack_randomly
+from hardbatch.pipeline.batching.spread import CappedClasses
 from hardbatch.pipeline.step import Executor, Progress, StageResult, Step
 
 
@@ -33,30 +35,47 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         cluster_of = np.full(len(pairs), -1, dtype=np.int32)
         cluster_of[pair_ids] = labels
         points = FoldedPoints(vectors=vectors, pairs=pairs, pair_ids=pair_ids)
+        classes = _classes(load_answers(step.inputs["answers"], pairs))[pair_ids]
         centroids = np.load(step.inputs["clusters"] / "centroids.npy")
 
         # The index of the GPU is in `runtime`, because keys are made of `config`.
         settings = {**step.config, **step.runtime}
         reason = "mixed" if step.config["remainder"] == "mix" else "remainder"
-        rows, left = [], []
+        rows, left, crowding = [], [], 0
         for number in range(step.config["num_packings"]):
-            packing = _pack_by(settings, points, labels, centroids, number)
+            packing = _pack_by(settings, points, labels, centroids, classes, number)
+            crowding += _crowding_pairs(classes, packing.batches)
             rows.append(_rows(step.domain, number, pair_ids[packing.batches], cluster_of))
             left.append(_leftover(step.domain, number, pair_ids[packing.remainder], cluster_of, reason))
             left.append(_leftover(step.domain, number, np.flatnonzero(invalid), cluster_of, "invalid_vector"))
             progress.advance(1)
-        _write(builder, rows, left)
+        _write(builder, rows, left, {"crowding_pairs": crowding})
         progress.finish()
     return StageResult(units=["batches"], counts=builder.unit_record("batches").counts)
 
 
-def _pack_by(config: dict[str, Any], points: FoldedPoints, labels: Array, centroids: Array, number: int) -> Packing:
+def _classes(answers: Answers) -> Array:
+    """The query class and the document class of each pair (int64, n × 2): pairs of one class share an answer."""
+    pairs = answers.pairs
+    return np.stack([answers.query_class[pairs.query_row], answers.document_class[pairs.document_row]], axis=1)
+
+
+def _crowding_pairs(classes: Array, batches: Array) -> int:
+    """The pairs of a packing beyond what their batches may hold of a class, if classes are spread over all of them."""
+    capped = CappedClasses.of(classes, *batches.shape)
+    return 0 if capped is None else capped.at(batches).num_crowding()
+
+
+def _pack_by(
+    config: dict[str, Any], points: FoldedPoints, labels: Array, centroids: Array, classes: Array, number: int
+) -> Packing:
     """Makes one of the packings, each with a seed of its own."""
     seed = config["seed"] + number
     if config["order"] == "random":
         return pack_randomly(len(labels), batch_size=config["batch_size"], seed=seed)
     fields = ("batch_size", "exact_tour_below", "refine_rounds", "refine_tolerance", "device")
-    return pack(points, labels, centroids, PackSettings(seed=seed, **{name: config[name] for name in fields}))
+    settings = PackSettings(seed=seed, **{name: config[name] for name in fields})
+    return pack(points, labels, centroids, settings, classes)
 
 
 def build_mixed(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> StageResult:
@@ -78,7 +97,7 @@ def build_mixed(step: Step, builder: ArtifactBuilder, executor: Executor, progre
 
             rest = left.slice(cut).drop_columns("reason").append_column("reason", _word("remainder", len(left) - cut))
             rests.append(rest.cast(schemas.LEFTOVER))
-        _write(builder, rows, rests)
+        _write(builder, rows, rests, {})
         progress.advance(1)
         progress.finish()
     return StageResult(units=["batches"], counts=builder.unit_record("batches").counts)
@@ -116,7 +135,9 @@ def _leftover(domain: str, packing: int, pair_ids: Array, cluster_of: Array, rea
     return pa.table(columns, schema=schemas.LEFTOVER)
 
 
-def _write(builder: ArtifactBuilder, packings: list[pa.Table], leftover: list[pa.Table]) -> None:
+def _write(
+    builder: ArtifactBuilder, packings: list[pa.Table], leftover: list[pa.Table], counts: dict[str, int]
+) -> None:
     rows = pa.concat_tables(packings).unify_dictionaries()
     left = pa.concat_tables(leftover).unify_dictionaries()
     with write_unit(builder.path, "batches") as writer:
@@ -129,4 +150,5 @@ def _write(builder: ArtifactBuilder, packings: list[pa.Table], leftover: list[pa
             "batches": len(packings[0]["batch"].unique()),
             "pairs": len(packings[0]),
             "leftover": {item["values"]: item["counts"] // len(packings) for item in reasons},
+            **counts,
         }

@@ -155,7 +155,7 @@ def test_a_cluster_is_laid_along_the_way_from_the_one_before_to_the_one_after(to
     points = (points + 0.01 * np.random.default_rng(1).standard_normal((16, 3))).astype(np.float32)[order]
     labels = np.repeat([0, 1, 2, 2], 4)[order].astype(np.int32)
     centroids = means_of(Counted(points / 2, points / 2), labels)
-    (stretch,) = module._stretches(labels, centroids, np.array(tour), 4, 6)
+    (stretch,) = module._stretches(labels, centroids, np.array(tour), 16)
     places = np.concatenate(stretch.members)
     row = places[module.lay_out(points[places], stretch)]
     assert labels[row].tolist() == np.repeat(tour, [4 if cluster < 2 else 8 for cluster in tour]).tolist()
@@ -398,7 +398,8 @@ def test_each_packing_holds_every_pair_once(several, order):
         batches, leftover, counts = tables_of(plan, domain)
         num_batches, num_left = divmod(size - 1, 8)
         left = {"remainder": num_left, "invalid_vector": 1}
-        assert counts == {"packings": 3, "batches": num_batches, "pairs": num_batches * 8, "leftover": left}
+        counted = {"packings": 3, "batches": num_batches, "pairs": num_batches * 8, "leftover": left}
+        assert counts == {**counted, "crowding_pairs": 0}  # no text occurs twice
         places = [(p, b, s) for p in range(3) for b in range(num_batches) for s in range(8)]
         assert batches.select("packing", "batch", "slot").rows() == places
         ways = set()
@@ -412,6 +413,21 @@ def test_each_packing_holds_every_pair_once(several, order):
         assert len(ways) == 3 or (order == "tour" and len(ways) == 2)  # two tours may come to the same batches
         clusters = set(pl.concat([batches, leftover], how="diagonal").select("pair_id", "cluster_id").iter_rows())
         assert len(clusters) == size  # a pair is of one cluster in all packings
+
+
+def test_pairs_beyond_what_a_batch_may_hold_are_counted(run_corpus, write_jsonl, rows):
+    """Eight pairs of one document and 24 others: a random packing puts several of the eight in a batch."""
+    texts = rows(32)
+    for row in texts[:8]:
+        row["document"] = texts[0]["document"]
+    write_jsonl("alpha.jsonl", texts)
+    alone = PACKINGS.replace('[[dataset]]\nname = "beta"\nsource = "beta.jsonl"\n', "")
+    for order, is_crowded in (("tour", False), ("random", True)):
+        plan = run_corpus(alone, overrides=[f"pack.order={order}"], stages=("pairs", "vectors", "clusters", "batches"))
+        batches, _, counts = tables_of(plan, "alpha")
+        held = batches.filter(pl.col("pair_id") < 8).group_by("packing", "batch").len()["len"]
+        assert counts["crowding_pairs"] == sum(number - 2 for number in held if number > 2)
+        assert (counts["crowding_pairs"] > 0) == is_crowded
 
 
 def test_the_first_of_several_packings_is_the_only_one_of_one(several):

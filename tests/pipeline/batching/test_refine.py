@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hardbatch.pipeline.batching import refine as module
 from hardbatch.pipeline.batching.hardness import measure_bounds
 from hardbatch.pipeline.batching.refine import refine
+from hardbatch.pipeline.batching.spread import CappedClasses, spread
 from tests.pipeline.batching.examples import equation_2, topical_sides
 from tests.samples import Sides
 
@@ -24,10 +25,11 @@ def worth(vectors, batches):
     return equation_2(*np.split(vectors, 2, axis=1), batches)
 
 
-def run(vectors, batches, rounds=30, tolerance=0.0):
+def run(vectors, batches, rounds=30, tolerance=0.0, capped=None):
     """Refined batches: the same pairs in batches of the same size, of which Eq. 2 is the objective and never falls."""
     before, slots = batches.copy(), torch.from_numpy(vectors[batches.ravel()])
-    refined = refine(slots, batches, rounds=rounds, tolerance=tolerance)
+    of_slots = None if capped is None else capped.at(batches)
+    refined = refine(slots, batches, rounds=rounds, tolerance=tolerance, capped=of_slots)
     assert np.array_equal(batches, before) and np.array_equal(slots.numpy(), vectors[refined.batches.ravel()])
     assert refined.batches.shape == batches.shape and refined.batches.dtype == np.int64
     assert sorted(refined.batches.ravel().tolist()) == sorted(batches.ravel().tolist())
@@ -62,6 +64,33 @@ def test_equation_2_never_falls(data):
     refined = run(vectors, batches, data.draw(st.integers(0, 6)))
     if kind == "equal":
         assert len(set(refined.objective)) == 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_no_batch_becomes_crowded(data):
+    num_batches, batch_size = data.draw(st.integers(2, 7)), data.draw(st.integers(2, 40))
+    generator = np.random.default_rng(data.draw(st.integers(0, 2**20)))
+    num_pairs = num_batches * batch_size
+    limits = [data.draw(st.integers(1, num_pairs)) for _ in (0, 1)]
+    classes = np.stack([generator.integers(0, limit, num_pairs) for limit in limits], axis=1)
+    vectors = topical(classes[:, 0], dimension=4)  # pairs of a class want to be together
+    capped = CappedClasses.of(classes, num_batches, batch_size)
+    batches = generator.permutation(num_pairs).reshape(num_batches, batch_size)
+    if capped is not None:
+        batches = spread(vectors, batches, capped)
+    refined = run(vectors, batches, data.draw(st.integers(1, 4)), capped=capped)
+    assert capped is None or capped.at(refined.batches).num_crowding() == 0
+
+
+def test_a_pair_stays_away_from_a_batch_that_holds_its_class():
+    """Two topics with a pair each in the wrong batch; one shares its document with a pair of the right one."""
+    batches = np.arange(16).reshape(2, 8)
+    vectors = topical(np.repeat([0, 1, 0, 1], [7, 1, 1, 7]), spread=0.05)
+    classes = np.stack([np.arange(16), np.arange(16)], axis=1)
+    assert 7 in run(vectors, batches).batches[1]
+    classes[7, 1] = classes[12, 1]
+    assert 7 in run(vectors, batches, capped=CappedClasses.of(classes, 2, 8)).batches[0]
 
 
 def test_many_rounds_drift_no_way_from_the_truth():
