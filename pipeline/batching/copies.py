@@ -68,7 +68,8 @@ _NUMBERED = re.compile(r"[^\W\d_]{2,}-\d+")  # covid-19
 _QUANTITY = re.compile(r"(?=.*\d)[#$€£+]?[^\W_]+(?:[.,:/%°€£+-]+[^\W_]*)*!?|%")
 _OPENING = "\"'(«¿¡"
 _CLOSING = "\"').,;:!?»"
-_ENDS_SENTENCE = re.compile(r".*[^\W_].*?[.!?][\"')»]*")
+_ENDS = frozenset(".!?")
+_AFTER_SENTENCE = "\"')»"
 _ENDS_TEXT = re.compile(r"[.!?\"')»]*")
 
 # NFKC would turn x² into x2 and 1½ into 11/2. Other spellings of quotes and dashes become one.
@@ -224,17 +225,20 @@ def _read_chunk(chunk: str) -> _Chunk:
     # 5! is not 5, and f' is not f.
     if (after.startswith("!") and core[-1].isdigit()) or (after.startswith("'") and chunk[1:2] == "'"):
         core += after[0]
-    end = _END if _ENDS_SENTENCE.fullmatch(chunk) else 0
+    end = _END if chunk.rstrip(_AFTER_SENTENCE)[-1:] in _ENDS else 0
+
+    if core.isalpha() and (core.islower() or core[1:].islower() or core.isupper()):
+        word = core.casefold()
+        flags = end | (_TURNS if word in _TURNING else 0) | (_LABEL if word in _LABELLED else 0)
+        return _Chunk(word, "" if word in _WEAK else word, chunk, flags | (_A if word == "a" else 0))
 
     if _INITIALS.fullmatch(core):
         return _Chunk(core.casefold(), core.casefold(), chunk, 0)
     if _WORDS.fullmatch(core) and not _is_camel(core):
         found = [_spell(word) for word in _WORD.findall(core.casefold())]
         words = " ".join(found)
-        flags = end | (_A if words == "a" else 0) | (_LABEL if found[-1] in _LABELLED else 0)
-        if not _TURNING.isdisjoint(found):
-            flags |= _TURNS
-        return _Chunk(words, "" if words in _WEAK else words, chunk, flags)
+        turns = 0 if _TURNING.isdisjoint(found) else _TURNS
+        return _Chunk(words, words, chunk, end | turns | (_LABEL if found[-1] in _LABELLED else 0))
 
     if _NUMBERED.fullmatch(core):
         core = core.casefold()
