@@ -68,7 +68,8 @@ _NUMBERED = re.compile(r"[^\W\d_]{2,}-\d+")  # covid-19
 _QUANTITY = re.compile(r"(?=.*\d)[#$€£+]?[^\W_]+(?:[.,:/%°€£+-]+[^\W_]*)*!?|%")
 _OPENING = "\"'(«¿¡"
 _CLOSING = "\"').,;:!?»"
-_ENDS_SENTENCE = re.compile(r".*[^\W_].*?[.!?][\"')»]*")
+_ENDS = frozenset(".!?")
+_AFTER_SENTENCE = "\"')»"
 _ENDS_TEXT = re.compile(r"[.!?\"')»]*")
 
 # NFKC would turn x² into x2 and 1½ into 11/2. Other spellings of quotes and dashes become one.
@@ -94,6 +95,16 @@ _TURNS = 4  # holds a word that turns what the text says
 _END = 8  # ends a sentence
 _A = 16  # the word "a"
 _LABEL = 32  # a word after which "a" is a name
+
+
+def _at(flags: int) -> re.Pattern[bytes]:
+    """Finds the chunks that have one of these flags, in the flags of a text as bytes."""
+    return re.compile(b"[" + b"".join(re.escape(bytes([value])) for value in range(256) if value & flags) + b"]")
+
+
+_AT_CODE_OR_A = _at(_CODE | _A)
+_AT_END = _at(_END)
+_AT_MARK = _at(_SIGN | _TURNS)
 
 _MAX_KNOWN_CHUNKS = 200_000  # about 60 MiB
 
@@ -184,8 +195,7 @@ class Reader:
         columns = zip(*map(self._known.__getitem__, chunks), strict=True)
         words, content, exact = map(list, (next(columns), next(columns), next(columns)))
         flags = bytearray(next(columns))
-        counted = {flag: flags.count(flag) for flag in set(flags)}
-        num_code = sum(number for flag, number in counted.items() if flag & _CODE)
+        num_code = sum(flags.count(flag) for flag in set(flags) if flag & _CODE)
         if num_code > _CODE_SHARE * len(chunks):
             code = _normal_code(text, has_blocks=False)
             return Reading(code, code)
@@ -194,14 +204,13 @@ class Reader:
         if not flags[-1] & _SIGN and not _ENDS_TEXT.fullmatch(exact[-1], len(exact[-1].rstrip(_CLOSING))):
             words[-1] = content[-1] = words[-1] + exact[-1][-1]
             flags[-1] |= _SIGN
-        if any(flag & (_CODE | _A) for flag in counted):
-            _read_in_context(words, content, exact, flags)
+        _read_in_context(words, content, exact, flags)
 
         joined = " ".join(filter(None, words))
         kept = " ".join(filter(None, content))
         if not kept:
             return Reading(joined, "\0" + joined)
-        if len(chunks) < _MIN_WORDS or not any(flag & _END for flag in counted):
+        if len(chunks) < _MIN_WORDS or not _AT_END.search(flags):
             return Reading(joined, kept)
         return _with_sentences(joined, kept, content, flags)
 
@@ -224,17 +233,20 @@ def _read_chunk(chunk: str) -> _Chunk:
     # 5! is not 5, and f' is not f.
     if (after.startswith("!") and core[-1].isdigit()) or (after.startswith("'") and chunk[1:2] == "'"):
         core += after[0]
-    end = _END if _ENDS_SENTENCE.fullmatch(chunk) else 0
+    end = _END if chunk.rstrip(_AFTER_SENTENCE)[-1:] in _ENDS else 0
+
+    if core.isalpha() and (core.islower() or core[1:].islower() or core.isupper()):
+        word = core.casefold()
+        flags = end | (_TURNS if word in _TURNING else 0) | (_LABEL if word in _LABELLED else 0)
+        return _Chunk(word, "" if word in _WEAK else word, chunk, flags | (_A if word == "a" else 0))
 
     if _INITIALS.fullmatch(core):
         return _Chunk(core.casefold(), core.casefold(), chunk, 0)
     if _WORDS.fullmatch(core) and not _is_camel(core):
         found = [_spell(word) for word in _WORD.findall(core.casefold())]
         words = " ".join(found)
-        flags = end | (_A if words == "a" else 0) | (_LABEL if found[-1] in _LABELLED else 0)
-        if not _TURNING.isdisjoint(found):
-            flags |= _TURNS
-        return _Chunk(words, "" if words in _WEAK else words, chunk, flags)
+        turns = 0 if _TURNING.isdisjoint(found) else _TURNS
+        return _Chunk(words, words, chunk, end | turns | (_LABEL if found[-1] in _LABELLED else 0))
 
     if _NUMBERED.fullmatch(core):
         core = core.casefold()
@@ -255,7 +267,7 @@ def _spell(word: str) -> str:
 def _read_in_context(words: list[str], content: list[str], exact: list[str], flags: bytearray) -> None:
     """Decides, in place, what depends on the chunks beside: words next to code, and "a" as a name."""
     last = len(flags) - 1
-    for index in [index for index, flag in enumerate(flags) if flag & (_CODE | _A)]:
+    for index in [found.start() for found in _AT_CODE_OR_A.finditer(flags)]:
         if flags[index] & _A:
             is_label = index > 0 and flags[index - 1] & _LABEL
             if is_label or index == last or exact[index].lower() != "a" or words[index + 1] in ("and", "or"):
@@ -291,16 +303,16 @@ def _with_sentences(words: str, kept: str, content: list[str], flags: bytearray)
     """Cuts the content of a text into sentences."""
     sentences, sizes, droppable = [], [], []
     start = 0
-    for index in [index for index, flag in enumerate(flags) if flag & _END]:
+    for index in [found.start() for found in _AT_END.finditer(flags)]:
         sentences.append(" ".join(filter(None, content[start : index + 1])))
         sizes.append(index + 1 - start)
-        droppable.append(not any(flag & (_SIGN | _TURNS) for flag in set(flags[start : index + 1])))
+        droppable.append(_AT_MARK.search(flags, start, index + 1) is None)
         start = index + 1
     if start < len(flags):  # an unfinished sentence may be a command, or have been cut
         sentences.append(" ".join(filter(None, content[start:])))
         sizes.append(len(flags) - start)
         droppable.append(False)
-    marks = [content[index] for index, flag in enumerate(flags) if flag & (_SIGN | _TURNS)]
+    marks = [content[found.start()] for found in _AT_MARK.finditer(flags)]
     return Reading(words, kept, tuple(sentences), tuple(sizes), tuple(droppable), "\0".join(marks))
 
 

@@ -28,13 +28,13 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
     many pairs the largest class has: a batch that holds several of these loses negatives.
     """
     pairs = read_artifact(step.inputs["pairs"])
-    num_texts = {side: pairs.manifest.counts[side] for side in schemas.SIDES}
-    progress.start(f"relate {step.domain}, texts", sum(num_texts.values()))
+    texts = {side: Texts(pairs, side) for side in schemas.SIDES}
+    progress.start(f"relate {step.domain}, texts", sum(side.num_rows for side in texts.values()))
     for side in schemas.SIDES:
         if not builder.committed(side):
-            copies = no_copies(num_texts[side])
+            copies = no_copies(texts[side].num_rows)
             if step.config["near_copies"]:
-                copies = find_copies(_blocks(Texts(pairs, side), progress))
+                copies = find_copies(_blocks(texts[side], progress))
             _write(builder, side, copies)
             del copies
             trim_heap()
