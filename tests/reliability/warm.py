@@ -11,6 +11,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -124,6 +125,27 @@ def kill_all() -> None:
     """Kills the runs that a test left behind: a stopped one would never end."""
     while _started:
         _started.pop().kill()
+
+
+def run_ranks(rank_main: Callable[..., None], num_ranks: int, *arguments: object) -> None:
+    """Calls `rank_main(rank, num_ranks, port, *arguments)` in as many processes, and waits for them.
+
+    Args:
+        rank_main: A function of a test's module.
+        num_ranks: The number of processes.
+        arguments: Passed on; `port` is a free one, for the ranks to meet at.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: A rank raised.
+    """
+    import torch.multiprocessing
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(
+        rank_main, (num_ranks, port, *arguments), num_ranks, start_method="forkserver"
+    )
 
 
 @lru_cache

@@ -8,7 +8,6 @@ import math
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from hardbatch.pipeline.errors import InputError
 from hardbatch.trainer import embed, evaluate, shelves
@@ -38,6 +36,7 @@ from hardbatch.trainer.held_out import HeldOutLoss, held_out_loss
 from hardbatch.trainer.loss import info_nce
 from hardbatch.trainer.search import search
 from tests.models import minilm_folder
+from tests.reliability import warm
 from tests.trainer_models import tiny_encoder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -485,10 +484,7 @@ def rank_main(rank: int, num_ranks: int, port: int, folder: str) -> None:
 
 
 def test_several_ranks_give_the_figures_of_one(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(rank_main, args=(2, port, str(tmp_path)), nprocs=2)
+    warm.run_ranks(rank_main, 2, str(tmp_path))
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the ranks: then nothing is rounded in another way
     alone = json.dumps(all_figures(tokenizer))

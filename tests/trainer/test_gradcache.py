@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import socket
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from hardbatch.trainer.batch import Batch, Tokens
 from hardbatch.trainer.gradcache import GradCache, StepConfig
 from hardbatch.trainer.model import BACKBONE_TYPES, Encoder, EncoderConfig, new_backbone
 from hardbatch.trainer.ranks import Ranks
 from tests.models import VOCABULARY_SIZE
+from tests.reliability import warm
 from tests.trainer_models import tiny_config
 
 SIZE, CONTEXT_SIZE = 8, 6
@@ -290,15 +289,9 @@ def rank_main(rank, world_size, port, folder):
     dist.destroy_process_group()
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_equal_one_rank_that_accumulates(world_size, tmp_path):
-    mp.spawn(rank_main, args=(world_size, free_port(), str(tmp_path)), nprocs=world_size)
+def test_ranks_equal_one_rank_that_accumulates(tmp_path):
+    world_size = 3
+    warm.run_ranks(rank_main, world_size, str(tmp_path))
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
     for name, (config, accumulate, batch_at) in CASES.items():
         alone, _ = next(train_rank(0, 1, accumulate * world_size, config, batch_at))

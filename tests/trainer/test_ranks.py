@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from hardbatch.pipeline.errors import ConfigError, InputError, IntegrityError
 from hardbatch.trainer.ranks import join_ranks, refuse_shared_gpus
-from tests.trainer.test_gradcache import free_port
+from tests.reliability import warm
 
 
 def rank_main(rank, world_size, port, folder):
@@ -54,7 +53,7 @@ def rank_main(rank, world_size, port, folder):
 
 
 def test_errors_of_any_rank_are_raised_by_all(tmp_path):
-    mp.spawn(rank_main, args=(2, free_port(), str(tmp_path)), nprocs=2)
+    warm.run_ranks(rank_main, 2, str(tmp_path))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first[0] == [0, True, [2.0, 2.0], 10, 4] and second[0] == [1, False, [2.0, 2.0], 10, 4]
     assert first[1:] == second[1:]
@@ -138,6 +137,6 @@ def late_rank(rank, world_size, port, folder, exchange):
 
 @pytest.mark.parametrize("exchange", ["control", "gradients"])
 def test_a_rank_that_waits_in_vain_gives_up_after_the_timeout(exchange, tmp_path):
-    mp.spawn(late_rank, args=(2, free_port(), str(tmp_path), exchange), nprocs=2)
+    warm.run_ranks(late_rank, 2, str(tmp_path), exchange)
     seconds, seen = (tmp_path / "seen").read_text().split(" ", 1)
     assert 1.5 < float(seconds) < 7 and re.search("[Tt]imed out", seen), seen
