@@ -580,7 +580,7 @@ def measure_kmeans(setting: Setting, note: Note) -> None:
 
 
 def measure_masks(setting: Setting, note: Note) -> None:
-    from hardbatch.pipeline.batching.equivalence import surrogate_mask
+    from hardbatch.pipeline.batching.equivalence import LikelyRule, likely_answers
     from hardbatch.pipeline.batching.hardness import measure_batch
 
     num_batches, size, dimension = setting.size(64, 4), setting.size(512, 16), setting.size(768, 32)
@@ -597,7 +597,7 @@ def measure_masks(setting: Setting, note: Note) -> None:
     def as_it_is() -> None:
         for batch in range(few):
             q, d = queries[batch].float().numpy(), documents[batch].float().numpy()
-            masks.append(surrogate_mask(q, d, margin=0.0))
+            masks.append(likely_answers(q, d, LikelyRule(max_likely=1.0), -1.0).mask_BB)
             figures.append(measure_batch(q, d, masks[-1], q, d))
 
     note("pipeline_us_a_pair", 1e6 * seconds_of(as_it_is, setting) / (few * size))
@@ -608,12 +608,12 @@ def measure_masks(setting: Setting, note: Note) -> None:
         q, d = (side.float() for side in on_device)
         scores = torch.bmm(q, d.transpose(1, 2))
         own = scores.diagonal(dim1=1, dim2=2)
-        above = scores - own[..., None]
+        above = (scores + scores.transpose(1, 2) - own[..., None] - own[:, None]) / 2
         mask = (above >= 0) & ~eye
         near = ((above.abs() < 1e-5) & ~eye).nonzero()
-        exact = (q[near[:, 0], near[:, 1]].double() * d[near[:, 0], near[:, 2]].double()).sum(1)
-        exact_own = (q[near[:, 0], near[:, 1]].double() * d[near[:, 0], near[:, 1]].double()).sum(1)
-        mask[near[:, 0], near[:, 1], near[:, 2]] = exact >= exact_own
+        batch, one, other = near.unbind(1)
+        products = [(q[batch, i].double() * d[batch, j].double()).sum(1) for i in (one, other) for j in (one, other)]
+        mask[batch, one, other] = products[1] + products[2] >= products[0] + products[3]
         negatives = ~mask & ~eye
         hardness = (scores * ~eye).sum((1, 2), dtype=torch.float64) / (size * (size - 1))
         masked = (scores * (negatives | negatives.transpose(1, 2))).sum((1, 2), dtype=torch.float64)

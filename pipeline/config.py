@@ -177,6 +177,12 @@ class PackConfig(Table):
     remainder: Literal["drop", "mix"] = Field(
         "drop", description="pairs that do not fill a batch: drop them, or mix them with other domains"
     )
+    weak_pair_rank: int | None = Field(
+        None,
+        ge=1,
+        description="leave out pairs whose own document ranks beyond this for its query, among consistency.pool "
+        "documents by the surrogate; default: none is left out",
+    )
 
 
 class HardnessConfig(Table):

@@ -97,6 +97,8 @@ class Planner:
         ranked = {"pairs": pairs, "vectors": vectors["surrogate"], "answers": answers}
         consistency = self._add("consistency", name, self._settings.consistency.model_dump(), ranked)
         packed = {**both, "surrogate": vectors["surrogate"], "clusters": clusters, "answers": answers}
+        if pack.weak_pair_rank is not None:
+            packed["consistency"] = consistency
         cut = BatchesSettings(**pack.model_dump(), device=device)
         batches = self._add("batches", name, cut.model_dump(), packed, runtime=runs_on)
         return {

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 from hardbatch.pipeline.schemas import SHARDS_WITH_NEGATIVES
-from hardbatch.pipeline.stages.figures import CLUSTER_SIZES, DomainSummary, Hardness, Summary
+from hardbatch.pipeline.stages.figures import CLUSTER_SIZES, OWN_RANKS, DomainSummary, Hardness, Summary
 
 _COLUMNS = {
     "batch_id": "number of the batch, unique in the artifact",
@@ -97,13 +97,14 @@ def negatives_rows(domains: Mapping[str, DomainSummary]) -> tuple[list[str], lis
     No rows if the shards are of format version 2, which did not count this.
     """
     header = ["domain", "negatives", "5th percentile", "queries without", "same answer", "likely", "top 10 %"]
-    header.append("mostly masked")
+    header += ["mostly masked", "own rank 50/95 %"]
     rows = []
     for name, domain in domains.items():
         if (found := domain.negatives) is not None:
             shares = [found.same_answer_share, found.likely_share, found.concentration]
             left = [f"{found.mean:.1f}", f"{found.q05:,}", f"{found.without:,}"]
-            rows.append([name, *left, *map(_percent, shares), f"{found.mostly_masked_batches:,}"])
+            ranks = ", ".join(f"{domain.source[rank]:,g}" for rank in OWN_RANKS if rank in domain.source)
+            rows.append([name, *left, *map(_percent, shares), f"{found.mostly_masked_batches:,}", ranks])
     return header, rows
 
 
@@ -113,7 +114,8 @@ def negatives_text(batch_size: int) -> list[str]:
         f"Negatives: of the {batch_size - 1} other slots, those that are not masked for a query: the mean, then",
         "the 5th percentile. Of the masked slots: the share by reason (same answer: certain; likely: by the",
         "surrogate alone), and the share that the most masked 10 % of the queries hold. Mostly masked: batches",
-        "in which more than half of the queries keep fewer than half of the negatives.",
+        "in which more than half of the queries keep fewer than half of the negatives. Own rank: of a pair's own",
+        "document for its query, by the surrogate, among consistency.pool documents: median, 95th percentile.",
     ]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
+OWN_RANKS = {"own_rank_q50": 50, "own_rank_q95": 95}  # percentiles of the rank of the own document
 CLUSTER_SIZES = ("cluster_size_q05", "cluster_size_q50", "cluster_size_q95")
 _DECIMALS = 4
 

@@ -14,23 +14,33 @@ from hardbatch.pipeline.arrays import Array
 from hardbatch.pipeline.artifacts.answers import Answers, load_answers
 from hardbatch.pipeline.artifacts.artifact import read_artifact
 from hardbatch.pipeline.artifacts.commit import ArtifactBuilder, write_unit
+from hardbatch.pipeline.artifacts.consistency import load_consistency
 from hardbatch.pipeline.artifacts.vectors import FoldedPoints, load_pairs, open_vectors
+from hardbatch.pipeline.batching.consistency import weak_pairs
 from hardbatch.pipeline.batching.pack import Packing, PackSettings, pack, pack_randomly
 from hardbatch.pipeline.batching.spread import CappedClasses
 from hardbatch.pipeline.step import Executor, Progress, StageResult, Step
 
 
 def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> StageResult:
-    """Builds the `batches` artifact of one domain. Pairs that lack a vector of either model are left over."""
+    """Builds the `batches` artifact of one domain.
+
+    Pairs that lack a vector of either model are left over, and weak pairs if `weak_pair_rank` is set.
+    """
     if not builder.committed("batches"):
         progress.start(f"pack {step.domain}", step.config["num_packings"])
         pairs = load_pairs(read_artifact(step.inputs["pairs"]))
         vectors = open_vectors(step.inputs["vectors"])
         invalid = vectors.invalid_pairs(pairs) | open_vectors(step.inputs["surrogate"]).invalid_pairs(pairs)
 
-        # Clusters have the pairs with a vector of the clustering model; those without a surrogate vector go now.
+        weak = np.zeros(len(pairs), dtype=bool)
+        if (limit := step.config["weak_pair_rank"]) is not None:
+            weak = weak_pairs(load_consistency(step.inputs["consistency"]).rank, limit) & ~invalid
+
+        # Clusters have the pairs with a vector of the clustering model; weak pairs and those without a
+        # surrogate vector go now.
         table = pq.read_table(step.inputs["clusters"] / "clusters.parquet")
-        usable = ~invalid[table["pair_id"].to_numpy()]
+        usable = ~(invalid | weak)[table["pair_id"].to_numpy()]
         pair_ids, labels = table["pair_id"].to_numpy()[usable], table["cluster_id"].to_numpy()[usable]
         cluster_of = np.full(len(pairs), -1, dtype=np.int32)
         cluster_of[pair_ids] = labels
@@ -48,6 +58,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
             rows.append(_rows(step.domain, number, pair_ids[packing.batches], cluster_of))
             left.append(_leftover(step.domain, number, pair_ids[packing.remainder], cluster_of, reason))
             left.append(_leftover(step.domain, number, np.flatnonzero(invalid), cluster_of, "invalid_vector"))
+            left.append(_leftover(step.domain, number, np.flatnonzero(weak), cluster_of, "weak_pair"))
             progress.advance(1)
         _write(builder, rows, left, {"crowding_pairs": crowding})
         progress.finish()

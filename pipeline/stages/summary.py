@@ -22,7 +22,7 @@ from hardbatch.pipeline.artifacts.artifact import read_artifact
 from hardbatch.pipeline.batching.hardness import Bounds
 from hardbatch.pipeline.batching.negatives import measure_spread
 from hardbatch.pipeline.errors import InputError
-from hardbatch.pipeline.stages.figures import CLUSTER_SIZES, DomainSummary, Hardness, Negatives, Summary
+from hardbatch.pipeline.stages.figures import CLUSTER_SIZES, OWN_RANKS, DomainSummary, Hardness, Negatives, Summary
 from hardbatch.pipeline.step import Step
 
 _SOURCE_COUNTS = ("rows", "pairs", "held_out", "holdout_target", "quarantined", "texts_cut", "negatives_dropped")
@@ -101,7 +101,9 @@ def _source_counts(step: Step, domain: str) -> dict[str, Any]:
     pairs, clusters = _counts(step, f"pairs/{domain}"), _counts(step, f"clusters/{domain}")
     # Artifacts of older versions do not know the sizes of their clusters.
     sizes = {name: clusters[name] for name in ("clusters", *CLUSTER_SIZES) if name in clusters}
-    return {name: pairs[name] for name in _SOURCE_COUNTS} | sizes
+    ranks = _counts(step, f"consistency/{domain}")["rank_percentiles"]
+    own_rank = {name: ranks[percentile] for name, percentile in OWN_RANKS.items() if ranks}
+    return {name: pairs[name] for name in _SOURCE_COUNTS} | sizes | own_rank
 
 
 def _hardness(rows: pa.Table, bounds: Bounds | None) -> Hardness:

@@ -13,7 +13,6 @@ from hardbatch.pipeline.batching import pack as module
 from hardbatch.pipeline.batching.kmeans import kmeans
 from hardbatch.pipeline.batching.pack import PackSettings, pack, pack_randomly
 from hardbatch.pipeline.batching.points import InMemory
-from hardbatch.pipeline.stages import write
 from tests.pipeline.batching.examples import equation_2, topical_sides
 from tests.samples import Sides
 
@@ -350,12 +349,11 @@ def test_mixed_remainders(three_domains):
         assert {j for j in range(8) if j != i and texts[j] == texts[i]} <= set(slots)
 
 
-def test_equal_texts_of_two_domains_are_equivalent(run_corpus, write_jsonl, rows, monkeypatch):
+def test_equal_texts_of_two_domains_are_equivalent(run_corpus, write_jsonl, rows):
     """A batch in which all pairs have the same document: each slot has all others in its set, whatever the scores."""
-    monkeypatch.setattr(write, "surrogate_mask", lambda queries, *_, **__: np.zeros((len(queries),) * 2, dtype=bool))
     for number, name in enumerate(("alpha", "beta", "gamma")):
         write_jsonl(f"{name}.jsonl", [{**row, "document": "the one text"} for row in rows(3, start=100 * number)])
-    plan = run_corpus(DATASETS.replace("REMAINDER", "mix"))
+    plan = run_corpus(DATASETS.replace("REMAINDER", "mix") + "[write]\nmax_likely = 0.0\n")
     shards = pl.read_parquet(plan.shards / "data" / "*.parquet").sort("slot")
     assert shards["domain"].n_unique() == 3
     assert shards["equivalent_slots"].to_list() == [[j for j in range(8) if j != i] for i in range(8)]
