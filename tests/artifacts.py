@@ -72,6 +72,12 @@ class Domain:
         return list(dict.fromkeys(text for group in texts for text in group))
 
 
+def own_scores(domain: Domain) -> list[float]:
+    """The surrogate's score of the document of each pair that has vectors, for its query."""
+    vectors = [[vector_of(text, "surrogate").astype(np.float64) for text in pair] for pair in domain.pairs]
+    return [float(query @ document) for query, document in vectors if query.any() and document.any()]
+
+
 def make_domain(folder: Path, name: str, domain: Domain) -> dict[str, Path]:
     """The artifacts of a domain that writing reads, apart from its batches; by the name of the input."""
     texts = {side: domain.texts(side) for side in schemas.SIDES}
@@ -98,7 +104,10 @@ def make_domain(folder: Path, name: str, domain: Domain) -> dict[str, Path]:
     }
     counts |= dict.fromkeys(("held_out", "holdout_target", "texts_cut", "negatives_dropped"), 0)
     classes = {f"{side}.npy": np.arange(len(texts[side])) for side in schemas.SIDES}
+    percentiles = np.percentile(own_scores(domain), range(101)).tolist()
+    measured = {"own_score_percentiles": percentiles, "rank_percentiles": [1.0] * 101}
     found = {
+        "consistency": make_artifact(folder / "consistency" / name / "key", {}, counts=measured),
         "answers": make_artifact(folder / "answers" / name / "key", classes),
         "pairs": make_artifact(folder / "pairs" / name / "key", tables, counts=counts),
         "clusters": make_artifact(folder / "clusters" / name / "key", {}, counts={"clusters": 3}),
@@ -144,7 +153,8 @@ def write_corpus(folder: Path, domains: Mapping[str, Domain], packings: Sequence
         for name, domain in domains.items()
     }
     sizes = {len(slots) for packing in packings for batches in packing.values() for slots in batches}
-    settings = {"domains": list(domains), "datasets": datasets, "batch_size": sizes.pop(), "margin": 0.0}
+    settings = {"domains": list(domains), "datasets": datasets, "batch_size": sizes.pop()}
+    settings |= {"margin": 0.0, "margin_strategy": "absolute", "floor_quantile": 0.25, "max_likely": 1.0}
     step = Step(
         stage="shards",
         stage_version=0,

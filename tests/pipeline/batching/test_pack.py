@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hardbatch.pipeline.artifacts.artifact import read_artifact
+from hardbatch.pipeline.artifacts.consistency import load_consistency
 from hardbatch.pipeline.batching import pack as module
 from hardbatch.pipeline.batching.kmeans import kmeans
 from hardbatch.pipeline.batching.pack import PackSettings, pack, pack_randomly
@@ -380,7 +381,7 @@ num_packings = 3
 def several(run_corpus, write_jsonl, rows):
     """`several(*overrides)`: three packings of 75 and 44 pairs, of which one of each has no vector."""
 
-    def run(*overrides, stages=("pairs", "vectors", "clusters", "batches")):
+    def run(*overrides, stages=("pairs", "answers", "vectors", "clusters", "batches")):
         for name, texts in (("alpha", rows(75)), ("beta", rows(44, start=100))):
             texts[9]["query"] = "?"  # no word: no lexical vector
             write_jsonl(f"{name}.jsonl", texts)
@@ -421,7 +422,9 @@ def test_pairs_beyond_what_a_batch_may_hold_are_counted(run_corpus, write_jsonl,
     write_jsonl("alpha.jsonl", texts)
     alone = PACKINGS.replace('[[dataset]]\nname = "beta"\nsource = "beta.jsonl"\n', "")
     for order, is_crowded in (("tour", False), ("random", True)):
-        plan = run_corpus(alone, overrides=[f"pack.order={order}"], stages=("pairs", "vectors", "clusters", "batches"))
+        plan = run_corpus(
+            alone, overrides=[f"pack.order={order}"], stages=("pairs", "answers", "vectors", "clusters", "batches")
+        )
         batches, _, counts = tables_of(plan, "alpha")
         held = batches.filter(pl.col("pair_id") < 8).group_by("packing", "batch").len()["len"]
         assert counts["crowding_pairs"] == sum(number - 2 for number in held if number > 2)
@@ -468,3 +471,27 @@ def test_a_cluster_whose_pairs_have_no_surrogate_vector(run_corpus, write_jsonl,
     batches, leftover, counts = tables_of(plan, "d")
     assert counts["leftover"] == {"remainder": 2, "invalid_vector": 6}
     assert sorted([*batches["pair_id"], *leftover["pair_id"]]) == list(range(48))
+
+
+def test_weak_pairs_are_left_over_with_their_reason(run_corpus, write_jsonl, rows):
+    """Every fifth document is swapped with that of the next one, so its words are those of another query."""
+    texts = rows(45)
+    swapped = list(range(0, 40, 5))
+    for i in swapped:
+        texts[i]["document"], texts[i + 1]["document"] = texts[i + 1]["document"], texts[i]["document"]
+    write_jsonl("pairs.jsonl", texts)
+    manifest = (
+        'corpus = "c"\n[[dataset]]\nname = "d"\nsource = "pairs.jsonl"\n'
+        '[embed]\nmodel = "lexical"\nsurrogate_model = "lexical"\n[pack]\nbatch_size = 8\n'
+    )
+    plan = run_corpus(manifest + "weak_pair_rank = 1\n")
+    batches, leftover, counts = tables_of(plan, "d")
+    path = next(step.path for step in plan.steps if step.stage == "consistency")
+    ranks = load_consistency(path).rank
+    weak = leftover.filter(reason="weak_pair")["pair_id"].to_list()
+    assert weak == np.flatnonzero(ranks > 1).tolist() and {*swapped, *(i + 1 for i in swapped)} <= {*weak}
+    assert counts["leftover"]["weak_pair"] == len(weak) < 45
+    assert sorted([*batches["pair_id"], *leftover["pair_id"]]) == list(range(45))
+
+    _, leftover, counts = tables_of(run_corpus(manifest), "d")
+    assert counts["leftover"] == {"remainder": 45 % 8}

@@ -23,7 +23,7 @@ DOMAIN = Domain(pairs=[*PAIRS, ("q1", NO_VECTOR)], negatives=[["far"]] * 41)
 def run_stage(folder: Path, pool: int) -> Path:
     """Runs the stage on DOMAIN; returns the artifact's folder."""
     inputs = make_domain(folder, "plain", DOMAIN)
-    path = folder / "consistency" / "plain" / "key"
+    path = folder / "ranked" / "plain" / "key"
     step = Step(
         stage="consistency",
         stage_version=0,
@@ -31,7 +31,11 @@ def run_stage(folder: Path, pool: int) -> Path:
         key="key",
         path=path,
         config={"pool": pool, "seed": 0},
-        inputs={"pairs": inputs["pairs/plain"], "vectors": inputs["surrogate/plain"]},
+        inputs={
+            "pairs": inputs["pairs/plain"],
+            "vectors": inputs["surrogate/plain"],
+            "answers": inputs["answers/plain"],
+        },
     )
     with open_builder(path) as builder:
         built = consistency.build(step, builder, InlineExecutor(), SilentProgress())
