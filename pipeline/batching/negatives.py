@@ -65,7 +65,7 @@ def count_negatives(mask_BB: Array, same_answer_BB: Array) -> BatchNegatives:
     others = len(mask_BB) - 1
     kept_B = others - mask_BB.sum(1)
     return BatchNegatives(
-        same_answer_rate=round(float(same_answer_BB.sum() / (len(mask_BB) * others)), _DECIMALS),
+        same_answer_rate=float(same_answer_BB.sum() / (len(mask_BB) * others)),  # not rounded: it may be tiny
         mean_negatives=round(float(kept_B.mean()), _DECIMALS),
         min_negatives=int(kept_B.min()),
         queries_without_negatives=int((kept_B == 0).sum()),

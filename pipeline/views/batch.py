@@ -75,6 +75,9 @@ def _negatives_lines(masks: BatchMasks) -> list[str]:
         lines.append(f"warning: {num_without} of {size} queries have no negative here and teach nothing")
     if 2 * num_few > size:
         lines.append(f"warning: mostly masked: {num_few} of {size} queries keep fewer than half of the negatives")
+    if masks.floors:
+        floors = ", ".join(f"{floor:.3f} in {domain}" for domain, floor in masks.floors.items())
+        lines.append(f"floor of likely answers: {floors}")
     return lines + [f"not known: {line}" for line in masks.missing]
 
 

@@ -50,11 +50,13 @@ class Mask:
 class BatchMasks:
     """The masks of a batch by slot, the most certain first, and the surrogate's score of each own document.
 
-    `missing` says what could not be told, because the artifacts for it are gone.
+    `floors` holds, by domain, the lowest score of a likely answer; empty before format version 3. `missing`
+    says what could not be told, because the artifacts for it are gone.
     """
 
     by_slot: list[list[Mask]]
     own_scores: list[float] | None
+    floors: dict[str, float]
     missing: list[str]
 
 
@@ -69,7 +71,9 @@ def explain_masks(shards: Artifact, rows: Sequence[Mapping[str, Any]]) -> BatchM
     missing: list[str] = []
     known = _known_pairs(shards, rows, missing)
     vectors = _vectors(shards, rows, missing)
-    scores = None if vectors is None else _score(*vectors, _floors(shards, rows), shards.manifest.config)
+    floors = _floors(shards, rows)
+    floor_B = np.array([floors[row["domain"]] for row in rows]) if floors else None
+    scores = None if vectors is None else _score(*vectors, floor_B, shards.manifest.config)
     classes = _classes(shards, rows)
     by_slot = []
     for i, row in enumerate(rows):
@@ -82,7 +86,7 @@ def explain_masks(shards: Artifact, rows: Sequence[Mapping[str, Any]]) -> BatchM
             masks.append(Mask(slot=j, reason=reason, score=score, bound=bound, overlap=overlap))
         by_slot.append(sorted(masks, key=lambda mask: (mask.reason == LIKELY, -(mask.score or 0), mask.slot)))
     own = None if scores is None else [float(score) for score in np.diag(scores.score_BB)]
-    return BatchMasks(by_slot=by_slot, own_scores=own, missing=missing)
+    return BatchMasks(by_slot=by_slot, own_scores=own, floors=floors, missing=missing)
 
 
 def _reason(row: Mapping[str, Any], other: Mapping[str, Any], known: set[tuple[str, int, int]] | None) -> str:
@@ -165,16 +169,16 @@ def _score(queries_BD: Array, documents_BD: Array, floor_B: Array | None, config
     return likely_answers(queries_BD, documents_BD, rule, floor_B)
 
 
-def _floors(shards: Artifact, rows: Sequence[Mapping[str, Any]]) -> Array | None:
-    """The floor of each slot's domain (B); None before format version 3, whose rule had no floor."""
+def _floors(shards: Artifact, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The floor of each domain of a batch; empty before format version 3, whose rule had no floor."""
+    floors: dict[str, float] = {}
     if "floor_quantile" not in shards.manifest.config:
-        return None
-    floors = {}
-    for domain in {row["domain"] for row in rows}:
+        return floors
+    for domain in sorted({row["domain"] for row in rows}):
         folder = _input_folder(shards, f"consistency/{domain}")
         percentiles = load_percentiles(folder) if find_artifact(folder) is not None else []
         floors[domain] = floor_at(percentiles, shards.manifest.config["floor_quantile"])
-    return np.array([floors[row["domain"]] for row in rows])
+    return floors
 
 
 def _vectors(shards: Artifact, rows: Sequence[Mapping[str, Any]], missing: list[str]) -> tuple[Array, Array] | None:

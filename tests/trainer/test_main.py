@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from hardbatch.pipeline.artifacts import artifact
 from tests.reliability import warm
 from tests.reliability.processes import wait_until
 from tests.reliability.trainings import (
@@ -222,7 +221,6 @@ def test_same_answer_positives(flags, copied_run, capsys, monkeypatch):
     assert code == 2 and error.count("\n") == 1
     assert "--positives same-answer" in error and str(shards) in error and "since format version 3" in error
 
-    monkeypatch.setattr(artifact, "FORMAT_VERSION", 3)
     write_positive_slots(shards, [[]] * 8)
     code, error, alone = train("none", "same-answer")
     assert code == 0 and "changes nothing: 0 of 6 batches have positive slots" in error

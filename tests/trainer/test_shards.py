@@ -15,7 +15,6 @@ import numpy as np
 import polars as pl
 import pytest
 
-from hardbatch.pipeline.artifacts import artifact
 from hardbatch.pipeline.artifacts.artifact import MANIFEST
 from hardbatch.pipeline.errors import ConfigError, IntegrityError
 from hardbatch.pipeline.run import plan_corpus, run_step
@@ -224,8 +223,7 @@ def test_shards_of_earlier_formats_are_read(opened: Shards, shards: Path, versio
         assert found == expected
 
 
-def test_positive_slots_of_format_3(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifact, "FORMAT_VERSION", 3)
+def test_positive_slots_of_format_3(shards: Path) -> None:
     write_positive_slots(shards, [[2], [], [0, 3], [1]])
     opened = open_shards(shards)
     assert opened.with_positives and opened.index.same_answer_rates_I is not None
