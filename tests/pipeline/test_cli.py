@@ -85,11 +85,11 @@ def test_a_run_prints_the_shards_last_and_a_second_one_changes_nothing(copied_ru
     assert first.returncode == 0, first.stderr
     shards = Path(first.stdout.splitlines()[-1])
     assert (shards / MANIFEST).is_file() and shards.parent.name == "shards"
-    assert "steps run: 6, reused: 0" in first.stderr
+    assert "steps run: 8, reused: 0" in first.stderr
     before = snapshot(workspace)
     second = hardbatch(*command)
     assert second.returncode == 0
-    assert "steps run: 0, reused: 7" in second.stderr
+    assert "steps run: 0, reused: 8" in second.stderr
     assert second.stdout == first.stdout
     assert snapshot(workspace) == before
 
@@ -252,13 +252,13 @@ def test_plan_tells_what_would_run_and_changes_nothing(copied_run: Finished, cli
     before = snapshot(copied_run[1])
     code, out, _ = cli("plan", copied_run[0], "--workspace", copied_run[1], "--set", "pack.seed=4")
     assert code == 0
-    assert "seed 0 → 4" in out and "steps to run: 2, reused: 4" in out
+    assert "seed 0 → 4" in out and "steps to run: 2, reused: 6" in out
     last = out.splitlines()[-1]
     assert last.startswith("left: unknown, no earlier run to estimate from; free on the workspace's disk: ")
     assert snapshot(copied_run[1]) == before
     (copied_run[0].parent / "pairs.jsonl").write_text('{"query": "a", "document": "b"}\n')
     code, out, _ = cli("plan", copied_run[0], "--workspace", copied_run[1])
-    assert "source files differ" in out and "steps to run: 6, reused: 0" in out
+    assert "source files differ" in out and "steps to run: 8, reused: 0" in out
     assert "rows not known before they are read: numbers" in out
 
 
@@ -272,7 +272,7 @@ def test_inspect_shows_the_table_and_a_batch(finished_run: Finished, cli: Any) -
 def test_verify_reads_a_whole_workspace(finished_run: Finished, cli: Any) -> None:
     code, out, err = cli("verify", finished_run[1])
     assert (code, err) == (0, "")
-    assert out == "artifacts read: 6, faults: 0\n"
+    assert out == "artifacts read: 8, faults: 0\n"
     assert cli("verify", finished_run[2])[1] == "artifacts read: 1, faults: 0\n"
 
 
@@ -284,7 +284,7 @@ def test_verify_names_the_file_of_a_flipped_bit(copied_run: Finished, cli: Any, 
     file.write_bytes(raw)
     code, out, err = cli("verify", copied_run[1])
     assert code == 4
-    assert out == "artifacts read: 6, faults: 1\n"
+    assert out == "artifacts read: 8, faults: 1\n"
     assert_one_clear_line(err)
     assert str(file) in err
 

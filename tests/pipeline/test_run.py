@@ -130,13 +130,14 @@ def test_threads_change_nothing(corpus, tmp_path, write_jsonl):
         ("pack.refine_rounds=0", {"batches", "shards"}),
         ("pack.refine_tolerance=0.1", {"batches", "shards"}),
         ("pack.num_packings=2", {"batches", "shards"}),
-        ("answers.near_copies=false", {"answers", "batches", "shards"}),
+        ("answers.near_copies=false", {"answers", "consistency", "batches", "shards"}),
         ("cluster.seed=1", {"clusters", "batches", "shards"}),
         ("cluster.balance=0.0", {"clusters", "batches", "shards"}),
         ("cluster.tolerance=0.1", {"clusters", "batches", "shards"}),
         ("cluster.iterations=10", set()),  # the default
         ("hardness.seed=1", {"hardness", "shards"}),
         ("consistency.seed=1", {"consistency", "shards"}),
+        ("pack.weak_pair_rank=3", {"batches", "shards"}),
         ("write.margin=0.1", {"shards"}),
         ("write.batches_per_part=5", {"shards"}),
         ("embed.query_prompt=ask", {"vectors", "clusters", "hardness", "batches", "shards"}),
@@ -183,7 +184,7 @@ def test_the_order_of_the_datasets_enters_the_key_of_the_shards(corpus, tmp_path
 
 
 # The key of the shards changes with the key of any step before them.
-CPU_SHARDS_KEYS = {"lexical": "877f8d537bb35bdb", "minilm": "7ba1376e42f8b188"}
+CPU_SHARDS_KEYS = {"lexical": "45226a7139baab4f", "minilm": "81955fc81a57cbf8"}
 
 
 @pytest.mark.parametrize("model", sorted(CPU_SHARDS_KEYS))

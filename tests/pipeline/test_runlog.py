@@ -73,10 +73,10 @@ def test_what_is_reused_is_recorded_once_something_is_made(copied_run: Finished,
     manifest, workspace, _ = copied_run
     assert cli("run", manifest, "--workspace", workspace, "--set", "pack.seed=1")[0] == 0
     found = records(workspace)
-    assert [record["event"] for record in found] == ["run", *["reused"] * 5, *["finished"] * 2, "end"]
-    assert (stages_of(found, "reused"), stages_of(found, "finished")) == (STAGES[:5], STAGES[5:])
+    assert [record["event"] for record in found] == ["run", *["reused"] * 6, *["finished"] * 2, "end"]
+    assert (stages_of(found, "reused"), stages_of(found, "finished")) == (STAGES[:6], STAGES[6:])
     text = log_text(workspace)
-    assert "steps run: 2, reused: 5" in text and "done at " in text
+    assert "steps run: 2, reused: 6" in text and "done at " in text
 
 
 def test_a_failure_is_recorded_as_its_user_read_it(small_manifest: Path, tmp_path: Path, cli: Any) -> None:

@@ -99,7 +99,7 @@ def test_the_floor_is_a_quantile_of_the_own_scores():
     assert np.allclose(scores, expected, atol=1e-12)
     found = percentiles(scores)
     assert len(found) == 101 and found == sorted(found)
-    for quantile in (0.0, 0.1, 0.25, 1.0):
+    for quantile in (0.01, 0.1, 0.25, 1.0):
         assert floor_at(found, quantile) == pytest.approx(np.quantile(expected, quantile), abs=1e-6)
         assert (scores < floor_at(found, quantile) - 1e-5).mean() <= quantile
     assert floor_at(found, 0.105) == pytest.approx((found[10] + found[11]) / 2)
@@ -108,6 +108,10 @@ def test_the_floor_is_a_quantile_of_the_own_scores():
 def test_a_domain_without_pairs_has_no_floor():
     assert percentiles(np.empty(0, dtype=np.float32)) == []
     assert floor_at([], 0.5) == -1.0
+
+
+def test_quantile_0_is_no_floor():
+    assert floor_at([0.5] * 101, 0.0) == -1.0
 
 
 def test_weak_pairs_rank_beyond_the_limit_and_have_a_rank():

@@ -91,7 +91,8 @@ def test_a_certain_slot_that_no_pair_explains_is_a_near_copy(shards: Artifact) -
     rows[rows.index(next(row for row in rows if row["pair_id"] == 3))]["domain"] = "elsewhere"
     shutil.copytree(shards.path.parents[1] / "pairs" / "n", shards.path.parents[1] / "pairs" / "elsewhere")
     shutil.copytree(shards.path.parents[1] / "vectors" / "n", shards.path.parents[1] / "vectors" / "elsewhere")
-    shards.manifest.inputs.update({f"{x}/elsewhere": shards.manifest.inputs[f"{x}/n"] for x in ("pairs", "surrogate")})
+    names = ("pairs", "surrogate", "answers", "consistency")
+    shards.manifest.inputs.update({f"{name}/elsewhere": shards.manifest.inputs[f"{name}/n"] for name in names})
     assert reasons(shards, rows)[0, 3] == "near-copy"
 
 
@@ -130,11 +131,23 @@ def test_scores_are_those_of_the_surrogate_and_likely_slots_come_from_the_highes
     )
     found = explain_masks(shards, rows)
     assert found.own_scores is not None
+    consistency = shards.path.parents[1] / "consistency" / "n" / shards.manifest.inputs["consistency/n"]
+    floor = np.median(pl.read_parquet(consistency / "ranks" / "*.parquet")["own_score"])
+    assert found.floors == {"n": pytest.approx(floor, abs=1e-6)}
     for row, masks, own in zip(rows, found.by_slot, found.own_scores, strict=True):
-        scores = queries[row["query_id"]] @ documents.T
-        assert own == pytest.approx(scores[row["document_id"]])
-        assert [m.score for m in masks] == pytest.approx([scores[rows[m.slot]["document_id"]] for m in masks])
-        assert [mask.bound for mask in masks] == [own if mask.reason == "likely" else None for mask in masks]
+        others = [rows[mask.slot] for mask in masks]
+        scores = [
+            queries[row["query_id"]] @ documents[other["document_id"]]
+            + queries[other["query_id"]] @ documents[row["document_id"]]
+            for other in others
+        ]
+        assert own == pytest.approx(queries[row["query_id"]] @ documents[row["document_id"]], abs=1e-6)
+        assert [mask.score for mask in masks] == pytest.approx(np.array(scores) / 2, abs=1e-6)
+        bounds = [max((own + found.own_scores[mask.slot]) / 2, floor) for mask in masks]
+        assert [mask.bound for mask in masks] == [
+            pytest.approx(bound, abs=1e-6) if mask.reason == "likely" else None
+            for mask, bound in zip(masks, bounds, strict=True)
+        ]
         likely = [mask.score for mask in masks if mask.reason == "likely"]
         assert likely == sorted(likely, reverse=True) and "likely" not in [m.reason for m in masks[: -len(likely)]]
 

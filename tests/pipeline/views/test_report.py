@@ -153,9 +153,10 @@ NEGATIVES = Negatives(
 
 
 def test_negatives_are_shown_and_warned_of_with_their_numbers() -> None:
-    domain = DomainSummary(batches=50, leftover={}, source={}, negatives=NEGATIVES)
+    ranks = {"own_rank_q50": 3.0, "own_rank_q95": 97.0}
+    domain = DomainSummary(batches=50, leftover={}, source=ranks, negatives=NEGATIVES)
     summary = Summary(batch_size=512, batches=100, packings=2, domains={"d": domain})
-    assert negatives_rows(summary.domains)[1] == [["d", "511.5", "7", "1,234", "25%", "75%", "60%", "40"]]
+    assert negatives_rows(summary.domains)[1] == [["d", "511.5", "7", "1,234", "25%", "75%", "60%", "40", "3, 97"]]
     without, mostly = negatives_warnings("d", domain, summary)
     assert without.startswith("warning: d: 1,234 of 1,234,567 queries have no negative in their batch")
     assert mostly.startswith("warning: d: 40 of 100 batches are mostly masked (25% of the masks are same answers")
@@ -168,7 +169,7 @@ def test_negatives_are_shown_and_warned_of_with_their_numbers() -> None:
 
 def test_a_plan_of_nothing_done_runs_all_in_order(tmp_path: Path, small_manifest: Path) -> None:
     plan = plan_corpus(small_manifest, tmp_path / "new")
-    stages = ["pairs", "vectors", "clusters", "hardness", "consistency", "batches", "shards"]
+    stages = ["pairs", "answers", "vectors", "clusters", "hardness", "consistency", "batches", "shards"]
     assert [step.stage for step in plan.steps] == stages
     why = to_run(plan)
     assert list(why) == stages
@@ -221,7 +222,7 @@ def test_a_plan_names_the_gpu_that_clusters(
         ),
         (
             "ingest.max_characters=99",
-            ["pairs", "vectors", "clusters", "hardness", "consistency", "batches", "shards"],
+            ["pairs", "answers", "vectors", "clusters", "hardness", "consistency", "batches", "shards"],
             "32768 → 99",
         ),
         ("ingest.max_quarantined_fraction=0.2", [], ""),
@@ -246,7 +247,7 @@ def test_a_changed_source_file_is_the_reason(copied_run: Finished) -> None:
     assert to_run(plan_corpus(*copied_run[:2])) == {}
     source.write_text(source.read_text().replace("number 3 ", "number three "))
     reasons = to_run(plan_corpus(*copied_run[:2]))
-    assert list(reasons) == ["pairs", "vectors", "clusters", "hardness", "consistency", "batches", "shards"]
+    assert list(reasons) == ["pairs", "answers", "vectors", "clusters", "hardness", "consistency", "batches", "shards"]
     assert reasons["pairs"] == "source files differ"
 
 
