@@ -30,7 +30,7 @@ TOLD = {"kill": "", "ENOSPC": "no space left", "EIO": "input/output error"}
 # Points that only a run passes which continues after a kill, and where that kill was.
 BEFORE = {
     "sweep.removed": ("unit.fsynced:1", "file.written:2", "manifest.fsynced:3"),
-    "unit.unrecorded": ("manifest.written:2", "manifest.fsynced:2", "manifest.fsynced:6"),
+    "unit.unrecorded": ("manifest.written:3", "manifest.fsynced:3", "manifest.fsynced:8"),
 }
 
 

@@ -105,7 +105,7 @@ def test_older_formats_are_reused_verified_inspected_and_trained_on(
     assert faults_in(workspace) == []
     capsys.readouterr()
     assert main(["run", str(manifest), "--workspace", str(workspace)]) == 0
-    assert "steps run: 0, reused: 7" in capsys.readouterr().err
+    assert "steps run: 0, reused: 8" in capsys.readouterr().err
     assert main(["verify", str(workspace)]) == 0
     capsys.readouterr()
     assert main(["inspect", str(shards), "--batch", "2"]) == 0
@@ -116,7 +116,7 @@ def test_older_formats_are_reused_verified_inspected_and_trained_on(
     assert f"of format version {version} and lack mean_negatives; sort by mask-rate" in capsys.readouterr().err
     assert main(["plan", str(manifest), "--workspace", str(workspace)]) == 0
     assert batches(shards) == expected
-    record_row(19, f"format {version}: all 6 stages reused, verified, inspected, the same batches trained on")
+    record_row(19, f"format {version}: all 8 stages reused, verified, inspected, the same batches trained on")
 
 
 def test_older_inputs_make_the_shards_that_new_ones_make(copied_run: Run) -> None:

@@ -112,7 +112,7 @@ def test_an_evaluation_outside_is_refused(corpus: Path, path: str) -> None:
     given = path.replace("OUTSIDE", str(corpus.parent / "outside"))
     assert "leads out of" in str(try_manifest(corpus, f'[ingest]\ndecontaminate = ["{given}"]\n')) or path == "OUTSIDE"
     assert isinstance(try_manifest(corpus, f'[ingest]\ndecontaminate = ["{given}"]\n'), str)
-    assert try_manifest(corpus, '[ingest]\ndecontaminate = ["eval"]\n') == 6
+    assert try_manifest(corpus, '[ingest]\ndecontaminate = ["eval"]\n') == 8
 
 
 @pytest.mark.parametrize("field", ["model", "surrogate_model"])
