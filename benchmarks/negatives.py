@@ -2,6 +2,7 @@
 
     HARDBATCH_DATA=DIR python benchmarks/negatives.py [--domains medical,factbook] [--limit 1500] [--sizes 32,64]
         [--pairs 1000] [--models minilm,lexical] [--workspace DIR] [--json FILE]
+    python benchmarks/negatives.py --cases all [--code DIR] [--json FILE]
 
 labels: pairs of banking77, each a test question and a training question of the same intent. Batches are
 neighbourhoods, an anchor and its B-1 nearest pairs. A mask is right if the intents are equal. `P` and `R` are
@@ -19,6 +20,10 @@ masked slots of a query, `top 10 %` the part of all masks that the tenth of the 
 
 near-copies: the table of near_copies.py.
 
+cases: corpora with few answers, made from drawn words, which go through `hardbatch run` with the lexical model.
+`none` and `fewest` are counted from the shards themselves, so the table also measures another version of the code
+(--code, a folder with its checkout). It needs no HARDBATCH_DATA, and no other table is made.
+
 Shape letters: M batches, B slots, n pairs, D dimension.
 """
 
@@ -27,8 +32,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +139,15 @@ def main() -> None:
     parser.add_argument("--workspace", type=Path, default=Path(tempfile.gettempdir()) / "hardbatch-negatives")
     parser.add_argument("--near-copies", type=int, default=400, help="texts of each side to edit; 0: leave these out")
     parser.add_argument("--json", type=Path, help="write every figure to this file, as JSON lines")
+    parser.add_argument("--cases", help=f"make only the table of cases: all, or some of {', '.join(CASES)}")
+    parser.add_argument(
+        "--code", type=Path, default=Path(__file__).parents[1], help="checkout whose code runs the cases"
+    )
     options = parser.parse_args()
+    if options.cases:
+        names = list(CASES) if options.cases == "all" else options.cases.split(",")
+        show([row for name in names for row in run_case(name, options.code)], options.json)
+        return
     if "HARDBATCH_DATA" not in os.environ:
         raise SystemExit(
             "HARDBATCH_DATA is not set: set it to the folder of real pairs, which has train/<domain>.parquet"
@@ -156,9 +172,14 @@ def main() -> None:
                 rows += several_answers(domain, batches[size], name, model) if name in options.known.split(",") else []
 
     rows += near_copies(data, options.near_copies) if options.near_copies else []
+    show(rows, options.json)
+
+
+def show(rows: list[dict[str, Any]], file: Path | None) -> None:
+    """Prints the tables, and writes the rows to `file` as JSON lines."""
     print_tables(rows)
-    if options.json:
-        options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if file:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_banking77(folder: Path, workspace: Path, num_pairs: int) -> dict[str, str]:
@@ -169,7 +190,7 @@ def write_banking77(folder: Path, workspace: Path, num_pairs: int) -> dict[str, 
     documents: dict[str, list[str]] = {}
     for row in generator.permutation(len(corpus)):
         documents.setdefault(intents["docs"][corpus["doc_id"][int(row)]], []).append(corpus["text"][int(row)])
-    pairs = []
+    pairs: list[dict[str, str]] = []
     for row in generator.permutation(len(queries)):
         intent = intents["queries"][queries["query_id"][int(row)]]
         if documents[intent] and len(pairs) < num_pairs:
@@ -299,6 +320,112 @@ def near_copies(data: Path, num_texts: int) -> list[dict[str, Any]]:
     scores, _ = benchmark.measure(data, num_texts)
     summary = benchmark.summary(scores)
     return [{"table": "near-copies", "name": "all domains", "rule": "same answer", **summary}]
+
+
+def paraphrases(draw: random.Random, topic: list[str], number: int) -> list[str]:
+    """Distinct questions about a topic: openings and endings of words around two of the topic's words."""
+    openings = ["how do i", "what about", "where can i", "please explain", "i cannot", "help me", "is it true that"]
+    endings = ["", "today", "with my account", "at home", "again", "for a friend", "in the app", "by next week"]
+    found: dict[str, None] = {}
+    while len(found) < number:
+        first, second = draw.sample(topic, 2)
+        # The tail keeps thousands of questions about one topic apart.
+        tail = [word(draw)] if number > 100 else []
+        found[" ".join([draw.choice(openings), first, second, draw.choice(endings), *tail]).strip()] = None
+    return list(found)
+
+
+def word(draw: random.Random) -> str:
+    return "".join(draw.choice("bdfgklmnprstvz") + draw.choice("aeiou") for _ in range(4))
+
+
+def sentence(draw: random.Random, topic: list[str], length: int) -> str:
+    return " ".join(draw.choice(topic) if draw.random() < 0.5 else word(draw) for _ in range(length))
+
+
+def few_answers(num_answers: int, num_questions: int) -> Iterator[tuple[str, str]]:
+    """Pairs of each of a few answers with each of its paraphrased questions."""
+    draw = random.Random(0)
+    for _ in range(num_answers):
+        topic = [word(draw) for _ in range(6)]
+        answer = sentence(draw, topic, 25)
+        yield from ((question, answer) for question in paraphrases(draw, topic, num_questions))
+
+
+def one_query(num_positives: int, num_pairs: int) -> Iterator[tuple[str, str]]:
+    """A query with many documents, and other pairs that have a query of their own."""
+    draw = random.Random(0)
+    topic = [word(draw) for _ in range(6)]
+    query = " ".join(topic)
+    yield from ((query, sentence(draw, topic, 20)) for _ in range(num_positives))
+    yield from other_pairs(draw, num_pairs - num_positives)
+
+
+def equal_texts(num_equal: int, num_pairs: int) -> Iterator[tuple[str, str]]:
+    """Distinct queries, many of which have one and the same document."""
+    draw = random.Random(0)
+    topic = [word(draw) for _ in range(40)]
+    document = sentence(draw, topic, 25)
+    for number in range(num_equal):
+        yield f"{sentence(draw, topic, 6)} {word(draw)} {number}", document
+    yield from other_pairs(draw, num_pairs - num_equal)
+
+
+def other_pairs(draw: random.Random, number: int) -> Iterator[tuple[str, str]]:
+    topics = [[word(draw) for _ in range(12)] for _ in range(200)]
+    for _ in range(number):
+        topic = draw.choice(topics)
+        yield sentence(draw, topic, 8), sentence(draw, topic, 20)
+
+
+CASES: dict[str, tuple[Callable[[], Iterator[tuple[str, str]]], tuple[int, ...]]] = {  # with batch sizes
+    "faq": (lambda: few_answers(60, 25), (8, 16, 32)),
+    "six_documents": (lambda: few_answers(6, 200), (32,)),
+    "one_query": (lambda: one_query(2_000, 8_000), (32,)),
+    "equal_texts": (lambda: equal_texts(50_000, 100_000), (64,)),
+}
+
+
+def run_case(name: str, code: Path) -> Iterator[dict[str, Any]]:
+    """Runs a corpus through the pipeline of `code`, and counts the negatives that its shards leave."""
+    pairs, sizes = CASES[name]
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            pl.DataFrame(list(pairs()), schema=["query", "document"], orient="row").write_parquet(folder / "p.parquet")
+            (folder / "case.toml").write_text(
+                f'corpus = "case"\n[[dataset]]\nname = "{name}"\nsource = "p.parquet"\n'
+                f'[embed]\nmodel = "lexical"\nsurrogate_model = "lexical"\n[pack]\nbatch_size = {size}\n'
+            )
+            ran = subprocess.run(
+                [sys.executable, "-m", "hardbatch.pipeline.cli", "run", folder / "case.toml", "--workspace", folder],
+                cwd=folder,  # Python looks there first
+                env={**os.environ, "PYTHONPATH": str(code.resolve())},
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
+            shards = Path(ran.stdout.split("\n")[-2])
+            slots = pl.read_parquet(shards / "data" / "*.parquet", columns=["equivalent_slots"])
+            masked = slots["equivalent_slots"].list.len().to_numpy().astype(np.int64)
+            kept = size - 1 - masked.reshape(-1, size)  # a batch is the next B rows
+            yield {
+                "table": "cases", "case": name, "B": size, "batches": len(kept),
+                "batches without": int((kept == 0).all(1).sum()), "none": int((kept == 0).sum()),
+                "fewest": int(kept.min()), "mean": float(kept.mean()),
+                "seconds": ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in stage_seconds(folder).items()),
+                "warnings": " / ".join(line for line in ran.stdout.split("\n") if line.startswith("warning")) or "none",
+            }  # fmt: skip
+
+
+def stage_seconds(workspace: Path) -> dict[str, float]:
+    """Seconds of each stage, from the log of the only run."""
+    (log,) = workspace.glob("*/logs/*.jsonl")
+    seconds: dict[str, float] = {}
+    for record in map(json.loads, log.read_text().splitlines()):
+        if record["event"] == "finished":
+            seconds[record["stage"]] = seconds.get(record["stage"], 0.0) + record["seconds"]
+    return seconds
 
 
 def print_tables(rows: list[dict[str, Any]]) -> None:
