@@ -11,13 +11,15 @@ which is high only if each document fits the other query as well. It must reach 
     floor   s_ij ≥ the floor of the domain, a quantile of its own scores (consistency.py)
     cap     of what passes, a query loses at most a part of its batch, the best-scoring slots
 
-Without a floor, a pair that says little has a low own score, and masks nearly everything.
+Without a floor, a pair that says little has a low own score, and masks nearly everything. A document that is the
+text of the query itself is always in S(i), as likely.
 
 Shape letters: B slots of a batch, N hard negatives of a pair, D dimension.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -120,6 +122,19 @@ def _exact_scores(queries_BD: Array, documents_BD: Array, slot: int | np.integer
     """The symmetric scores of `slot` with each of `others`, float64."""
     forward = exact_products(documents_BD[others], queries_BD[slot])
     return np.asarray((forward + exact_products(queries_BD[others], documents_BD[slot])) / 2)
+
+
+def repeats_query(queries: Sequence[str], documents: Sequence[str]) -> Array:
+    """Marks at [i, j] whether document j is the text of query i, apart from case and white space (bool, B × B).
+
+    Such a document is no negative: every model scores it highest. Whether it answers is another question.
+    """
+    number: dict[str, int] = {}
+    query_B, document_B = (
+        np.array([number.setdefault(" ".join(text.casefold().split()), len(number)) for text in texts])
+        for texts in (queries, documents)
+    )
+    return np.asarray(query_B[:, None] == document_B)
 
 
 def keeps_unlikely(query_D: Array, document_D: Array, negatives_ND: Array, rule: LikelyRule, floor: float) -> Array:

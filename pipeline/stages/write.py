@@ -30,7 +30,7 @@ from hardbatch.pipeline.artifacts.artifact import read_artifact
 from hardbatch.pipeline.artifacts.commit import ArtifactBuilder, write_unit
 from hardbatch.pipeline.artifacts.files import sha256_outside
 from hardbatch.pipeline.artifacts.footer import record_ranges, row_group_ranges
-from hardbatch.pipeline.batching.equivalence import LikelyRule, keeps_unlikely, likely_answers
+from hardbatch.pipeline.batching.equivalence import LikelyRule, keeps_unlikely, likely_answers, repeats_query
 from hardbatch.pipeline.batching.hardness import BatchHardness, measure_batch
 from hardbatch.pipeline.batching.negatives import BatchNegatives, count_negatives
 from hardbatch.pipeline.stages.card import data_card
@@ -200,7 +200,8 @@ class _WritingWorker:
         likely = likely_answers(
             slots.surrogate_queries_BD, slots.surrogate_documents_BD, self._work.rule, slots.floor_B, certain_BB
         )
-        mask_BB = certain_BB | likely.mask_BB
+        mask_BB = certain_BB | likely.mask_BB | repeats_query(slots.query.tolist(), slots.document.tolist())
+        np.fill_diagonal(mask_BB, False)
 
         columns = vars(slots) | {
             "batch_id": np.full(self._work.batch_size, batch_id),
@@ -236,9 +237,11 @@ class _WritingWorker:
         query_D, document_D = slots.surrogate_queries_BD[slot], slots.surrogate_documents_BD[slot]
         vectors = domain.surrogate.documents.take(rows)
         keeps = keeps_unlikely(query_D, document_D, vectors, self._work.rule, domain.floor)
+        texts = np.array(domain.documents.take(rows), dtype=object)
+        keeps &= ~repeats_query([slots.query[slot]], texts.tolist())[0]
         counts["negatives_removed_equivalent"] += int((~keeps).sum())
         counts["negatives_kept"] += int(keeps.sum())
-        return domain.documents.take(rows[keeps])
+        return list(texts[keeps])
 
 
 def _slot_lists(mask_BB: Array) -> pa.ListArray:

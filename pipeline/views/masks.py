@@ -17,11 +17,12 @@ from hardbatch.pipeline.artifacts.artifact import Artifact, diagnose_damage, fin
 from hardbatch.pipeline.artifacts.consistency import load_percentiles
 from hardbatch.pipeline.artifacts.vectors import open_vectors
 from hardbatch.pipeline.batching.consistency import floor_at
-from hardbatch.pipeline.batching.equivalence import Likely, LikelyRule, likely_answers
+from hardbatch.pipeline.batching.equivalence import Likely, LikelyRule, likely_answers, repeats_query
 from hardbatch.pipeline.schemas import SIDES
 
 LIKELY = "likely"  # by the surrogate alone; every other reason is certain
 NEAR_COPY = "near-copy"
+REPEATS = "text of the query"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +32,8 @@ class Mask:
     Attributes:
         slot: The masked slot.
         reason: `same document` or `same query` as the slot that it is masked for, `known pair`, `near-copy` (of
-            one side of a known pair) or `likely`; where what would tell them apart is gone, `same answer`
-            for the certain ones, or `known pair or likely`.
+            one side of a known pair), `text of the query` or `likely`. Where what would tell them apart is
+            gone: `same answer` for the certain ones, or `known pair or likely`.
         score: The surrogate's score of its document for the query; None if the vectors are gone.
         bound: What a likely answer had to score; None for other reasons, or if the vectors are gone.
         overlap: How much the texts of near-copies have in common, from 0 to 1; None for other reasons, and if
@@ -101,7 +102,7 @@ def _reason(row: Mapping[str, Any], other: Mapping[str, Any], known: set[tuple[s
         return "known pair"
     if "positive_slots" in row:
         if other["slot"] not in row["positive_slots"]:
-            return LIKELY
+            return REPEATS if repeats_query([row["query"]], [other["document"]])[0, 0] else LIKELY
         return NEAR_COPY if known is not None else "same answer"
     return LIKELY if known is not None else "known pair or likely"
 

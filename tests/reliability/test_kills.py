@@ -40,8 +40,8 @@ def assert_at_most_one_unit_redone(before: dict[Path, tuple[int, int]], workspac
 @pytest.mark.parametrize(
     ("domains", "num_steps", "chained"),
     [
-        pytest.param({"alpha": 26, "beta": 17}, 11, True, id="one workspace for all kills"),
-        pytest.param({"alpha": 120, "beta": 66, "gamma": 30}, 16, False, marks=soak, id="a workspace for each kill"),
+        pytest.param({"alpha": 26, "beta": 17}, 15, True, id="one workspace for all kills"),
+        pytest.param({"alpha": 120, "beta": 66, "gamma": 30}, 22, False, marks=soak, id="a workspace for each kill"),
     ],
 )
 def test_a_kill_at_every_stage_boundary(

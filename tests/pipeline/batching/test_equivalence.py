@@ -11,6 +11,7 @@ from hardbatch.pipeline.batching.equivalence import (
     LikelyRule,
     keeps_unlikely,
     likely_answers,
+    repeats_query,
 )
 
 
@@ -124,3 +125,12 @@ def test_hard_negatives_are_kept_if_they_are_not_likely(rule, floor):
     expected = [dot(query, negative) < max(bound, floor) for negative in negatives]
     assert keeps_unlikely(query, document, negatives, rule, floor).tolist() == expected
     assert 0 < sum(expected) < 60
+
+
+def test_documents_that_repeat_a_query_are_exactly_those():
+    queries, documents = ["a  b", "C", ""], ["c", "A b", "a c", " "]
+    assert repeats_query(queries, documents).tolist() == [
+        [False, True, False, False],
+        [True, False, False, False],
+        [False, False, False, True],
+    ]

@@ -358,3 +358,14 @@ def test_no_full_batch_is_refused_and_nothing_is_complete(
     assert "numbers 48" in str(caught.value) and "lower pack.batch_size" in str(caught.value)
     assert caught.value.exit_code == 3
     assert not list((tmp_path / "workspace" / "small" / "shards").glob("*/manifest.json"))
+
+
+def test_the_text_of_a_query_is_no_negative_of_it(tmp_path: Path) -> None:
+    """Neither in the batch nor among its hard negatives, and it is no positive."""
+    pairs = [(f"question {i}", f"answer {i}") for i in range(6)] + [("another one", "Question  1")]
+    domain = Domain(pairs=pairs, negatives=[[], ["question 1", "unlike all"], *[[]] * 5])
+    batches = [[("d", pair) for pair in (6, 1, 2, 3)]]
+    shards = write_corpus(tmp_path, {"d": domain}, [{"d": batches}], max_likely=0.0, floor_quantile=0.99)
+    assert shards.frame["equivalent_slots"].to_list() == [[], [0], [], []]
+    assert shards.frame["positive_slots"].to_list() == [[]] * 4
+    assert "question 1" not in shards.frame["negatives"].to_list()[1]
