@@ -199,7 +199,7 @@ def test_bf16_autocast_gives_every_weight_its_gradient():
 
 # -- several ranks -----------------------------------------------------------------------------------------------------
 
-ACCUMULATE, NUM_STEPS = 2, 50
+ACCUMULATE, NUM_STEPS = 2, 12
 
 
 def train_rank(rank, world_size, accumulate, config, batch_at=make_batch):
@@ -276,7 +276,7 @@ def rank_main(rank, world_size, port, folder):
     for name, (config, accumulate, batch_at) in CASES.items():
         steps = train_rank(rank, world_size, accumulate, config, batch_at)
         gradients, parameters = next(steps)
-        for _ in range((NUM_STEPS if name == "dropping" else 4) - 1):
+        for _ in range((NUM_STEPS if name == "dropping" else 3) - 1):
             _, parameters = next(steps)
         results[name] = {"gradients": gradients, "digest": digest(parameters)}
 
