@@ -3,6 +3,8 @@ PYTHON ?= python3
 export HF_HUB_OFFLINE ?= 1
 export DO_NOT_TRACK = 1
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
+# Threads of OpenMP sleep while they wait. Spinning, they take the cores from each other on a busy machine.
+export OMP_WAIT_POLICY ?= PASSIVE
 # PyPI's torch for Linux brings gigabytes of CUDA. pip takes a CPU build instead, if it is given an index or a folder
 # that has one, but only while PyPI has no newer version within this bound. Set TORCH=torch to get the newest.
 TORCH ?= 'torch<2.14'

@@ -31,6 +31,9 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         0, an exit code of `hardbatch.pipeline.errors`, or 128 + the signal that ended the training.
     """
+    # Threads that wait for each other sleep, as OpenMP reads here when torch is imported. Beside another
+    # process on two cores, a training on the CPU took six times as long while they spun.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         config = parse_flags(arguments)
         from hardbatch.trainer.ranks import join_ranks
