@@ -46,7 +46,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import polars as pl
 
-from hardbatch.pipeline.arrays import Array
+from hardbatch.pipeline.arrays import Array, PairSet
 from hardbatch.pipeline.artifacts.artifact import read_artifact
 from hardbatch.pipeline.artifacts.vectors import FoldedPoints, Texts, load_pairs, open_vectors
 from hardbatch.pipeline.batching.consistency import floor_at, own_scores, percentiles
@@ -226,7 +226,7 @@ def load(name: str, data: Path, workspace: Path, limit: int | None, models: list
             documents=documents,
             queries=queries,
             query_texts=[text.strip() for text in Texts(artifact, "queries").take(query_rows)],
-            known=pairs.is_known(query_rows[:, None], document_rows),
+            known=PairSet(pairs.query_row, pairs.document_row).contains(query_rows[:, None], document_rows),
         )
     return domains
 

@@ -7,8 +7,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from hardbatch.pipeline.arrays import Array, PairSet
 from hardbatch.pipeline.artifacts.artifact import read_artifact
@@ -26,13 +24,11 @@ class Answers:
         query_class: The class of each query row (int64).
         document_class: The class of each document row (int64), those of hard negatives among them.
         pairs: The known pairs.
-        path: The folder of the artifact.
     """
 
     query_class: Array
     document_class: Array
     pairs: Pairs
-    path: Path
 
     @cached_property
     def _known(self) -> PairSet:
@@ -44,10 +40,6 @@ class Answers:
         For a batch, `answers(query_rows[:, None], document_rows[None, :])` is True on the diagonal.
         """
         return self._known.contains(self.query_class[query_rows], self.document_class[document_rows])
-
-    def joins(self, side: str) -> pa.Table:
-        """What joined the texts of a side (columns `schemas.JOINS`); `side` is `queries` or `documents`."""
-        return pq.read_table(self.path / f"{side}-joins.parquet")
 
 
 def load_answers(path: Path, pairs: Pairs) -> Answers:
@@ -62,4 +54,4 @@ def load_answers(path: Path, pairs: Pairs) -> Answers:
     """
     artifact = read_artifact(path)
     query_class, document_class = (np.load(artifact.path / f"{side}.npy") for side in ("queries", "documents"))
-    return Answers(query_class=query_class, document_class=document_class, pairs=pairs, path=path)
+    return Answers(query_class=query_class, document_class=document_class, pairs=pairs)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from hardbatch.pipeline import schemas
-from hardbatch.pipeline.arrays import Array, PairSet, empty
+from hardbatch.pipeline.arrays import Array, empty
 from hardbatch.pipeline.artifacts.artifact import Artifact, read_artifact
 
 _OPEN_FILES = 64  # memory maps of a side; each keeps a file descriptor, and a process may have as few as 1,024
@@ -91,20 +91,6 @@ class Pairs:
         if self.negative_offsets is None or self.negative_rows is None:
             return np.empty(0, dtype=np.int64)
         return self.negative_rows[self.negative_offsets[pair_id] : self.negative_offsets[pair_id + 1]]
-
-    @cached_property
-    def known(self) -> PairSet:
-        """The pairs, as `is_known` looks them up."""
-        return PairSet(self.query_row, self.document_row)
-
-    @cached_property
-    def documents_per_query(self) -> Array:
-        """Number of pairs of each query (int64, by query row)."""
-        return np.bincount(self.query_row)
-
-    def is_known(self, query_rows: Array, document_rows: Array) -> Array:
-        """Whether each (query row, document row) is a pair of the domain (bool); the two arrays broadcast."""
-        return self.known.contains(query_rows, document_rows)
 
 
 def load_pairs(artifact: Artifact) -> Pairs:

@@ -38,7 +38,7 @@ def own_scores(queries_mD: Array, documents_mD: Array) -> Array:
 
 
 def percentiles(own_scores_n: Array) -> list[float]:
-    """Returns the percentiles 0, 1, ..., 100 of the own scores; none if there is no pair."""
+    """Returns the percentiles 0, 1, ..., 100 of the own scores; an empty list if there are no pairs."""
     if len(own_scores_n) == 0:
         return []
     return [round(float(value), _DECIMALS) for value in np.percentile(own_scores_n.astype(np.float64), _PERCENTILES)]

@@ -121,17 +121,6 @@ def no_copies(num_texts: int) -> Copies:
     return Copies(text_class=np.arange(num_texts), joins=joins)
 
 
-def compare(text: str, other: str) -> tuple[str, float] | None:
-    """The kind in `KINDS` and the overlap by which two texts are copies of each other; None if they are not.
-
-    Two texts of one class need not be copies themselves, if others stand between them.
-    """
-    copies = find_copies([[text, other]])
-    if len(copies.joins.row) == 0:
-        return None
-    return KINDS[int(copies.joins.kind[0])], float(copies.joins.overlap[0])
-
-
 class _Sentences:
     """The sentences of the texts that have several, as digests, one after another.
 

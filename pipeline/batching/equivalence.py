@@ -127,7 +127,7 @@ def _exact_scores(queries_BD: Array, documents_BD: Array, slot: int | np.integer
 def repeats_query(queries: Sequence[str], documents: Sequence[str]) -> Array:
     """Marks at [i, j] whether document j is the text of query i, apart from case and white space (bool, B × B).
 
-    Such a document is no negative: every model scores it highest. Whether it answers is another question.
+    Every model scores such a document highest, so it is not used as a negative. It need not be an answer.
     """
     number: dict[str, int] = {}
     query_B, document_B = (

@@ -7,7 +7,7 @@ that is more. (Without the second, hardness falls, because a few equal documents
 
 A batch with more pairs of a class than its cap is crowded. A crowding pair is exchanged with a pair of
 the batch that suits it best among those that have room for its classes; the other pair must find room
-too. If there is no such exchange, two batches are split again, such that each class is halved. De Werra's
+too. If there is no such exchange, two batches are split again so that each class is halved. De Werra's
 theorem on equitable edge colourings says that this always ends without a crowded batch: classes are
 vertices of a bipartite multigraph, pairs are edges, and batches are colours.
 

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from hardbatch.pipeline import schemas
+from hardbatch.pipeline.arrays import PairSet
 from hardbatch.pipeline.artifacts.artifact import read_artifact
 from hardbatch.pipeline.artifacts.vectors import FoldedPoints, Pairs, Texts, VectorRows, load_pairs, open_vectors
 from tests.artifacts import make_artifact
@@ -59,27 +60,18 @@ def test_more_units_than_files_held_open(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(list(Path("/proc/self/fd").iterdir())) <= num_open + 3
 
 
-def make_pairs(query_row: list[int], document_row: list[int]) -> Pairs:
-    queries, documents = np.array(query_row), np.array(document_row)
-    return Pairs(query_row=queries, document_row=documents, negative_offsets=None, negative_rows=None)
-
-
-def test_known_pairs_are_exactly_the_pairs_of_the_domain() -> None:
+def test_known_pairs_are_exactly_those() -> None:
     codes = np.random.default_rng(0).choice(20 * 15, 60, replace=False)
-    pairs = make_pairs(codes // 15, codes % 15)
-    known = set(zip(pairs.query_row.tolist(), pairs.document_row.tolist(), strict=True))
-    found = pairs.is_known(np.arange(20)[:, None], np.arange(25)[None, :])  # rows 15 to 24 are those of hard negatives
+    queries, documents = codes // 15, codes % 15
+    known = set(zip(queries.tolist(), documents.tolist(), strict=True))
+    found = PairSet(queries, documents).contains(np.arange(20)[:, None], np.arange(25)[None, :])
     assert found.tolist() == [[(q, d) in known for d in range(25)] for q in range(20)]
 
 
-def test_a_negative_beyond_the_documents_of_pairs_is_not_mistaken_for_a_pair() -> None:
-    pairs = make_pairs([0, 1], [0, 1])  # width 2: (0, 3) would have the code of (1, 1)
-    assert not pairs.is_known(np.array(0), np.array([2, 3])).any()
-    assert pairs.is_known(np.array(1), np.array([0, 1])).tolist() == [False, True]
-
-
-def test_documents_per_query() -> None:
-    assert make_pairs([0, 1, 0, 2, 0], [0, 1, 2, 3, 4]).documents_per_query.tolist() == [3, 1, 1]
+def test_a_number_beyond_those_of_pairs_is_not_mistaken_for_a_pair() -> None:
+    pairs = PairSet(np.array([0, 1]), np.array([0, 1]))  # width 2: (0, 3) would have the code of (1, 1)
+    assert not pairs.contains(np.array(0), np.array([2, 3])).any()
+    assert pairs.contains(np.array(1), np.array([0, 1])).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("negatives", [None, [[3, 1], [], [4]]])
@@ -112,7 +104,8 @@ def test_points_are_the_sums_of_their_sides_and_pairs_without_a_vector_are_inval
     vectors = open_vectors(
         make_artifact(tmp_path / "artifact", files, config={"unit_rows": 4}, counts={"dimension": 3})
     )
-    pairs = make_pairs([0, 1, 2, 3, 4, 4], [0, 1, 2, 4, 3, 5])
+    queries, documents = np.array([0, 1, 2, 3, 4, 4]), np.array([0, 1, 2, 4, 3, 5])
+    pairs = Pairs(query_row=queries, document_row=documents, negative_offsets=None, negative_rows=None)
     assert vectors.invalid_pairs(pairs).tolist() == [False, True, False, True, False, False]
     assert vectors.has_document.tolist() == [True, True, True, True, False, True]
 

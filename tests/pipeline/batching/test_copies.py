@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.near_copies import COPIES, OPPOSITES, make_cases
-from hardbatch.pipeline.batching.copies import KINDS, compare, find_copies
+from hardbatch.pipeline.batching.copies import KINDS, find_copies
 
 LONG = (
     "The library opens in the morning on every day of the week. Visitors leave their coats in the hall. "
@@ -26,6 +26,12 @@ LONG = (
 
 def classes(texts):
     return find_copies([texts]).text_class.tolist()
+
+
+def compare(text, other):
+    """The kind and the overlap by which two texts are copies of each other; None if they are not."""
+    joins = find_copies([[text, other]]).joins
+    return (KINDS[joins.kind[0]], float(joins.overlap[0])) if len(joins.row) else None
 
 
 @pytest.mark.parametrize(

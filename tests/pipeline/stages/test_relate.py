@@ -6,6 +6,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from hardbatch.pipeline.artifacts.answers import load_answers
@@ -68,7 +69,8 @@ def test_a_known_pair_joins_classes_and_nothing_else_does(domain, tmp_path):
         "texts": 8, "classes": 6, "joins": {"normal_form": 2, "articles": 0, "sentences": 0}, "largest_class_pairs": 2,
     }  # fmt: skip
     assert counts["queries"]["joins"] == {"normal_form": 1, "articles": 1, "sentences": 0}
-    assert answers.joins("queries").to_pylist()[0] == {"row": 1, "other_row": 0, "kind": "normal_form", "overlap": 1.0}
+    joins = pq.read_table(tmp_path / "answers" / "queries-joins.parquet")
+    assert joins.to_pylist()[0] == {"row": 1, "other_row": 0, "kind": "normal_form", "overlap": 1.0}
 
 
 def test_without_near_copies_only_equal_texts_are_one_class(domain, tmp_path):

@@ -361,7 +361,7 @@ def test_no_full_batch_is_refused_and_nothing_is_complete(
 
 
 def test_the_text_of_a_query_is_no_negative_of_it(tmp_path: Path) -> None:
-    """Neither in the batch nor among its hard negatives, and it is no positive."""
+    """Neither in the batch nor among its hard negatives. It does not become a positive either."""
     pairs = [(f"question {i}", f"answer {i}") for i in range(6)] + [("another one", "Question  1")]
     domain = Domain(pairs=pairs, negatives=[[], ["question 1", "unlike all"], *[[]] * 5])
     batches = [[("d", pair) for pair in (6, 1, 2, 3)]]
