@@ -35,7 +35,7 @@ from hardbatch.pipeline.artifacts.artifact import read_artifact
 from hardbatch.pipeline.artifacts.vectors import FoldedPoints, Vectors, load_pairs, open_vectors
 from hardbatch.pipeline.batching.hardness import measure_bounds
 from hardbatch.pipeline.batching.kmeans import Clustering, kmeans
-from hardbatch.pipeline.batching.pack import PackSettings, pack, pack_randomly
+from hardbatch.pipeline.batching.pack import PackSettings, pack
 from hardbatch.pipeline.batching.points import means_of_labels
 from hardbatch.pipeline.batching.refine import refine
 from hardbatch.pipeline.batching.tour import greedy_tour
@@ -183,7 +183,7 @@ def fill_and_refine(points: FoldedPoints, labels: Array, batch_size: int, seed: 
     """Packs FAISS's clusters as we do."""
     used, labels = np.unique(labels, return_inverse=True)
     centroids = means_of_labels(points, labels, len(used))
-    settings = PackSettings(batch_size=batch_size, seed=seed)
+    settings = PackSettings(batch_size=batch_size, group_size=batch_size, seed=seed)
     return pack(points, labels, centroids, settings).batches, labels
 
 
@@ -201,7 +201,7 @@ def ours(balance: float, levels: int = 1, rounds: int | None = None) -> Method:
         found = our_clusters(points, batch_size, seed, balance=balance, levels=levels)
         if rounds is None:
             return tour_and_cut(points, found.labels, batch_size, seed)
-        settings = PackSettings(batch_size=batch_size, seed=seed, refine_rounds=rounds)
+        settings = PackSettings(batch_size=batch_size, group_size=batch_size, seed=seed, refine_rounds=rounds)
         return pack(points, found.labels, found.centroids, settings).batches, found.labels
 
     return batch
@@ -209,7 +209,7 @@ def ours(balance: float, levels: int = 1, rounds: int | None = None) -> Method:
 
 METHODS: dict[str, Method] = {
     "random": lambda points, size, seed: (
-        pack_randomly(len(points), batch_size=size, seed=seed).batches,
+        np.random.default_rng(seed).permutation(len(points))[: len(points) // size * size].reshape(-1, size),
         np.zeros(0, dtype=np.int64),
     ),
     "described: doubled, all points, 100 × 3; tour": doubled(None),

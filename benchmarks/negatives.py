@@ -235,7 +235,9 @@ def hard_batches(domain: Domain, batch_size: int) -> Array:
     """The batches that the pipeline would make (int, M × B)."""
     num_clusters = -(-len(domain.points) // batch_size)
     found = kmeans(domain.points, num_clusters, iterations=10, tolerance=1e-3, balance=0.02, seed=0)
-    return pack(domain.points, found.labels, found.centroids, PackSettings(batch_size=batch_size)).batches
+    return pack(
+        domain.points, found.labels, found.centroids, PackSettings(batch_size=batch_size, group_size=batch_size)
+    ).batches
 
 
 def neighbourhoods(domain: Domain, batch_size: int) -> Array:

@@ -12,7 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from hardbatch.pipeline.errors import ConfigError
 from hardbatch.pipeline.schemas import MAX_BATCH_SIZE, MAX_BATCHES_PER_PART, MIXED_DOMAIN
@@ -138,7 +146,9 @@ class ClusterConfig(Table):
         description="folded: K-Means on d + q, streamed; doubled: on the paper's 2n points, with FAISS, in memory",
     )
     cluster_size: int | None = Field(
-        None, ge=2, description="mean number of pairs per cluster; default: pack.batch_size"
+        None,
+        ge=2,
+        description="mean number of pairs per cluster; default: pack.group_size (pack.batch_size if that is 1)",
     )
     iterations: int | None = Field(
         None, ge=1, description="maximum number of iterations; default: 10 for folded, 100 for doubled"
@@ -157,12 +167,17 @@ class ClusterConfig(Table):
 
 
 class PackConfig(Table):
-    """Cutting clusters into batches of exactly `batch_size` pairs."""
+    """Cutting clusters into groups of alike pairs, and composing batches of exactly `batch_size` pairs."""
 
     batch_size: int = Field(64, ge=2, le=MAX_BATCH_SIZE, description="number of pairs in every batch, B")
-    seed: int = Field(0, ge=0, description="seed for the start of the tour; each further packing adds 1")
-    order: Literal["tour", "random"] = Field(
-        "tour", description="tour: similar clusters next to each other; random: the baseline for comparisons"
+    group_size: int | None = Field(
+        None,
+        ge=1,
+        description="the dial of hardness, K: a batch is B / K groups of K alike pairs, drawn at random; "
+        "1: random batches; default: batch_size, as hard as can be",
+    )
+    seed: int = Field(
+        0, ge=0, description="seed for the start of the tour and the draw of groups; each further packing adds 1"
     )
     exact_tour_below: int = Field(8_192, ge=1, description="exact greedy tour if there are fewer clusters than this")
     refine_rounds: int = Field(
@@ -183,6 +198,16 @@ class PackConfig(Table):
         description="leave out pairs whose own document ranks beyond this for its query, among consistency.pool "
         "documents by the surrogate; default: none is left out",
     )
+
+    @field_validator("group_size")
+    @classmethod
+    def _divides_batch_size(cls, group_size: int | None, info: ValidationInfo) -> int | None:
+        batch_size = info.data.get("batch_size")  # missing if it is not valid itself
+        if group_size is not None and batch_size is not None and batch_size % group_size != 0:
+            divisors = [size for size in range(1, batch_size + 1) if batch_size % size == 0]
+            allowed = ", ".join(map(str, divisors))
+            raise ValueError(f"must divide pack.batch_size, {batch_size}, given {group_size}; allowed: {allowed}")
+        return group_size
 
 
 class HardnessConfig(Table):

@@ -44,6 +44,7 @@ class Planner:
 
     def __init__(self, settings: CorpusManifest, root: Path, data_root: Path, digests: DigestCache) -> None:
         self._settings = settings
+        self._group_size = settings.pack.group_size or settings.pack.batch_size
         self._root = root
         self._data_root = data_root
         self._digests = digests
@@ -71,7 +72,13 @@ class Planner:
         datasets = {
             dataset.name: DatasetOfShards(**dataset.model_dump(include=described)) for dataset in settings.dataset
         }
-        write = ShardsSettings(**settings.write.model_dump(), batch_size=size, domains=domains, datasets=datasets)
+        write = ShardsSettings(
+            **settings.write.model_dump(),
+            batch_size=size,
+            group_size=self._group_size,
+            domains=domains,
+            datasets=datasets,
+        )
         self._add("shards", settings.corpus, write.model_dump(), inputs)
         return self._steps
 
@@ -99,7 +106,7 @@ class Planner:
         packed = {**both, "surrogate": vectors["surrogate"], "clusters": clusters, "answers": answers}
         if pack.weak_pair_rank is not None:
             packed["consistency"] = consistency
-        cut = BatchesSettings(**pack.model_dump(), device=device)
+        cut = BatchesSettings(**pack.model_dump() | {"group_size": self._group_size}, device=device)
         batches = self._add("batches", name, cut.model_dump(), packed, runtime=runs_on)
         return {
             f"pairs/{name}": pairs,
@@ -116,7 +123,8 @@ class Planner:
         """The settings of the chosen method alone: a change of the other one's changes nothing."""
         given = self._settings.cluster
         settings = given.model_dump()
-        settings["cluster_size"] = given.cluster_size or self._settings.pack.batch_size
+        follows = self._group_size if self._group_size > 1 else self._settings.pack.batch_size
+        settings["cluster_size"] = given.cluster_size or follows
         settings["iterations"] = given.iterations or _ITERATIONS[given.method]
         if given.method == "doubled":
             return DoubledSettings(**settings, backend=_faiss_backend())

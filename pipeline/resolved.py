@@ -52,6 +52,7 @@ class HardnessSettings(HardnessConfig):
 class BatchesSettings(PackConfig):
     """Batches of one domain."""
 
+    group_size: int
     device: str
 
 
@@ -76,5 +77,6 @@ class ShardsSettings(WriteConfig):
     """Shards of a corpus; the order of `domains` numbers the batches."""
 
     batch_size: int
+    group_size: int
     domains: list[str]
     datasets: dict[str, DatasetOfShards]

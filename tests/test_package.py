@@ -80,7 +80,7 @@ def test_run_corpus_and_its_shards(tmp_path: Path, small_manifest: Path) -> None
     ("overrides", "message"),
     [
         ({"pack.batch_size": -1}, "pack.batch_size"),
-        ({"pack.order": "so-so"}, "pack.order"),
+        ({"pack.group_size": "so-so"}, "pack.group_size"),
         ({"pack": 1}, "stage.field"),
     ],
 )
@@ -98,7 +98,7 @@ def test_values_of_overrides_are_written_as_toml(
     from hardbatch.pipeline.run import _as_assignments
 
     manifest = write_manifest('corpus = "c"\n[[dataset]]\nname = "d"\nsource = "pairs.jsonl"\n')
-    given = {"pack.order": "random", "pack.refine_tolerance": 1e-3, "ingest.decontaminate": ['a "b"', "c"]}
+    given = {"cluster.method": "doubled", "pack.refine_tolerance": 1e-3, "ingest.decontaminate": ['a "b"', "c"]}
     settings = load_manifest(manifest, _as_assignments(given))
-    assert (settings.pack.order, settings.pack.refine_tolerance) == ("random", 1e-3)
+    assert (settings.cluster.method, settings.pack.refine_tolerance) == ("doubled", 1e-3)
     assert list(settings.ingest.decontaminate) == ['a "b"', "c"]

@@ -1,12 +1,13 @@
-"""Batches of exactly B pairs from clusters.
+"""Batches of exactly B pairs from clusters: groups of K alike pairs, and B/K groups a batch.
 
 Clusters follow each other on a greedy tour over their centroids (tour.py). The tour is cut into
-stretches whose vectors fit into memory. The clusters of a stretch fill batches (fill.py). Pairs that
-answer each other's queries are spread over these (spread.py), which then trade pairs with near batches
+stretches whose vectors fit into memory. The clusters of a stretch fill groups (fill.py). Pairs that
+answer each other's queries are spread over these (spread.py), which then trade pairs with near groups
 while Eq. 2 rises (refine.py). Pairs that are left over join the next stretch; those of the last stretch
-are the remainder.
+are in no group. Last, groups are drawn into batches (compose.py). If K = B, a group is a batch, and
+`fill`, `spread` and `refine` speak of batches.
 
-Shape letters: n pairs, m pairs of a stretch, k clusters, B slots, D dimension.
+Shape letters: n pairs, m pairs of a stretch, k clusters, G groups, K slots of a group, D dimension.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from hardbatch.pipeline.arrays import Array, trim_heap
+from hardbatch.pipeline.batching.compose import compose
 from hardbatch.pipeline.batching.fill import fill_batches
 from hardbatch.pipeline.batching.points import PairPoints
 from hardbatch.pipeline.batching.refine import refine
@@ -25,7 +27,7 @@ from hardbatch.pipeline.batching.spread import CappedClasses, always_allowed, sp
 from hardbatch.pipeline.batching.tour import greedy_tour
 
 _STRETCH_VALUES = 2**26  # float32 values of d⊕q in a stretch: 256 MiB
-_STRETCH_SCORES = 2**26  # pairs of a stretch times its batches
+_STRETCH_SCORES = 2**26  # pairs of a stretch times its groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,7 @@ class PackSettings:
     """How to pack. The fields are those of `config.PackConfig`; `seed` is that of this packing."""
 
     batch_size: int
+    group_size: int
     seed: int = 0
     exact_tour_below: int = 8_192
     refine_rounds: int = 30
@@ -64,50 +67,57 @@ def pack(
         classes: The query class and the document class of each pair (int64, n × 2), each numbered by itself.
             Pairs of one class go to different batches as far as possible. None if no pairs share a class.
     """
-    if len(labels) == 0:
-        return pack_randomly(0, batch_size=settings.batch_size, seed=settings.seed)
+    if settings.group_size == 1 or len(labels) == 0:
+        groups, left = np.arange(len(labels)).reshape(-1, settings.group_size), np.empty(0, dtype=np.int64)
+    else:
+        groups, left = _make_groups(points, labels, centroids, settings, classes)
+    if settings.group_size == settings.batch_size:
+        return Packing(batches=groups, remainder=left)
 
+    limit = _stretch_limit(len(labels), settings.batch_size, 2 * points.dimension)
+    batches, undrawn = compose(points, groups, classes, batch_size=settings.batch_size, limit=limit, seed=settings.seed)
+    return Packing(batches=batches, remainder=np.concatenate([undrawn, left]))
+
+
+def _make_groups(
+    points: PairPoints, labels: Array, centroids: Array, settings: PackSettings, classes: Array | None
+) -> tuple[Array, Array]:
+    """Packs clustered pairs into ⌊n/K⌋ groups; returns these (int64, G × K) and the pairs in none (int64)."""
     start = int(np.random.default_rng(settings.seed).integers(len(centroids)))
     tour = greedy_tour(centroids, start, exact_below=settings.exact_tour_below)
-    limit = _stretch_limit(len(labels), settings.batch_size, 2 * points.dimension)
+    limit = _stretch_limit(len(labels), settings.group_size, 2 * points.dimension)
     if classes is not None and limit < len(labels):
         labels = _deal(labels, tour, classes, limit, settings)
 
+    always = always_allowed(settings.batch_size, settings.group_size)
     left = np.empty(0, dtype=np.int64)
-    batches = [np.empty((0, settings.batch_size), dtype=np.int64)]
+    groups = [np.empty((0, settings.group_size), dtype=np.int64)]
     for stretch in _stretches(labels, centroids, tour, limit):
         trim_heap()  # of what the previous stretch freed
         index = np.concatenate([*stretch.members, left])
         folded = points.take(index)
         row = lay_out(folded, stretch)
         lengths = np.array([len(members) for members in stretch.members])
-        filled, rest = fill_batches(folded, row, lengths, settings.batch_size)
-        capped = None if classes is None else CappedClasses.of(classes[index], *filled.shape)
+        filled, rest = fill_batches(folded, row, lengths, settings.group_size)
+        capped = None if classes is None else CappedClasses.of(classes[index], len(filled), always)
         if capped is not None:
             filled = spread(folded, filled, capped)
             capped = capped.at(filled)
-        left, batched = index[rest], index[filled]
+        left, grouped = index[rest], index[filled]
 
         # Refining reads d⊕q, twice the size of d + q: both are never held at once.
         del folded
         trim_heap()
         refined = refine(
-            torch.from_numpy(points.joined(batched.ravel())),
-            batched,
+            torch.from_numpy(points.joined(grouped.ravel())),
+            grouped,
             rounds=settings.refine_rounds,
             tolerance=settings.refine_tolerance,
             capped=capped,
             device=settings.device,
         )
-        batches.append(refined.batches)
-    return Packing(batches=np.concatenate(batches), remainder=left)
-
-
-def pack_randomly(num_points: int, *, batch_size: int, seed: int) -> Packing:
-    """Packs 0..num_points-1 in an order drawn by `seed`: what hard batches are compared with."""
-    row = np.random.default_rng(seed).permutation(num_points)
-    cut = num_points // batch_size * batch_size
-    return Packing(batches=row[:cut].reshape(-1, batch_size), remainder=row[cut:])
+        groups.append(refined.batches)
+    return np.concatenate(groups), left
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,22 +133,26 @@ class _Stretch:
     directions: Array
 
 
-def _stretch_limit(num_points: int, batch_size: int, width: int) -> int:
-    """How many pairs a stretch may have to fit into memory, such that all are of about the same length."""
-    limit = int(min(_STRETCH_VALUES // width, (_STRETCH_SCORES * batch_size) ** 0.5))
-    return -(-num_points // -(-num_points // max(limit, batch_size)))
+def _stretch_limit(num_points: int, size: int, width: int) -> int:
+    """How many pairs a stretch may have to fit into memory, such that all are of about the same length.
+
+    `size` is that of the groups or batches that the stretch is packed into.
+    """
+    limit = int(min(_STRETCH_VALUES // width, (_STRETCH_SCORES * size) ** 0.5))
+    return -(-num_points // -(-num_points // max(limit, size)))
 
 
 def _deal(labels: Array, tour: Array, classes: Array, limit: int, settings: PackSettings) -> Array:
-    """Deals the pairs of classes that would crowd the batches of one stretch to clusters all along the tour.
+    """Deals the pairs of classes that would crowd the groups of one stretch to clusters all along the tour.
 
     Returns:
         The clusters of the pairs (int, n).
     """
-    capped = CappedClasses.of(classes, limit // settings.batch_size, settings.batch_size)
+    always = always_allowed(settings.batch_size, settings.group_size)
+    capped = CappedClasses.of(classes, limit // settings.group_size, always)
     if capped is None:
         return labels
-    is_large = capped.caps > always_allowed(settings.batch_size)
+    is_large = capped.caps > always
     is_large[0] = False
     dealt = np.asarray(is_large[capped.numbers].any(1))
     others, dealt_points = np.flatnonzero(~dealt), np.flatnonzero(dealt)

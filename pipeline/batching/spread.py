@@ -26,6 +26,7 @@ from hardbatch.pipeline.batching.nearest import fast_products
 from hardbatch.pipeline.batching.points import cluster_sums, partitions
 
 _PART_OF_BATCH = 16  # a class may always fill a 16th of a batch; see docs/batching.md for what other parts cost
+_PART_OF_GROUP = 4  # but no more than a quarter of a group, so that most of the alike pairs are negatives
 _NUM_TARGETS = 4  # batches that a pair may be exchanged with, the best ones that have room for it
 _NUM_PARTNERS = 32  # pairs of these batches that are compared, those that their batches miss least
 
@@ -44,18 +45,17 @@ class CappedClasses:
     caps: Array
 
     @classmethod
-    def of(cls, classes_m2: Array, num_batches: int, batch_size: int) -> CappedClasses | None:
+    def of(cls, classes_m2: Array, num_batches: int, always: int) -> CappedClasses | None:
         """Finds them, for pairs that fill this number of batches.
 
         Args:
             classes_m2: The query class and the document class of each pair (int64), each numbered by itself.
             num_batches: b.
-            batch_size: B.
+            always: How many pairs of a class a batch may hold in any case (`always_allowed`).
 
         Returns:
             The classes, or None if all are too small.
         """
-        always = always_allowed(batch_size)
         numbers = np.zeros(classes_m2.shape, dtype=np.int64)
         caps = [np.array([len(classes_m2) + 1])]
         num_capped = 0
@@ -93,9 +93,9 @@ class CappedClasses:
         return room
 
 
-def always_allowed(batch_size: int) -> int:
-    """How many pairs of a class a batch may hold, however small the class is."""
-    return max(1, batch_size // _PART_OF_BATCH)
+def always_allowed(batch_size: int, group_size: int | None = None) -> int:
+    """How many pairs of a class a batch, or a group of one, may hold, however small the class is."""
+    return max(1, min(batch_size // _PART_OF_BATCH, (group_size or batch_size) // _PART_OF_GROUP))
 
 
 def spread(points_mD: Array, batches: Array, capped: CappedClasses) -> Array:

@@ -17,8 +17,8 @@ from hardbatch.pipeline.artifacts.commit import ArtifactBuilder, write_unit
 from hardbatch.pipeline.artifacts.consistency import load_consistency
 from hardbatch.pipeline.artifacts.vectors import FoldedPoints, load_pairs, open_vectors
 from hardbatch.pipeline.batching.consistency import weak_pairs
-from hardbatch.pipeline.batching.pack import Packing, PackSettings, pack, pack_randomly
-from hardbatch.pipeline.batching.spread import CappedClasses
+from hardbatch.pipeline.batching.pack import PackSettings, pack
+from hardbatch.pipeline.batching.spread import CappedClasses, always_allowed
 from hardbatch.pipeline.step import Executor, Progress, StageResult, Step
 
 
@@ -53,7 +53,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         reason = "mixed" if step.config["remainder"] == "mix" else "remainder"
         rows, left, crowding = [], [], 0
         for number in range(step.config["num_packings"]):
-            packing = _pack_by(settings, points, labels, centroids, classes, number)
+            packing = pack(points, labels, centroids, _settings_of(settings, number), classes)
             crowding += _crowding_pairs(classes, packing.batches)
             rows.append(_rows(step.domain, number, pair_ids[packing.batches], cluster_of))
             left.append(_leftover(step.domain, number, pair_ids[packing.remainder], cluster_of, reason))
@@ -73,20 +73,15 @@ def _classes(answers: Answers) -> Array:
 
 def _crowding_pairs(classes: Array, batches: Array) -> int:
     """The pairs of a packing beyond what their batches may hold of a class, if classes are spread over all of them."""
-    capped = CappedClasses.of(classes, *batches.shape)
+    num_batches, batch_size = batches.shape
+    capped = CappedClasses.of(classes, num_batches, always_allowed(batch_size))
     return 0 if capped is None else capped.at(batches).num_crowding()
 
 
-def _pack_by(
-    config: dict[str, Any], points: FoldedPoints, labels: Array, centroids: Array, classes: Array, number: int
-) -> Packing:
-    """Makes one of the packings, each with a seed of its own."""
-    seed = config["seed"] + number
-    if config["order"] == "random":
-        return pack_randomly(len(labels), batch_size=config["batch_size"], seed=seed)
-    fields = ("batch_size", "exact_tour_below", "refine_rounds", "refine_tolerance", "device")
-    settings = PackSettings(seed=seed, **{name: config[name] for name in fields})
-    return pack(points, labels, centroids, settings, classes)
+def _settings_of(config: dict[str, Any], number: int) -> PackSettings:
+    """The settings of one of the packings, each with a seed of its own."""
+    fields = ("batch_size", "group_size", "exact_tour_below", "refine_rounds", "refine_tolerance", "device")
+    return PackSettings(seed=config["seed"] + number, **{name: config[name] for name in fields})
 
 
 def build_mixed(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> StageResult:

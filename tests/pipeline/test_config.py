@@ -137,7 +137,8 @@ def test_a_wrong_value_of_a_dataset_names_it(load: Load, line: str, key: str) ->
         ("pack.num_packings=0", "greater than or equal to 1"),
         ("pack.num_packings=65", "less than or equal to 64"),
         ("pack.exact_tour_below=0", "greater than or equal to 1"),
-        ("pack.order=shuffle", "'tour' or 'random'"),
+        ("pack.group_size=0", "greater than or equal to 1"),
+        ("pack.group_size=24", "must divide pack.batch_size, 64, given 24; allowed: 1, 2, 4, 8, 16, 32, 64"),
         ("pack.remainder=keep", "'drop' or 'mix'"),
         ("write.margin=true", "valid number"),
         ('write.margin="0.5"', "valid number"),
@@ -220,7 +221,7 @@ def test_an_override_of_another_form_is_refused(load: Load, override: str) -> No
     ("override", "message"),
     [
         ("pack.sed=1", "--set: pack.sed: unknown key; did you mean 'seed'?"),
-        ("pack.zzzzzz=1", "--set: pack.zzzzzz: unknown key; allowed: batch_size, seed"),
+        ("pack.zzzzzz=1", "--set: pack.zzzzzz: unknown key; allowed: batch_size, group_size"),
         ("embed.query_prompt=\udcff", "has characters that cannot be printed"),
     ],
 )

@@ -126,7 +126,9 @@ def test_threads_change_nothing(corpus, tmp_path, write_jsonl):
     [
         ("pack.seed=1", {"batches", "shards"}),
         ("pack.exact_tour_below=1", {"batches", "shards"}),
-        ("pack.order=random", {"batches", "shards"}),
+        ("pack.group_size=4", {"clusters", "batches", "shards"}),
+        ("pack.group_size=1", {"batches", "shards"}),
+        ("pack.group_size=8", set()),  # the default, which is batch_size
         ("pack.refine_rounds=0", {"batches", "shards"}),
         ("pack.refine_tolerance=0.1", {"batches", "shards"}),
         ("pack.num_packings=2", {"batches", "shards"}),

@@ -12,8 +12,9 @@ from hardbatch.pipeline.artifacts.artifact import read_artifact
 from hardbatch.pipeline.artifacts.consistency import load_consistency
 from hardbatch.pipeline.batching import pack as module
 from hardbatch.pipeline.batching.kmeans import kmeans
-from hardbatch.pipeline.batching.pack import PackSettings, pack, pack_randomly
+from hardbatch.pipeline.batching.pack import PackSettings, pack
 from hardbatch.pipeline.batching.points import InMemory
+from hardbatch.pipeline.stages import pack as stage_module
 from tests.pipeline.batching.examples import equation_2, topical_sides
 from tests.samples import Sides
 
@@ -49,7 +50,9 @@ def run_pack(points, labels, batch_size, centroids=None, **changes):
     centroids = means_of(points, labels) if centroids is None else centroids
     arguments = points.documents, points.queries, labels, centroids
     before = [array.copy() for array in arguments]
-    packing = pack(points, labels, centroids, PackSettings(batch_size=batch_size, **changes))
+    packing = pack(
+        points, labels, centroids, PackSettings(batch_size=batch_size, **{"group_size": batch_size} | changes)
+    )
     assert all(np.array_equal(*both) for both in zip(arguments, before, strict=True))
     assert_every_pair_once(packing, len(points), batch_size)
     return packing
@@ -199,7 +202,7 @@ def test_another_seed_gives_a_pair_other_batch_mates():
 def test_packed_batches_are_harder_than_random_ones_and_harder_still_refined():
     points = topical(np.arange(1_600) % 40, dimension=32, spread=1.5)
     labels = clusters_of(points, 50)
-    random = pack_randomly(1_600, batch_size=32, seed=0)
+    random = run_pack(points, labels, 32, group_size=1)
     plain, refined = (run_pack(points, labels, 32, refine_rounds=rounds) for rounds in (0, 30))
     values = [worth(points, packing.batches) for packing in (random, plain, refined)]
     assert values[1] > values[0] + 0.15 * 1_600 * 31
@@ -253,13 +256,6 @@ def test_threads_and_block_size_change_nothing(same_each_way, spread):
         return packing.batches, packing.remainder
 
     same_each_way(packed, *({"refine._GAINS_HELD": held} for held in (1, 33 * 96 * 7)))
-
-
-def test_random_batches_hold_every_pair_once_in_an_order_drawn_by_the_seed():
-    packing = pack_randomly(103, batch_size=8, seed=5)
-    assert_every_pair_once(packing, 103, 8)
-    assert not np.array_equal(packing.batches, pack_randomly(103, batch_size=8, seed=6).batches)
-    assert not np.array_equal(packing.batches.ravel(), np.sort(packing.batches.ravel()))
 
 
 # runs
@@ -390,9 +386,9 @@ def several(run_corpus, write_jsonl, rows):
     return run
 
 
-@pytest.mark.parametrize("order", ["tour", "random"])
-def test_each_packing_holds_every_pair_once(several, order):
-    plan = several(f"pack.order={order}")
+@pytest.mark.parametrize("group_size", [8, 4, 1])
+def test_each_packing_holds_every_pair_once(several, group_size):
+    plan = several(f"pack.group_size={group_size}")
     for domain, size in (("alpha", 75), ("beta", 44)):
         batches, leftover, counts = tables_of(plan, domain)
         num_batches, num_left = divmod(size - 1, 8)
@@ -409,26 +405,29 @@ def test_each_packing_holds_every_pair_once(several, order):
             assert rest.filter(reason="invalid_vector")["pair_id"].to_list() == [9]
             mates = rows.group_by("batch").agg("pair_id")["pair_id"].to_list()
             ways.add(frozenset(frozenset(batch) for batch in mates))
-        assert len(ways) == 3 or (order == "tour" and len(ways) == 2)  # two tours may come to the same batches
+        assert len(ways) == 3 or (group_size == 8 and len(ways) == 2)  # two tours may come to the same batches
         clusters = set(pl.concat([batches, leftover], how="diagonal").select("pair_id", "cluster_id").iter_rows())
         assert len(clusters) == size  # a pair is of one cluster in all packings
 
 
-def test_pairs_beyond_what_a_batch_may_hold_are_counted(run_corpus, write_jsonl, rows):
-    """Eight pairs of one document and 24 others: a random packing puts several of the eight in a batch."""
+def test_pairs_beyond_what_a_batch_may_hold_are_counted(run_corpus, write_jsonl, rows, monkeypatch):
+    """Eight pairs of one document and 24 others: without a cap, several of the eight are in a batch."""
     texts = rows(32)
     for row in texts[:8]:
         row["document"] = texts[0]["document"]
     write_jsonl("alpha.jsonl", texts)
     alone = PACKINGS.replace('[[dataset]]\nname = "beta"\nsource = "beta.jsonl"\n', "")
-    for order, is_crowded in (("tour", False), ("random", True)):
-        plan = run_corpus(
-            alone, overrides=[f"pack.order={order}"], stages=("pairs", "answers", "vectors", "clusters", "batches")
-        )
-        batches, _, counts = tables_of(plan, "alpha")
-        held = batches.filter(pl.col("pair_id") < 8).group_by("packing", "batch").len()["len"]
-        assert counts["crowding_pairs"] == sum(number - 2 for number in held if number > 2)
-        assert (counts["crowding_pairs"] > 0) == is_crowded
+    stages = ("pairs", "answers", "vectors", "clusters", "batches")
+    original = stage_module.pack
+    for without_caps in (False, True):
+        if without_caps:
+            monkeypatch.setattr(stage_module, "pack", lambda *arguments: original(*arguments[:-1]))
+        for group_size in (8, 4, 1):
+            changed = [f"pack.group_size={group_size}", f"pack.seed={3 * without_caps}"]
+            batches, _, counts = tables_of(run_corpus(alone, overrides=changed, stages=stages), "alpha")
+            held = batches.filter(pl.col("pair_id") < 8).group_by("packing", "batch").len()["len"]
+            assert counts["crowding_pairs"] == sum(number - 2 for number in held if number > 2)
+            assert (counts["crowding_pairs"] > 0) == without_caps
 
 
 def test_the_first_of_several_packings_is_the_only_one_of_one(several):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hardbatch.pipeline.batching import refine as module
 from hardbatch.pipeline.batching.hardness import measure_bounds
 from hardbatch.pipeline.batching.refine import refine
-from hardbatch.pipeline.batching.spread import CappedClasses, spread
+from hardbatch.pipeline.batching.spread import CappedClasses, always_allowed, spread
 from tests.pipeline.batching.examples import equation_2, topical_sides
 from tests.samples import Sides
 
@@ -75,7 +75,7 @@ def test_no_batch_becomes_crowded(data):
     limits = [data.draw(st.integers(1, num_pairs)) for _ in (0, 1)]
     classes = np.stack([generator.integers(0, limit, num_pairs) for limit in limits], axis=1)
     vectors = topical(classes[:, 0], dimension=4)  # pairs of a class want to be together
-    capped = CappedClasses.of(classes, num_batches, batch_size)
+    capped = CappedClasses.of(classes, num_batches, always_allowed(batch_size))
     batches = generator.permutation(num_pairs).reshape(num_batches, batch_size)
     if capped is not None:
         batches = spread(vectors, batches, capped)
@@ -90,7 +90,7 @@ def test_a_pair_stays_away_from_a_batch_that_holds_its_class():
     classes = np.stack([np.arange(16), np.arange(16)], axis=1)
     assert 7 in run(vectors, batches).batches[1]
     classes[7, 1] = classes[12, 1]
-    assert 7 in run(vectors, batches, capped=CappedClasses.of(classes, 2, 8)).batches[0]
+    assert 7 in run(vectors, batches, capped=CappedClasses.of(classes, 2, 1)).batches[0]
 
 
 def test_many_rounds_drift_no_way_from_the_truth():

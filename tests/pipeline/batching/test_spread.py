@@ -11,7 +11,7 @@ from hardbatch.pipeline.batching import pack as pack_module
 from hardbatch.pipeline.batching.kmeans import kmeans
 from hardbatch.pipeline.batching.pack import PackSettings, pack
 from hardbatch.pipeline.batching.points import InMemory
-from hardbatch.pipeline.batching.spread import CappedClasses, halve, spread
+from hardbatch.pipeline.batching.spread import CappedClasses, always_allowed, halve, spread
 from tests.pipeline.batching.examples import topical_sides
 from tests.samples import Sides
 
@@ -60,7 +60,7 @@ def crowds(draw):
 @given(crowds())
 def test_no_batch_is_crowded_and_no_pair_is_lost(given_):
     points, batches, classes = given_
-    capped = CappedClasses.of(classes, *batches.shape)
+    capped = CappedClasses.of(classes, len(batches), always_allowed(batches.shape[1]))
     if capped is None:
         assert crowding_by_hand(classes, batches) == 0
         return
@@ -99,7 +99,7 @@ def test_a_crowding_pair_goes_to_the_batch_that_suits_it():
     points[4] = [0.4, 0.6, 0.0]
     classes = np.stack([np.arange(12), np.arange(12)], axis=1)
     classes[3, 0] = classes[0, 0]
-    found = spread(points, np.arange(12).reshape(3, 4), CappedClasses.of(classes, 3, 4))
+    found = spread(points, np.arange(12).reshape(3, 4), CappedClasses.of(classes, 3, 1))
     assert [set(batch) for batch in found.tolist()] == [{0, 1, 2, 4}, {3, 5, 6, 7}, {8, 9, 10, 11}]
 
 
@@ -118,7 +118,7 @@ def similar_pairs(query_class, document_class, dimension=32, seed=0):
 def packed(points, classes, batch_size, rounds=10):
     folded = InMemory(points.take(np.arange(len(points))))
     found = kmeans(folded, -(-len(points) // batch_size), iterations=5, tolerance=1e-3, balance=0.02, seed=0)
-    chosen = PackSettings(batch_size=batch_size, refine_rounds=rounds)
+    chosen = PackSettings(batch_size=batch_size, group_size=batch_size, refine_rounds=rounds)
     packing = pack(points, found.labels, found.centroids, chosen, classes)
     placed = np.concatenate([packing.batches.ravel(), packing.remainder])
     assert sorted(placed.tolist()) == list(range(len(points)))
