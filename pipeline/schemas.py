@@ -102,6 +102,7 @@ INDEX = pa.schema(
         ("record_offset", pa.int64()),
         ("record_length", pa.int64()),
         ("hardness", pa.float64()),
+        ("group_hardness", pa.float64()),
         ("masked_hardness", pa.float64()),
         ("mask_rate", pa.float64()),
         ("surrogate_loss", pa.float64()),

@@ -5,7 +5,7 @@
 
 H_random is the expectation of H over random batches, in closed form. H_knn is the mean over anchors i of their
 B−1 largest c_ij among all pairs of the domain, which no partition attains. Masked figures leave out the
-equivalence sets, and use the same two bounds.
+equivalence sets, and use the same two bounds. Group hardness is the mean over i ≠ j of one group.
 
 Shape letters: n pairs of the domain, B slots of a batch, A anchors, D dimension.
 """
@@ -27,9 +27,14 @@ _DECIMALS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class BatchHardness:
-    """Figures of one batch; `masked_hardness` is None if every negative is masked."""
+    """Figures of one batch.
+
+    `group_hardness` is None if the batch has no groups of two or more pairs, `masked_hardness` if every
+    negative is masked.
+    """
 
     hardness: float
+    group_hardness: float | None
     masked_hardness: float | None
     mask_rate: float
     surrogate_loss: float
@@ -49,7 +54,12 @@ class Bounds:
 
 
 def measure_batch(
-    queries_BD: Array, documents_BD: Array, mask_BB: Array, surrogate_queries_BD: Array, surrogate_documents_BD: Array
+    queries_BD: Array,
+    documents_BD: Array,
+    mask_BB: Array,
+    surrogate_queries_BD: Array,
+    surrogate_documents_BD: Array,
+    group_size: int = 1,
 ) -> BatchHardness:
     """Measures one batch.
 
@@ -59,6 +69,7 @@ def measure_batch(
         mask_BB: The equivalence sets (bool): which slots j are not negatives of slot i.
         surrogate_queries_BD: Vectors of the surrogate, for the loss.
         surrogate_documents_BD: The same of the documents.
+        group_size: K, if each K consecutive slots are a group of alike pairs.
 
     Returns:
         The figures, rounded to 6 decimals. `surrogate_loss` is InfoNCE at τ = 0.02 over what is not masked.
@@ -68,6 +79,8 @@ def measure_batch(
     similar_BB = (half_BB + half_BB.T) / 2
     is_negative = ~np.eye(size, dtype=bool)
     unmasked = is_negative & ~mask_BB
+    group_B = np.arange(size) // group_size
+    is_of_group = is_negative & (group_B[:, None] == group_B)
 
     scores_BB = surrogate_queries_BD.astype(np.float64) @ surrogate_documents_BD.astype(np.float64).T / TEMPERATURE
     own_B = np.diag(scores_BB).copy()
@@ -77,10 +90,15 @@ def measure_batch(
 
     return BatchHardness(
         hardness=round(float(similar_BB[is_negative].mean()), _DECIMALS),
-        masked_hardness=round(float(similar_BB[unmasked].mean()), _DECIMALS) if unmasked.any() else None,
+        group_hardness=_mean(similar_BB[is_of_group]),
+        masked_hardness=_mean(similar_BB[unmasked]),
         mask_rate=round(float(mask_BB[is_negative].mean()), _DECIMALS),
         surrogate_loss=round(float(loss_B.mean()), _DECIMALS),
     )
+
+
+def _mean(values: Array) -> float | None:
+    return round(float(values.mean()), _DECIMALS) if len(values) else None
 
 
 def measure_bounds(points: PairPoints, batch_size: int, *, num_anchors: int, seed: int) -> Bounds | None:

@@ -55,6 +55,7 @@ def data_card(corpus: str, key: str, licences: Mapping[str, str], summary: Summa
             "",
             "Hardness: how alike the negatives of a batch are. Share: 0 for random batches, 1 for every pair among its",
             "nearest of the domain. Masked: without likely answers. Surrogate loss: InfoNCE after masking.",
+            "Group hardness: that of the negatives of a pair's own group, where a batch has several groups.",
             *packings_text(summary.packings),
             "",
             markdown_table(*negatives_rows(domains)),
@@ -79,15 +80,18 @@ def hardness_rows(domains: Mapping[str, DomainSummary], num_packings: int) -> tu
     """
     several = num_packings > 1
     with_sizes = any(CLUSTER_SIZES[0] in domain.source for domain in domains.values())
-    header = ["domain", *["packing"] * several, *(field.name.replace("_", " ") for field in fields(Hardness))]
+    shown = [field.name for field in fields(Hardness)]
+    if not any(_has_groups(domain.hardness) for domain in domains.values()):
+        shown.remove("group_hardness")
+    header = ["domain", *["packing"] * several, *(name.replace("_", " ") for name in shown)]
     header += ["shared batch-mates"] * several + ["cluster sizes 5/50/95 %"] * with_sizes
     rows = []
     for name, domain in domains.items():
         sizes = ", ".join(f"{domain.source[size]:,g}" for size in CLUSTER_SIZES if size in domain.source)
-        of_all = [name, *["all"] * several, *_hardness_cells(domain.hardness)]
+        of_all = [name, *["all"] * several, *_hardness_cells(domain.hardness, shown)]
         rows.append(of_all + [_cell(domain.shared_batch_mates)] * several + [sizes] * with_sizes)
         for packing, part in enumerate(domain.by_packing):
-            rows.append(["", str(packing), *_hardness_cells(part), "", *[""] * with_sizes])
+            rows.append(["", str(packing), *_hardness_cells(part, shown), "", *[""] * with_sizes])
     return header, rows
 
 
@@ -152,8 +156,13 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows])
 
 
-def _hardness_cells(hardness: Hardness | None) -> list[str]:
-    return [_cell(getattr(hardness, field.name, None)) for field in fields(Hardness)]
+def _has_groups(hardness: Hardness | None) -> bool:
+    """Whether batches have groups whose hardness is not that of the whole batch."""
+    return hardness is not None and hardness.group_hardness not in (None, hardness.hardness)
+
+
+def _hardness_cells(hardness: Hardness | None, names: Sequence[str]) -> list[str]:
+    return [_cell(getattr(hardness, name, None)) for name in names]
 
 
 def _cell(value: float | None) -> str:

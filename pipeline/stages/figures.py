@@ -34,9 +34,11 @@ class Hardness(_Figures):
     """How hard some batches are, on average; the fields come in the order in which they are shown.
 
     The shares are None if there are no bounds to compare with, a masked field also if every negative is masked.
+    `group_hardness` is that of the negatives of the own group, None if there are none.
     """
 
     hardness: float
+    group_hardness: float | None
     masked_hardness: float | None
     share: float | None
     masked_share: float | None

@@ -109,6 +109,7 @@ def _source_counts(step: Step, domain: str) -> dict[str, Any]:
 def _hardness(rows: pa.Table, bounds: Bounds | None) -> Hardness:
     """How hard the batches in `rows` of the index are; with shares if there are bounds to compare with."""
     hardness = float(np.mean(rows["hardness"].to_numpy()))
+    within = rows["group_hardness"]
 
     # The mean over all unmasked negatives, so each batch weighs as much as it has of them.
     unmasked = 1 - rows["mask_rate"].to_numpy()
@@ -116,6 +117,7 @@ def _hardness(rows: pa.Table, bounds: Bounds | None) -> Hardness:
     masked = float((masked_values * unmasked).sum() / unmasked.sum()) if unmasked.any() else None
     return Hardness(
         hardness=hardness,
+        group_hardness=None if within.null_count else float(np.mean(within.to_numpy())),
         masked_hardness=masked,
         share=None if bounds is None else bounds.share(hardness),
         masked_share=None if bounds is None or masked is None else bounds.share(masked),

@@ -69,6 +69,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         rule=LikelyRule(**{name: step.config[name] for name in ("margin", "margin_strategy", "max_likely")}),
         floor_quantile=step.config["floor_quantile"],
         batch_size=step.config["batch_size"],
+        group_size=step.config["group_size"],
         num_batches={domain: counts.batches for domain, counts in packed.items()},
         with_negatives=any(artifact.manifest.counts["negatives"] for artifact in pairs),
     )
@@ -117,6 +118,7 @@ class _Writing:
     rule: LikelyRule
     floor_quantile: float
     batch_size: int
+    group_size: int
     num_batches: dict[str, int]  # of each packing, by domain, in the order of the batch ids
     with_negatives: bool
 
@@ -216,8 +218,14 @@ class _WritingWorker:
                     columns["negatives"][slot] = self._negatives(slots, slot, domain, counts)
         table = pa.table({name: columns[name] for name in self._schema.names}, schema=self._schema)
 
+        # What is left over in several domains is mixed without regard to groups.
         hardness = measure_batch(
-            slots.queries_BD, slots.documents_BD, mask_BB, slots.surrogate_queries_BD, slots.surrogate_documents_BD
+            slots.queries_BD,
+            slots.documents_BD,
+            mask_BB,
+            slots.surrogate_queries_BD,
+            slots.surrogate_documents_BD,
+            group_size=1 if packing.domain == schemas.MIXED_DOMAIN else self._work.group_size,
         )
         return table, _BatchFigures(hardness=hardness, negatives=count_negatives(mask_BB, certain_BB))
 

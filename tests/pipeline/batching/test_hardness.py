@@ -33,20 +33,23 @@ def dot(left, right):
 
 
 def naive_batch(queries, documents, mask, surrogate_queries, surrogate_documents):
-    """From the definitions: hardness, masked hardness, mask rate and surrogate loss."""
+    """From the definitions: hardness, that within groups of three, masked hardness, mask rate and surrogate loss."""
     size = len(queries)
-    alike, unmasked, losses = [], [], []
+    alike, within, unmasked, losses = [], [], [], []
     for i in range(size):
         own = dot(surrogate_queries[i], surrogate_documents[i]) / TEMPERATURE
         total = 1.0  # of exp(score - own)
         for j in set(range(size)) - {i}:
             alike.append((dot(documents[i], queries[j]) + dot(documents[j], queries[i])) / 2)
+            if i // 3 == j // 3:
+                within.append(alike[-1])
             if not mask[i, j]:
                 unmasked.append(alike[-1])
                 total += math.exp(dot(surrogate_queries[i], surrogate_documents[j]) / TEMPERATURE - own)
         losses.append(math.log(total))
     return (
         np.mean(alike),
+        np.mean(within),
         np.mean(unmasked) if unmasked else None,
         1 - len(unmasked) / len(alike),
         np.mean(losses),
@@ -60,7 +63,7 @@ def test_batch_figures_are_those_of_the_loops(size, rate):
     surrogates = unit_vectors(size, 7, 3), unit_vectors(size, 7, 4)
     mask = np.random.default_rng(5).random((size, size)) < rate
     np.fill_diagonal(mask, False)
-    found = astuple(measure_batch(queries, documents, mask, *surrogates))
+    found = astuple(measure_batch(queries, documents, mask, *surrogates, group_size=3))
     for value, expected in zip(found, naive_batch(queries, documents, mask, *surrogates), strict=True):
         assert value == (None if expected is None else pytest.approx(expected, abs=1e-5))
 
@@ -70,6 +73,14 @@ def test_a_batch_all_masked_has_no_masked_hardness():
     found = measure_batch(vectors, vectors, ~np.eye(5, dtype=bool), vectors, vectors)
     assert found.masked_hardness is None and found.mask_rate == 1.0 and np.isfinite(found.hardness)
     assert found.surrogate_loss == pytest.approx(0, abs=1e-9)
+
+
+def test_groups_of_the_size_of_the_batch_are_as_hard_as_the_batch_and_groups_of_one_have_no_hardness():
+    queries, documents = unit_vectors(12, 8, 0), unit_vectors(12, 8, 1)
+    sides = queries, documents, np.zeros((12, 12), dtype=bool), queries, documents
+    whole, single = measure_batch(*sides, group_size=12), measure_batch(*sides, group_size=1)
+    assert whole.group_hardness == whole.hardness == single.hardness
+    assert single.group_hardness is None
 
 
 def test_loss_does_not_overflow_for_the_hardest_batch():

@@ -113,6 +113,8 @@ def test_hardness_is_the_mean_of_the_batches_and_relative_to_the_bounds(several:
         unmasked = 1 - rows["mask_rate"]
         masked = (rows["masked_hardness"].fill_null(0) * unmasked).sum() / unmasked.sum()
         assert domain["hardness"] == pytest.approx(rows["hardness"].mean(), abs=1e-4)
+        within = None if name == "mixed" else pytest.approx(rows["group_hardness"].mean(), abs=1e-4)
+        assert domain["group_hardness"] == within
         assert domain["mask_rate"] == pytest.approx(rows["mask_rate"].mean(), abs=1e-4)
         assert domain["surrogate_loss"] == pytest.approx(rows["surrogate_loss"].mean(), abs=1e-4)
         assert domain["masked_hardness"] == pytest.approx(masked, abs=1e-4)

@@ -211,6 +211,11 @@ def test_hardness_of_the_index(written: Written) -> None:
         masked = np.array([[j in slots for j in range(B)] for slots in batch["equivalent_slots"]])
         assert row["hardness"] == pytest.approx(similar[others].mean(), abs=2e-6)
         assert row["mask_rate"] == pytest.approx(masked[others].mean(), abs=2e-6)
+        if row["domain"] == "mixed":
+            assert row["group_hardness"] is None
+        else:
+            in_groups = similar[[0, 1, 2, 3], [1, 0, 3, 2]].mean()  # groups of two
+            assert row["group_hardness"] == pytest.approx(in_groups, abs=2e-6)
         if (others & ~masked).any():
             assert row["masked_hardness"] == pytest.approx(similar[others & ~masked].mean(), abs=2e-6)
         else:
