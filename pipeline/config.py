@@ -179,6 +179,11 @@ class PackConfig(Table):
     seed: int = Field(
         0, ge=0, description="seed for the start of the tour and the draw of groups; each further packing adds 1"
     )
+    compose: Literal["domain", "corpus"] = Field(
+        "domain",
+        description="domain: the groups of a batch are of one domain; corpus: they are drawn from all domains, "
+        "into batches of domain mixed",
+    )
     exact_tour_below: int = Field(8_192, ge=1, description="exact greedy tour if there are fewer clusters than this")
     refine_rounds: int = Field(
         30, ge=0, description="maximum number of rounds in which nearby batches trade pairs; 0: none"
@@ -208,6 +213,12 @@ class PackConfig(Table):
             allowed = ", ".join(map(str, divisors))
             raise ValueError(f"must divide pack.batch_size, {batch_size}, given {group_size}; allowed: {allowed}")
         return group_size
+
+    @model_validator(mode="after")
+    def _check(self) -> PackConfig:
+        if self.compose == "corpus" and self.remainder == "mix":
+            raise ValueError("compose 'corpus' mixes domains already and goes with remainder 'drop', given 'mix'")
+        return self
 
 
 class HardnessConfig(Table):

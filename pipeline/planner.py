@@ -44,7 +44,8 @@ class Planner:
 
     def __init__(self, settings: CorpusManifest, root: Path, data_root: Path, digests: DigestCache) -> None:
         self._settings = settings
-        self._group_size = settings.pack.group_size or settings.pack.batch_size
+        size = settings.pack.group_size or settings.pack.batch_size
+        self._pack = settings.pack.model_copy(update={"group_size": size})
         self._root = root
         self._data_root = data_root
         self._digests = digests
@@ -62,30 +63,25 @@ class Planner:
             inputs.update(self._domain(dataset, models))
 
         domains = [dataset.name for dataset in settings.dataset]  # a list, as their order numbers the batches
-        size = settings.pack.batch_size
-        if settings.pack.remainder == "mix":
-            mixed = MixedSettings(batch_size=size, num_packings=settings.pack.num_packings, domains=domains)
-            packed = {name: path for name, path in inputs.items() if name.startswith("batches/")}
+        shape = self._pack.model_dump(include={"batch_size", "group_size", "compose"})
+        if self._pack.remainder == "mix" or self._pack.compose == "corpus":
+            mixed = MixedSettings(**shape, seed=self._pack.seed, num_packings=self._pack.num_packings, domains=domains)
+            needed = ("pairs/", "answers/", "batches/")
+            packed = {name: path for name, path in inputs.items() if name.startswith(needed)}
             inputs[f"batches/{MIXED_DOMAIN}"] = self._add("batches", MIXED_DOMAIN, mixed.model_dump(), packed)
 
         described = set(DatasetOfShards.model_fields)
         datasets = {
             dataset.name: DatasetOfShards(**dataset.model_dump(include=described)) for dataset in settings.dataset
         }
-        write = ShardsSettings(
-            **settings.write.model_dump(),
-            batch_size=size,
-            group_size=self._group_size,
-            domains=domains,
-            datasets=datasets,
-        )
+        write = ShardsSettings(**settings.write.model_dump(), **shape, domains=domains, datasets=datasets)
         self._add("shards", settings.corpus, write.model_dump(), inputs)
         return self._steps
 
     def _domain(self, dataset: Dataset, models: Mapping[str, ModelSpec]) -> dict[str, Path]:
         """Adds the steps of a domain; returns the inputs that writing needs."""
         name = dataset.name
-        pack = self._settings.pack
+        pack = self._pack
         pairs = self._pairs(dataset)
         answers = self._add("answers", name, self._settings.answers.model_dump(), {"pairs": pairs})
         vectors = {role: self._vectors(name, model, pairs) for role, model in models.items()}
@@ -106,7 +102,7 @@ class Planner:
         packed = {**both, "surrogate": vectors["surrogate"], "clusters": clusters, "answers": answers}
         if pack.weak_pair_rank is not None:
             packed["consistency"] = consistency
-        cut = BatchesSettings(**pack.model_dump() | {"group_size": self._group_size}, device=device)
+        cut = BatchesSettings(**pack.model_dump(), device=device)
         batches = self._add("batches", name, cut.model_dump(), packed, runtime=runs_on)
         return {
             f"pairs/{name}": pairs,
@@ -123,7 +119,7 @@ class Planner:
         """The settings of the chosen method alone: a change of the other one's changes nothing."""
         given = self._settings.cluster
         settings = given.model_dump()
-        follows = self._group_size if self._group_size > 1 else self._settings.pack.batch_size
+        follows = self._pack.batch_size if self._pack.group_size == 1 else self._pack.group_size
         settings["cluster_size"] = given.cluster_size or follows
         settings["iterations"] = given.iterations or _ITERATIONS[given.method]
         if given.method == "doubled":

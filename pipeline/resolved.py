@@ -57,9 +57,12 @@ class BatchesSettings(PackConfig):
 
 
 class MixedSettings(Table):
-    """Batches that mix what is left over in all domains; the order of `domains` numbers them."""
+    """Batches that mix groups, or what is left over, of all domains; the order of `domains` numbers them."""
 
+    compose: str
     batch_size: int
+    group_size: int
+    seed: int
     num_packings: int
     domains: list[str]
 
@@ -76,6 +79,7 @@ class DatasetOfShards(Table):
 class ShardsSettings(WriteConfig):
     """Shards of a corpus; the order of `domains` numbers the batches."""
 
+    compose: str
     batch_size: int
     group_size: int
     domains: list[str]

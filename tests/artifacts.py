@@ -153,7 +153,13 @@ def write_corpus(folder: Path, domains: Mapping[str, Domain], packings: Sequence
         for name, domain in domains.items()
     }
     sizes = {len(slots) for packing in packings for batches in packing.values() for slots in batches}
-    settings = {"domains": list(domains), "datasets": datasets, "batch_size": sizes.pop(), "group_size": 2}
+    settings = {
+        "domains": list(domains),
+        "datasets": datasets,
+        "batch_size": sizes.pop(),
+        "group_size": 2,
+        "compose": "domain",
+    }
     settings |= {"margin": 0.0, "margin_strategy": "absolute", "floor_quantile": 0.25, "max_likely": 1.0}
     step = Step(
         stage="shards",

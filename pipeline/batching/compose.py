@@ -17,26 +17,28 @@ from __future__ import annotations
 import numpy as np
 
 from hardbatch.pipeline.arrays import Array
-from hardbatch.pipeline.batching.points import PairPoints
+from hardbatch.pipeline.batching.points import Points
 from hardbatch.pipeline.batching.spread import CappedClasses, always_allowed, spread
 
+_BLOCK_VALUES = 2**26  # float32 values of d + q in a block: 256 MiB
+_BLOCK_SCORES = 2**26  # pairs of a block times its batches
 _NUM_TRIES = 64  # exchanges in a row that may fail before a crowded batch is left to `spread`
 
 
 def compose(
-    points: PairPoints, groups_GK: Array, classes: Array | None, *, batch_size: int, limit: int, seed: int
+    points: Points, groups_GK: Array, classes: Array | None, *, batch_size: int, seed: int
 ) -> tuple[Array, Array]:
     """Draws ⌊G·K/B⌋ batches of B/K groups each.
 
-    Beside the groups, this holds the folded vectors of `limit` pairs if pairs are exchanged one by one.
+    Exchanges are made within blocks of batches. If pairs are exchanged one by one, the folded vectors of a
+    block are held, 256 MiB at most, and 2 bytes for each of its capped classes and batches.
 
     Args:
-        points: The pairs.
+        points: The pairs, as folded points.
         groups_GK: Groups of pairs, by index (int64).
         classes: The query class and the document class of each pair (int64, n × 2); None if no pairs share
             a class.
         batch_size: B, a multiple of K.
-        limit: The largest number of pairs among which groups are exchanged.
         seed: Draws the order of the groups, and the exchanges that are tried.
 
     Returns:
@@ -52,6 +54,7 @@ def compose(
     if classes is None or num_batches == 0:
         return batches_MB, left
 
+    limit = int(min(_BLOCK_VALUES // points.dimension, (_BLOCK_SCORES * batch_size) ** 0.5))
     num_blocks = -(-len(row) // max(limit, batch_size))
     for block_MB in np.array_split(batches_MB, num_blocks):
         capped = CappedClasses.of(classes[block_MB.ravel()], len(block_MB), always_allowed(batch_size))

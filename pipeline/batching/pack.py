@@ -67,22 +67,25 @@ def pack(
         classes: The query class and the document class of each pair (int64, n × 2), each numbered by itself.
             Pairs of one class go to different batches as far as possible. None if no pairs share a class.
     """
-    if settings.group_size == 1 or len(labels) == 0:
-        groups, left = np.arange(len(labels)).reshape(-1, settings.group_size), np.empty(0, dtype=np.int64)
-    else:
-        groups, left = _make_groups(points, labels, centroids, settings, classes)
+    groups, left = make_groups(points, labels, centroids, settings, classes)
     if settings.group_size == settings.batch_size:
         return Packing(batches=groups, remainder=left)
 
-    limit = _stretch_limit(len(labels), settings.batch_size, 2 * points.dimension)
-    batches, undrawn = compose(points, groups, classes, batch_size=settings.batch_size, limit=limit, seed=settings.seed)
+    batches, undrawn = compose(points, groups, classes, batch_size=settings.batch_size, seed=settings.seed)
     return Packing(batches=batches, remainder=np.concatenate([undrawn, left]))
 
 
-def _make_groups(
-    points: PairPoints, labels: Array, centroids: Array, settings: PackSettings, classes: Array | None
+def make_groups(
+    points: PairPoints, labels: Array, centroids: Array, settings: PackSettings, classes: Array | None = None
 ) -> tuple[Array, Array]:
-    """Packs clustered pairs into ⌊n/K⌋ groups; returns these (int64, G × K) and the pairs in none (int64)."""
+    """Packs clustered pairs into ⌊n/K⌋ groups of alike pairs; the arguments are those of `pack`.
+
+    Returns:
+        The groups (int64, G × K), and fewer than K pairs that are in none (int64).
+    """
+    if settings.group_size == 1 or len(labels) == 0:
+        return np.arange(len(labels)).reshape(-1, settings.group_size), np.empty(0, dtype=np.int64)
+
     start = int(np.random.default_rng(settings.seed).integers(len(centroids)))
     tour = greedy_tour(centroids, start, exact_below=settings.exact_tour_below)
     limit = _stretch_limit(len(labels), settings.group_size, 2 * points.dimension)
@@ -133,13 +136,10 @@ class _Stretch:
     directions: Array
 
 
-def _stretch_limit(num_points: int, size: int, width: int) -> int:
-    """How many pairs a stretch may have to fit into memory, such that all are of about the same length.
-
-    `size` is that of the groups or batches that the stretch is packed into.
-    """
-    limit = int(min(_STRETCH_VALUES // width, (_STRETCH_SCORES * size) ** 0.5))
-    return -(-num_points // -(-num_points // max(limit, size)))
+def _stretch_limit(num_points: int, group_size: int, width: int) -> int:
+    """How many pairs a stretch may have to fit into memory, such that all are of about the same length."""
+    limit = int(min(_STRETCH_VALUES // width, (_STRETCH_SCORES * group_size) ** 0.5))
+    return -(-num_points // -(-num_points // max(limit, group_size)))
 
 
 def _deal(labels: Array, tour: Array, classes: Array, limit: int, settings: PackSettings) -> Array:

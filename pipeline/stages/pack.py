@@ -1,4 +1,8 @@
-"""pack: clusters → batches of exactly B pairs, and a table of the pairs that are left over, with the reason."""
+"""pack: clusters → batches of exactly B pairs, and a table of the pairs that are left over, with the reason.
+
+If batches are composed of all domains, a domain packs no batches itself. Its groups, one after another, are
+the pairs with the reason `mixed`, which `build_mixed` draws from.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +20,10 @@ from hardbatch.pipeline.artifacts.artifact import read_artifact
 from hardbatch.pipeline.artifacts.commit import ArtifactBuilder, write_unit
 from hardbatch.pipeline.artifacts.consistency import load_consistency
 from hardbatch.pipeline.artifacts.vectors import FoldedPoints, load_pairs, open_vectors
+from hardbatch.pipeline.batching.compose import compose
 from hardbatch.pipeline.batching.consistency import weak_pairs
-from hardbatch.pipeline.batching.pack import PackSettings, pack
+from hardbatch.pipeline.batching.pack import PackSettings, make_groups, pack
+from hardbatch.pipeline.batching.points import InMemory
 from hardbatch.pipeline.batching.spread import CappedClasses, always_allowed
 from hardbatch.pipeline.step import Executor, Progress, StageResult, Step
 
@@ -50,13 +56,13 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
 
         # The index of the GPU is in `runtime`, because keys are made of `config`.
         settings = {**step.config, **step.runtime}
-        reason = "mixed" if step.config["remainder"] == "mix" else "remainder"
         rows, left, crowding = [], [], 0
         for number in range(step.config["num_packings"]):
-            packing = pack(points, labels, centroids, _settings_of(settings, number), classes)
-            crowding += _crowding_pairs(classes, packing.batches)
-            rows.append(_rows(step.domain, number, pair_ids[packing.batches], cluster_of))
-            left.append(_leftover(step.domain, number, pair_ids[packing.remainder], cluster_of, reason))
+            batches, rest = _pack_by(settings, points, labels, centroids, classes, number)
+            crowding += _crowding_pairs(classes, batches)
+            rows.append(_rows(step.domain, number, pair_ids[batches], cluster_of))
+            for reason, of_reason in rest.items():
+                left.append(_leftover(step.domain, number, pair_ids[of_reason], cluster_of, reason))
             left.append(_leftover(step.domain, number, np.flatnonzero(invalid), cluster_of, "invalid_vector"))
             left.append(_leftover(step.domain, number, np.flatnonzero(weak), cluster_of, "weak_pair"))
             progress.advance(1)
@@ -78,35 +84,82 @@ def _crowding_pairs(classes: Array, batches: Array) -> int:
     return 0 if capped is None else capped.at(batches).num_crowding()
 
 
-def _settings_of(config: dict[str, Any], number: int) -> PackSettings:
-    """The settings of one of the packings, each with a seed of its own."""
+def _pack_by(
+    config: dict[str, Any], points: FoldedPoints, labels: Array, centroids: Array, classes: Array, number: int
+) -> tuple[Array, dict[str, Array]]:
+    """Makes one of the packings, each with a seed of its own.
+
+    Returns:
+        The batches (int64, M × B), and by reason the pairs that are in none, by index.
+    """
     fields = ("batch_size", "group_size", "exact_tour_below", "refine_rounds", "refine_tolerance", "device")
-    return PackSettings(seed=config["seed"] + number, **{name: config[name] for name in fields})
+    settings = PackSettings(seed=config["seed"] + number, **{name: config[name] for name in fields})
+    if config["compose"] == "corpus":
+        groups, left = make_groups(points, labels, centroids, settings, classes)
+        no_batches = np.empty((0, settings.batch_size), dtype=np.int64)
+        return no_batches, {"mixed": groups.ravel(), "remainder": left}
+
+    packing = pack(points, labels, centroids, settings, classes)
+    reason = "mixed" if config["remainder"] == "mix" else "remainder"
+    return packing.batches, {reason: packing.remainder}
 
 
 def build_mixed(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> StageResult:
-    """Builds the `batches` of domain `mixed`: the remainders of all domains, one after another, cut into batches."""
+    """Builds the `batches` of domain `mixed`.
+
+    They are drawn from the groups of all domains. If the domains pack batches themselves, what is left over
+    of one domain after another is cut into batches instead.
+    """
     if not builder.committed("batches"):
         progress.start("pack mixed", 1)
-        tables = [pq.read_table(step.inputs[f"batches/{name}"] / "leftover.parquet") for name in step.config["domains"]]
+        config = step.config
+        tables = [pq.read_table(step.inputs[f"batches/{name}"] / "leftover.parquet") for name in config["domains"]]
         every = pa.concat_tables(tables).unify_dictionaries()
         every = every.filter(pa.compute.equal(every["reason"], "mixed"))
 
-        batch_size = step.config["batch_size"]
-        rows, rests = [], []
-        for number in range(step.config["num_packings"]):
-            left = every.filter(pa.compute.equal(every["packing"], number))
-            cut = len(left) // batch_size * batch_size
-            columns = {name: left[name].slice(0, cut) for name in ("domain", "pair_id", "cluster_id")}
-            slots = _slots(number, cut // batch_size, batch_size)
-            rows.append(pa.table({**slots, **columns}, schema=schemas.BATCHES))
+        rows, rests, crowding = [], [], 0
+        for number in range(config["num_packings"]):
+            mixed = every.filter(pa.compute.equal(every["packing"], number))
+            if config["compose"] == "corpus":
+                classes = _classes_of_corpus(step, mixed)
+                batches, left = _compose(config, classes, number)
+                crowding += _crowding_pairs(classes, batches)
+            else:
+                cut = len(mixed) // config["batch_size"] * config["batch_size"]
+                batches, left = np.split(np.arange(len(mixed)), [cut])
 
-            rest = left.slice(cut).drop_columns("reason").append_column("reason", _word("remainder", len(left) - cut))
+            drawn = mixed.take(batches.ravel())
+            slots = _slots(number, batches.size // config["batch_size"], config["batch_size"])
+            columns = {name: drawn[name] for name in ("domain", "pair_id", "cluster_id")}
+            rows.append(pa.table({**slots, **columns}, schema=schemas.BATCHES))
+            rest = mixed.take(left).drop_columns("reason").append_column("reason", _word("remainder", len(left)))
             rests.append(rest.cast(schemas.LEFTOVER))
-        _write(builder, rows, rests, {})
+        _write(builder, rows, rests, {"crowding_pairs": crowding} if config["compose"] == "corpus" else {})
         progress.advance(1)
         progress.finish()
     return StageResult(units=["batches"], counts=builder.unit_record("batches").counts)
+
+
+def _classes_of_corpus(step: Step, table: pa.Table) -> Array:
+    """The query class and the document class of each pair of `table` (int64, n × 2), told apart by domain."""
+    domain, pair_id = table["domain"].to_numpy(), table["pair_id"].to_numpy()
+    classes = np.empty((len(table), 2), dtype=np.int64)
+    num_classes = 0
+    for name in step.config["domains"]:
+        pairs = load_pairs(read_artifact(step.inputs[f"pairs/{name}"]))
+        of_domain = _classes(load_answers(step.inputs[f"answers/{name}"], pairs)) + num_classes
+        classes[domain == name] = of_domain[pair_id[domain == name]]
+        num_classes = int(of_domain.max(initial=num_classes - 1)) + 1
+    return classes
+
+
+def _compose(config: dict[str, Any], classes: Array, number: int) -> tuple[Array, Array]:
+    """Draws batches from the groups of all domains; each group is consecutive rows of `classes`."""
+    groups = np.arange(len(classes)).reshape(-1, config["group_size"])
+
+    # Domains may have any number of dimensions. For single pairs that part, any batch suits as well as another.
+    points = InMemory(np.zeros((len(classes), 1), dtype=np.float32))
+    return compose(points, groups, classes, batch_size=config["batch_size"], seed=config["seed"] + number)
 
 
 def _slots(packing: int, num_batches: int, batch_size: int) -> dict[str, Array]:

@@ -61,6 +61,11 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
     if not any(counts.batches for counts in packed.values()):
         refuse_empty(step, packed)
 
+    # What is left over of several domains is mixed without regard to groups.
+    group_sizes = dict.fromkeys(packed, step.config["group_size"])
+    if step.config["compose"] == "domain":
+        group_sizes[schemas.MIXED_DOMAIN] = 1
+
     pairs = [read_artifact(step.inputs[f"pairs/{domain}"]) for domain in domains]
     work = _Writing(
         path=builder.path,
@@ -69,7 +74,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         rule=LikelyRule(**{name: step.config[name] for name in ("margin", "margin_strategy", "max_likely")}),
         floor_quantile=step.config["floor_quantile"],
         batch_size=step.config["batch_size"],
-        group_size=step.config["group_size"],
+        group_sizes=group_sizes,
         num_batches={domain: counts.batches for domain, counts in packed.items()},
         with_negatives=any(artifact.manifest.counts["negatives"] for artifact in pairs),
     )
@@ -118,7 +123,7 @@ class _Writing:
     rule: LikelyRule
     floor_quantile: float
     batch_size: int
-    group_size: int
+    group_sizes: dict[str, int]
     num_batches: dict[str, int]  # of each packing, by domain, in the order of the batch ids
     with_negatives: bool
 
@@ -218,14 +223,13 @@ class _WritingWorker:
                     columns["negatives"][slot] = self._negatives(slots, slot, domain, counts)
         table = pa.table({name: columns[name] for name in self._schema.names}, schema=self._schema)
 
-        # What is left over in several domains is mixed without regard to groups.
         hardness = measure_batch(
             slots.queries_BD,
             slots.documents_BD,
             mask_BB,
             slots.surrogate_queries_BD,
             slots.surrogate_documents_BD,
-            group_size=1 if packing.domain == schemas.MIXED_DOMAIN else self._work.group_size,
+            group_size=self._work.group_sizes[packing.domain],
         )
         return table, _BatchFigures(hardness=hardness, negatives=count_negatives(mask_BB, certain_BB))
 

@@ -168,9 +168,10 @@ def _expected_rows(step: Step, rows_of: dict[Path, int | None], texts_of: dict[P
         return _source_rows(step)
     if step.stage == "vectors":
         return texts_of[step.inputs["pairs"]]
-    if (step.stage, step.domain) == ("batches", MIXED_DOMAIN):
+    is_mixed = (step.stage, step.domain) == ("batches", MIXED_DOMAIN)
+    if is_mixed and config["compose"] == "domain":  # what is left over
         return int((config["batch_size"] - 1) * len(config["domains"]) * config["num_packings"])
-    if step.stage == "shards":
+    if is_mixed or step.stage == "shards":
         mixed = f"batches/{MIXED_DOMAIN}"  # holds pairs that the domains' own batches count already
         found = [rows_of[path] for name, path in step.inputs.items() if name.startswith("batches/") and name != mixed]
         known = [rows for rows in found if rows is not None]

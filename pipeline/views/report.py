@@ -82,7 +82,7 @@ def _warnings(name: str, domain: DomainSummary, summary: Summary) -> list[str]:
     if source["pairs"] == 0:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in source["quarantined"].items())
         lines.append(f"warning: {name}: no pair was left of {source['rows']:,} rows ({reasons})")
-    elif domain.batches == 0:
+    elif domain.batches == 0 and not domain.leftover.get("mixed"):
         lines.append(f"warning: {name} has no full batch of {summary.batch_size}: its pairs are in the ledger")
     if source["held_out"] < source["holdout_target"] / 2:
         lines.append(

@@ -139,6 +139,7 @@ def test_a_wrong_value_of_a_dataset_names_it(load: Load, line: str, key: str) ->
         ("pack.exact_tour_below=0", "greater than or equal to 1"),
         ("pack.group_size=0", "greater than or equal to 1"),
         ("pack.group_size=24", "must divide pack.batch_size, 64, given 24; allowed: 1, 2, 4, 8, 16, 32, 64"),
+        ("pack.compose=all", "'domain' or 'corpus'"),
         ("pack.remainder=keep", "'drop' or 'mix'"),
         ("write.margin=true", "valid number"),
         ('write.margin="0.5"', "valid number"),
@@ -178,6 +179,7 @@ def test_a_source_that_is_no_text_is_refused(load: Load, value: str) -> None:
     ("text", "message"),
     [
         (MINIMAL.replace('source = "x.jsonl"\n', ""), "dataset[0].source (dataset 'n'): is required"),
+        (MINIMAL + '[pack]\ncompose = "corpus"\nremainder = "mix"\n', "pack: compose 'corpus' mixes domains already"),
         (MINIMAL + '[[dataset]]\nname = "n"\nsource = "y"\n', "two datasets are named 'n'"),
         (MINIMAL.replace('"n"', '"mixed"'), "'mixed' names the batches of several domains"),
         (

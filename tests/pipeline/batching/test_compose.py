@@ -59,14 +59,15 @@ def test_groups_stay_whole_and_no_batch_is_crowded(data):
     groups = generator.permutation(num_pairs)[: num_groups * group_size].reshape(num_groups, group_size)
     before = groups.copy()
 
-    chosen = {"batch_size": group_size * per_batch, "limit": limit, "seed": data.draw(st.integers(0, 9))}
+    chosen = {"batch_size": group_size * per_batch, "seed": data.draw(st.integers(0, 9))}
     with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(module, "_BLOCK_VALUES", limit * points.dimension)
+        batches, left_again = compose(points, groups, classes, **chosen)
         monkeypatch.setattr(module, "spread", lambda points, batches, capped: batches)
         whole, left = compose(points, groups, classes, **chosen)
     known = {tuple(group) for group in groups.tolist()}
     assert {tuple(group) for group in whole.reshape(-1, group_size).tolist()} <= known
 
-    batches, left_again = compose(points, groups, classes, **chosen)
     assert np.array_equal(groups, before) and np.array_equal(left, left_again)
     assert batches.shape == (num_groups // per_batch, group_size * per_batch)
     assert sorted([*batches.ravel(), *left]) == sorted(groups.ravel())
@@ -82,8 +83,8 @@ def test_exchanges_of_groups_relieve_batches_without_breaking_groups(monkeypatch
     every = np.arange(400)
     classes = np.stack([every, every // 20], axis=1)  # a batch of 16 may hold one of each 20
     groups = np.stack([every[:200], every[200:]], axis=1)
-    batches, _ = compose(points, groups, classes, batch_size=16, limit=400, seed=0)
-    drawn, _ = compose(points, groups, None, batch_size=16, limit=400, seed=0)
+    batches, _ = compose(points, groups, classes, batch_size=16, seed=0)
+    drawn, _ = compose(points, groups, None, batch_size=16, seed=0)
     assert crowding_by_hand(classes, drawn) > 20
     assert crowding_by_hand(classes, batches) == 0
 
@@ -91,7 +92,7 @@ def test_exchanges_of_groups_relieve_batches_without_breaking_groups(monkeypatch
 def test_the_draw_differs_by_seed_and_not_from_run_to_run():
     points, _ = topical(640)
     groups = np.arange(640).reshape(160, 4)
-    draws = [compose(points, groups, None, batch_size=16, limit=640, seed=seed)[0] for seed in (0, 1, 0)]
+    draws = [compose(points, groups, None, batch_size=16, seed=seed)[0] for seed in (0, 1, 0)]
     assert not np.array_equal(draws[0], draws[1]) and np.array_equal(draws[0], draws[2])
     mates = [{frozenset(batch) for batch in (draw // 4).tolist()} for draw in draws]
     assert len(mates[0] & mates[1]) == 0

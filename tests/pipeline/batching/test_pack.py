@@ -283,14 +283,14 @@ remainder = "REMAINDER"
 def three_domains(run_corpus, write_jsonl, rows):
     """`three_domains(remainder)`: 21, 13 and 5 pairs, one of them without a vector; some documents are the same."""
 
-    def run(remainder):
+    def run(remainder, *overrides):
         alpha, beta, gamma = rows(21), rows(13, start=100), rows(5, start=200)
         beta[4]["document"] = "?"
         for other in (alpha, beta, gamma):
             other[0]["document"] = "shared by all domains"
         for name, texts in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
             write_jsonl(f"{name}.jsonl", texts)
-        return run_corpus(DATASETS.replace("REMAINDER", remainder))
+        return run_corpus(DATASETS.replace("REMAINDER", remainder), overrides=overrides)
 
     return run
 
@@ -344,6 +344,41 @@ def test_mixed_remainders(three_domains):
     texts = mixed["document"].to_list()
     for i, slots in enumerate(mixed["equivalent_slots"].to_list()):
         assert {j for j in range(8) if j != i and texts[j] == texts[i]} <= set(slots)
+
+
+def test_batches_composed_of_all_domains(three_domains):
+    """Groups of four stay in consecutive slots, each of one domain; what fills no group or no batch is left over."""
+    plan = three_domains("drop", "pack.compose=corpus", "pack.group_size=4", "pack.num_packings=2")
+    for packing in (0, 1):
+        ledger = []
+        for domain in ("alpha", "beta", "gamma", "mixed"):
+            batches, left, counts = tables_of(plan, domain)
+            assert counts["batches"] == (4 if domain == "mixed" else 0)
+            ledger += [(*key, "in mixed") for key in batches.filter(packing=packing).select("domain", "pair_id").rows()]
+            ledger += left.filter(packing=packing).select("domain", "pair_id", "reason").rows()
+        moved = {(domain, pair) for domain, pair, where in ledger if where == "mixed"}
+        final = sorted(row for row in ledger if row[2] != "mixed")
+        assert [(domain, pair) for domain, pair, _ in final] == EXPECTED
+        reasons = [where for *_, where in final]
+        assert (len(moved), reasons.count("in mixed"), reasons.count("remainder")) == (20 + 12 + 4, 32, 1 + 0 + 1 + 4)
+
+    batches, _, counts = tables_of(plan, "mixed")
+    assert counts["crowding_pairs"] == 0
+    groups = batches.with_columns(group=pl.col("slot") // 4).group_by("packing", "batch", "group")
+    assert groups.agg(pl.col("domain").n_unique())["domain"].to_list() == [1] * 16
+    for domain in ("alpha", "beta", "gamma"):
+        handed_on = tables_of(plan, domain)[1].filter(packing=0, reason="mixed")["pair_id"].to_list()
+        rows = batches.filter(packing=0, domain=domain)["pair_id"].to_list()
+        found = {tuple(rows[start : start + 4]) for start in range(0, len(rows), 4)}
+        assert found <= {tuple(handed_on[start : start + 4]) for start in range(0, len(handed_on), 4)}
+    per_batch = batches.group_by("packing", "batch").agg(pl.col("domain").n_unique())["domain"]
+    assert per_batch.max() > 1
+    first, second = (batches.filter(packing=packing).drop("packing") for packing in (0, 1))
+    assert not first.equals(second)
+
+    index = pl.read_parquet(plan.shards / "index.parquet")
+    assert index["domain"].to_list() == ["mixed"] * 8
+    assert index["group_hardness"].null_count() == 0
 
 
 def test_equal_texts_of_two_domains_are_equivalent(run_corpus, write_jsonl, rows):
