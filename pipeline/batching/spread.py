@@ -3,7 +3,8 @@
 A pair has a query class and a document class. Two pairs of one class in one batch are masked for each
 other, so a batch of the paraphrases of one question has no negatives at all. Therefore a batch holds of a
 class no more than its cap: the size of the class divided by the number of batches, rounded up, or B/16 if
-that is more. (Without the second, hardness falls, because a few equal documents leave their topic.)
+that is more. (Without the second, hardness falls, because a few equal documents leave their topic.) While
+groups of a batch are made, the same holds for them, but with at most a quarter of a group instead of B/16.
 
 A batch with more pairs of a class than its cap is crowded. A crowding pair is exchanged with a pair of
 the batch that suits it best among those that have room for its classes; the other pair must find room
