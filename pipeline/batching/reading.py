@@ -13,6 +13,18 @@ import unicodedata
 from typing import NamedTuple
 
 _WEAK = frozenset({"a", "an", "the", "of", "please"})
+
+# These do not count in some places of a text of several words; see `_find_light`. Prepositions and other forms of
+# "be" and "do" always count: "turn on" is not "turn", "have to work" not "have work", and "was" not "is".
+_LIGHT = frozenset({"is", "are", "do", "does", "really"})
+_QUESTIONS = frozenset({"what", "how", "where", "when", "why", "who"})
+_MIN_LEFT = 4  # words of a text without weak and light ones, or all light ones count
+_CONTRACTED = {
+    **{f"{word}s": f"{word} is" for word in ("what", "how", "where", "when", "who", "that", "there", "here")},
+    **{f"{word}'re": f"{word} are" for word in ("you", "we", "they")},
+    "i'm": "i am",
+}
+
 # Words that turn or limit what a text says. All texts of a class have the same ones, in the same order.
 # fmt: off
 _TURNING = frozenset(
@@ -75,6 +87,7 @@ _END = 8  # ends a sentence
 _A = 16  # the word "a"
 _LABEL = 32  # a word after which "a" is a name
 _IS_WEAK = 64  # a word that does not count
+_IS_LIGHT = 128  # a word, or the end of a contraction, that counts in some places only
 
 
 def _at(flags: int) -> re.Pattern[bytes]:
@@ -87,6 +100,7 @@ _AT_CODE_OR_A = _at(_CODE | _A)
 _AT_END = _at(_END)
 _AT_MARK = _at(_SIGN | _TURNS)
 _AT_WEAK = _at(_IS_WEAK)
+_AT_LIGHT = _at(_IS_LIGHT)
 
 _MAX_KNOWN_CHUNKS = 200_000  # about 60 MiB
 
@@ -98,7 +112,8 @@ class Reading(NamedTuple):
 
     Attributes:
         words: The normal form. Texts with equal ones are copies of kind `normal_form`.
-        content: The normal form without weak words. Texts with equal ones are copies of kind `articles`.
+        content: The normal form without weak words, and without light ones where these say nothing. Texts with
+            equal ones are copies of kind `function_words`.
         sentences: The content of each sentence; empty if no sentence may be missing.
         sizes: The number of words of each sentence.
         droppable: Whether each sentence has neither a sign nor a turning word.
@@ -149,6 +164,10 @@ class Reader:
             words[-1] = content[-1] = words[-1] + chunks[-1][-1]
             flags[-1] |= _SIGN
         _read_in_context(words, content, chunks, flags)
+        light = _find_light(words, chunks, flags)
+        if len(content) - content.count("") - len(light) >= _MIN_LEFT:
+            for index in light:
+                content[index] = words[index].partition(" ")[0] if " " in words[index] else ""
 
         joined = " ".join(filter(None, words))
         if len(chunks) >= _MIN_WORDS and _AT_END.search(flags):
@@ -188,14 +207,19 @@ def _read_chunk(chunk: str) -> tuple[str, int]:
 
     if core.isalpha() and (core.islower() or core[1:].islower() or core.isupper()):
         word = core.casefold()
+        if word in _CONTRACTED:
+            return _CONTRACTED[word], end | _IS_LIGHT
         flags = end | (_TURNS if word in _TURNING else 0) | (_LABEL if word in _LABELLED else 0)
-        return word, flags | (_IS_WEAK if word in _WEAK else 0) | (_A if word == "a" else 0)
+        flags |= (_IS_WEAK if word in _WEAK else 0) | (_IS_LIGHT if word in _LIGHT else 0)
+        return word, flags | (_A if word == "a" else 0)
 
     if _INITIALS.fullmatch(core):
         return core.casefold(), 0
     if _WORDS.fullmatch(core) and not _is_camel(core):
         found = [_spell(word) for word in _WORD.findall(core.casefold())]
         words = " ".join(found)
+        if words in _CONTRACTED:
+            return _CONTRACTED[words], end | (_IS_LIGHT if words != "i'm" else 0)
         turns = 0 if _TURNING.isdisjoint(found) else _TURNS
         return words, end | turns | (_LABEL if found[-1] in _LABELLED else 0)
 
@@ -232,6 +256,35 @@ def _read_in_context(words: list[str], content: list[str], chunks: list[str], fl
                 flags[beside] |= _SIGN
 
 
+def _find_light(words: list[str], chunks: list[str], flags: bytearray) -> list[int]:
+    """Finds the light words that say nothing where they stand, and the contractions that end in one.
+
+    These are "is" and "are" within a sentence ("what is the fee" asks the same as "what the fee is", but "is there
+    a fee" is not "there is a fee"), "do" and "does" after a question word, "really", and "so" and "and" that begin
+    the text. A word beside a sign or a turning word is kept, and one with punctuation.
+    """
+    light = []
+    last = len(flags) - 1
+    if words[0] in ("so", "and") and last and chunks[0].isalpha() and not flags[1] & (_SIGN | _TURNS):
+        light.append(0)
+    for found in _AT_LIGHT.finditer(flags):
+        index = found.start()
+        if index == last or flags[index] & (_SIGN | _END) or flags[index + 1] & (_SIGN | _TURNS):
+            continue
+        if " " in words[index]:
+            light.append(index)
+            continue
+
+        # An acronym such as "IS" is not the word.
+        if index == 0 or flags[index - 1] & (_SIGN | _TURNS | _END) or not chunks[index].isalpha():
+            continue
+        if chunks[index].isupper() and not chunks[index - 1].isupper():
+            continue
+        if words[index] not in ("do", "does") or words[index - 1] in _QUESTIONS:
+            light.append(index)
+    return light
+
+
 def _normal_code(text: str, *, has_blocks: bool) -> str:
     """Code without blank lines and trailing white space; indentation counts where there are blocks.
 
@@ -255,6 +308,8 @@ def _with_sentences(words: str, content: list[str], flags: bytearray) -> Reading
     sentences, sizes, droppable = [], [], []
     start = 0
     for index in [found.start() for found in _AT_END.finditer(flags)]:
+        if content[start] == "-":  # an item of a list
+            flags[start] &= ~_SIGN
         sentences.append(" ".join(filter(None, content[start : index + 1])))
         sizes.append(index + 1 - start)
         droppable.append(_AT_MARK.search(flags, start, index + 1) is None)
