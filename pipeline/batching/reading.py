@@ -139,7 +139,7 @@ class Reader:
         """Reads one text; see `Reading`."""
         if not text.isascii():
             text = unicodedata.normalize("NFKC", _SPELLED.sub(lambda found: _SPELLINGS[found.group()], text))
-        if "\n" in text and _BLOCK.search(text):
+        if ("\n " in text or "\n\t" in text) and _BLOCK.search(text):
             code = _normal_code(text, has_blocks=True)
             return Reading(code, code)
         chunks = text.split()
