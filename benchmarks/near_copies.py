@@ -3,9 +3,10 @@
     python benchmarks/near_copies.py DATA [--texts 400] [--json FILE]
 
 DATA holds `train/<domain>.parquet`. Copies differ from the real text in case, punctuation, white space, one
-function word or a dropped sentence. Opposites differ in a number, a flag, a negation, an operator or one word
-alone. An edit is made only in a text where it means what its name says; texts of code, for example, keep their
-case. The editors share no code with `copies.py`.
+article, one other function word or a dropped sentence. Opposites differ in a number, a flag, a negation, an
+operator, a preposition or one word alone, or turn a question into a statement. An edit is made only in a text
+where it means what its name says; texts of code, for example, keep their case. The editors share no code with
+`copies.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _OTHERS = 4_000  # texts of a side among which the cases are sorted
 
 _CODE = re.compile(r"[_={}\[\]\\|/$#@&*+^~<>`]|(?<!\w)-\w|\w\(|\w\.\w|[a-z][A-Z]|\n\s")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
-_NEGATIVE = re.compile(r"\b(not|no|never|none|nor|neither|without|only|but|if|unless|except)\b|n't|\d", re.I)
+_NEGATIVE = re.compile(r"\b(not|cannot|no|never|none|nor|neither|without|only|but|if|unless|except)\b|n't|\d", re.I)
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,33 @@ def _white_space(text: str, draw: random.Random) -> str | None:
     return draw.choice([" " + text, text.replace(" ", "\u00a0"), text.replace(". ", ".\n\n"), text + "\t"])
 
 
-def _function_word(text: str, draw: random.Random) -> str | None:
+def _article(text: str, draw: random.Random) -> str | None:
     found = [] if not _is_prose(text) else list(re.finditer(r"(?<=[a-z] )(the|a|an)(?= [a-z]{2})", text))
     if not found:
         return None
     chosen = draw.choice(found)
     before, after = text[: chosen.start()], text[chosen.end() :]
     return draw.choice([before + after.lstrip(), before + draw.choice(["a", "the", "an"]) + after])
+
+
+def _function_word(text: str, draw: random.Random) -> str | None:
+    """Drops a word that leaves the question or the title what it is, or begins the text with "So" or "And"."""
+    if not _is_prose(text) or len(text.split()) < 7:
+        return None
+    patterns = [
+        r"(?<=[a-z] )(?:is|are) (?=[a-z]{2,} [a-z])",
+        r"(?<=\b(?i:how|why|who) )(?:do|does) (?=[a-z])|(?<=\b(?i:what|when) )(?:do|does) (?=[a-z])",
+        r"(?<=[a-z] )really (?=[a-z]{2})",
+    ]
+    found = [list(re.finditer(pattern, text)) for pattern in patterns]
+    edits = [
+        text[: match.start()] + text[match.end() :]
+        for match in (draw.choice(matches) for matches in found if matches)
+        if not _NEGATIVE.search(" ".join([*text[: match.start()].split()[-1:], *text[match.end() :].split()[:1]]))
+    ]
+    if not edits and re.match(r"(I|What|How|Where|Why) [a-z]", text):
+        edits = [draw.choice(["So ", "And "]) + text[:1].lower() + text[1:]]
+    return draw.choice(edits) if edits else None
 
 
 def _sentence(text: str, draw: random.Random) -> str | None:
@@ -159,6 +180,27 @@ def _operator(text: str, draw: random.Random) -> str | None:
     return text[: chosen.start()] + swaps[chosen.group()] + text[chosen.end() :]
 
 
+def _preposition(text: str, draw: random.Random) -> str | None:
+    """Drops a preposition, or replaces it by another: "turn on" is not "turn", and "to" is not "from"."""
+    words = ["to", "from", "in", "on", "off", "up", "out", "over", "with", "without", "by", "for", "at", "as"]
+    found = list(re.finditer(rf"(?<=\w )({'|'.join(words)}) (?=\w)", text))
+    if not found:
+        return None
+    chosen = draw.choice(found)
+    other = draw.choice(["", *(word + " " for word in words if word != chosen.group(1))])
+    return text[: chosen.start()] + other + text[chosen.end() :]
+
+
+def _statement(text: str, draw: random.Random) -> str | None:
+    """Turns a question, or another sentence with such a beginning, into a statement."""
+    found = re.match(r"(Is|Are|Was|Were|Do|Can|Will|Should|Would) (there|this|it|that|you|they|we|I|he|she|my) ", text)
+    if not found:
+        return None
+    subject = found.group(2).capitalize()
+    verb = "" if found.group(1) == "Do" else found.group(1).lower() + " "
+    return f"{subject} {verb}{text[found.end() :]}"
+
+
 def _word(text: str, draw: random.Random) -> str | None:
     """Replaces one word by another one."""
     found = list(re.finditer(r"\b[a-z]{4,}\b", text))
@@ -173,6 +215,7 @@ COPIES: dict[str, Edit] = {
     "case": _case,
     "punctuation": _punctuation,
     "white space": _white_space,
+    "article": _article,
     "function word": _function_word,
     "sentence dropped": _sentence,
 }
@@ -181,6 +224,8 @@ OPPOSITES: dict[str, Edit] = {
     "flag": _flag,
     "negation": _negation,
     "operator": _operator,
+    "preposition": _preposition,
+    "statement": _statement,
     "word": _word,
 }
 
@@ -197,22 +242,28 @@ def make_cases(texts: list[str], seed: int = 0) -> Iterator[Case]:
 
 
 def score(texts: list[str], cases: list[Case]) -> tuple[dict[str, Score], list[Case]]:
-    """Sorts all texts and edits of a side into classes at once.
+    """Sorts texts and edits of a side into classes: copies among texts and copies, opposites among all.
+
+    An opposite of the sentence that a copy lacks would hide this copy. Both the text and the opposite are then
+    the copy with one sentence more, and since they contradict each other, it is joined to neither.
 
     Returns:
         The scores by kind, and the cases that went wrong: copies not joined and opposites joined.
     """
-    every = list(dict.fromkeys([*texts, *(case.edited for case in cases)]))
-    row = {text: number for number, text in enumerate(every)}
-    text_class = find_copies([every]).text_class
     scores: dict[str, Score] = defaultdict(Score)
     wrong = []
-    for case in cases:
-        joined = bool(text_class[row[case.text]] == text_class[row[case.edited]])
-        scores[case.kind].cases += 1
-        scores[case.kind].joined += joined
-        if joined != case.is_copy:
-            wrong.append(case)
+    copies = [case for case in cases if case.is_copy]
+    for is_copy, edits in ((True, copies), (False, cases)):
+        every = list(dict.fromkeys([*texts, *(case.edited for case in edits)]))
+        row = {text: number for number, text in enumerate(every)}
+        text_class = find_copies([every]).text_class
+        for case in edits:
+            if case.is_copy == is_copy:
+                joined = bool(text_class[row[case.text]] == text_class[row[case.edited]])
+                scores[case.kind].cases += 1
+                scores[case.kind].joined += joined
+                if joined != is_copy:
+                    wrong.append(case)
     return scores, wrong
 
 

@@ -28,7 +28,7 @@ from hardbatch.pipeline.step import Step
 
 VERSIONS = {
     "pairs": 2,
-    "answers": 1,
+    "answers": 2,
     "vectors": 1,
     "clusters": 4,
     "hardness": 1,

@@ -5,7 +5,8 @@ the words that turn a meaning ("not", "only"), so all texts of a class agree in 
 however long the chain is that joins them:
 
 - *normal form*: equal after NFKC and white space, in prose also without case and punctuation;
-- *articles*: prose whose words agree in order once "a", "an", "the", "of" and "please" are left out;
+- *function words*: prose whose words agree in order once "a", "an", "the", "of" and "please" are left out, and in
+  texts of several words also "is", "are", "do", "does", "really", "so" and "and" in some places (reading.py);
 - *sentences*: one text is the other without a few whole sentences that have no sign and no such word.
 
 The first two compare digests, so they find every copy. MinHash proposes the candidates of the third, and
@@ -27,7 +28,7 @@ from scipy.sparse.csgraph import connected_components
 from hardbatch.pipeline.arrays import Array
 from hardbatch.pipeline.batching.reading import Reader, Reading
 
-KINDS = ("normal_form", "articles", "sentences")
+KINDS = ("normal_form", "function_words", "sentences")
 
 _MIN_OVERLAP = 0.85  # the share of the words of a text that is left without some of its sentences
 _DROPPED_SHARE = 5  # at most max(1, n // 5) of n sentences, so the sets of sentences have a Jaccard >= 1/2
@@ -42,8 +43,8 @@ class Joins:
     Attributes:
         row, other_row: The rows (int64), `other_row` < `row`.
         kind: The position in `KINDS` (int8).
-        overlap: The share of the longer text's words that both have, in order (float32). Where articles differ,
-            none of these is counted as shared.
+        overlap: The share of the longer text's words that both have, in order (float32). Where function words
+            differ, none of these is counted as shared.
     """
 
     row: Array
@@ -95,18 +96,18 @@ def find_copies(blocks: Iterable[Sequence[str]]) -> Copies:
     first_of_content = _first_of_equal(keys[:, 2:])
     rows = np.arange(num_texts)
     forms = rows[first_of_form != rows]
-    articles = rows[(first_of_form == rows) & (first_of_content != rows)]
-    near = first_of_content[articles]
+    function_words = rows[(first_of_form == rows) & (first_of_content != rows)]
+    near = first_of_content[function_words]
     lacking = long.find_joins(first_of_content)
 
     joins = Joins(
-        row=np.concatenate([forms, articles, lacking.row]),
+        row=np.concatenate([forms, function_words, lacking.row]),
         other_row=np.concatenate([first_of_form[forms], near, lacking.other_row]),
-        kind=np.repeat(np.arange(3, dtype=np.int8), [len(forms), len(articles), len(lacking.row)]),
+        kind=np.repeat(np.arange(3, dtype=np.int8), [len(forms), len(function_words), len(lacking.row)]),
         overlap=np.concatenate(
             [
                 np.ones(len(forms)),
-                num_content[articles] / np.maximum(num_words[articles], num_words[near]),
+                num_content[function_words] / np.maximum(num_words[function_words], num_words[near]),
                 lacking.overlap,
             ]
         ).astype(np.float32),

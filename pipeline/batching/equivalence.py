@@ -12,7 +12,7 @@ which is high only if each document fits the other query as well. It must reach 
     cap     of what passes, a query loses at most a part of its batch, the best-scoring slots
 
 Without a floor, a pair that says little has a low own score, and masks nearly everything. A document that is the
-text of the query itself is always in S(i), as likely.
+text of the query itself is always in S(i) too.
 
 Shape letters: B slots of a batch, N hard negatives of a pair, D dimension.
 """

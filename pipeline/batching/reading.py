@@ -13,6 +13,18 @@ import unicodedata
 from typing import NamedTuple
 
 _WEAK = frozenset({"a", "an", "the", "of", "please"})
+
+# These do not count in some places of a text of several words; see `_find_light`. Prepositions and other forms of
+# "be" and "do" always count: "turn on" is not "turn", "have to work" not "have work", and "was" not "is".
+_LIGHT = frozenset({"is", "are", "do", "does", "really"})
+_QUESTIONS = frozenset({"what", "how", "where", "when", "why", "who"})
+_MIN_LEFT = 4  # words of a text without weak and light ones, or all light ones count
+_CONTRACTED = {
+    **{f"{word}s": f"{word} is" for word in ("what", "how", "where", "when", "who", "that", "there", "here")},
+    **{f"{word}'re": f"{word} are" for word in ("you", "we", "they")},
+    "i'm": "i am",
+}
+
 # Words that turn or limit what a text says. All texts of a class have the same ones, in the same order.
 # fmt: off
 _TURNING = frozenset(
@@ -53,20 +65,19 @@ _AFTER_SENTENCE = "\"')»"
 _ENDS_TEXT = re.compile(r"[.!?\"')»]*")
 
 # NFKC would turn x² into x2 and 1½ into 11/2. Other spellings of quotes and dashes become one.
-_SPELLINGS = str.maketrans(
-    {
-        **{character: "^" + unicodedata.normalize("NFKC", character) for character in "²³¹"},
-        **{chr(code): "^" + unicodedata.normalize("NFKC", chr(code)) for code in (0x2070, *range(0x2074, 0x207F))},
-        **{chr(code): "_" + unicodedata.normalize("NFKC", chr(code)) for code in range(0x2080, 0x208F)},
-        **{chr(code): " " + chr(code) for code in (*range(0xBC, 0xBF), *range(0x2150, 0x215F))},
-        **dict.fromkeys("‘’ʼ´", "'"),
-        **dict.fromkeys("“”„″", '"'),
-        **dict.fromkeys("‐‑‒–", "-"),
-        "—": " - ",
-        "―": " - ",
-        **dict.fromkeys("\u00ad\u200b\u2060\ufeff", ""),
-    }
-)
+_SPELLINGS = {
+    **{character: "^" + unicodedata.normalize("NFKC", character) for character in "²³¹"},
+    **{chr(code): "^" + unicodedata.normalize("NFKC", chr(code)) for code in (0x2070, *range(0x2074, 0x207F))},
+    **{chr(code): "_" + unicodedata.normalize("NFKC", chr(code)) for code in range(0x2080, 0x208F)},
+    **{chr(code): " " + chr(code) for code in (*range(0xBC, 0xBF), *range(0x2150, 0x215F))},
+    **dict.fromkeys("‘’ʼ´", "'"),
+    **dict.fromkeys("“”„″", '"'),
+    **dict.fromkeys("‐‑‒–", "-"),
+    "—": " - ",
+    "―": " - ",
+    **dict.fromkeys("\u00ad\u200b\u2060\ufeff", ""),
+}
+_SPELLED = re.compile(f"[{''.join(_SPELLINGS)}]")  # str.translate takes five times as long
 
 # What a chunk is: a sum of these.
 _SIGN = 1  # must agree exactly: a number, a name of code, an operator, punctuation that stands alone
@@ -75,6 +86,8 @@ _TURNS = 4  # holds a word that turns what the text says
 _END = 8  # ends a sentence
 _A = 16  # the word "a"
 _LABEL = 32  # a word after which "a" is a name
+_IS_WEAK = 64  # a word that does not count
+_IS_LIGHT = 128  # a word, or the end of a contraction, that counts in some places only
 
 
 def _at(flags: int) -> re.Pattern[bytes]:
@@ -82,26 +95,16 @@ def _at(flags: int) -> re.Pattern[bytes]:
     return re.compile(b"[" + b"".join(re.escape(bytes([value])) for value in range(256) if value & flags) + b"]")
 
 
+_NOT_CODE = bytes(value for value in range(256) if not value & _CODE)
 _AT_CODE_OR_A = _at(_CODE | _A)
 _AT_END = _at(_END)
 _AT_MARK = _at(_SIGN | _TURNS)
+_AT_WEAK = _at(_IS_WEAK)
+_AT_LIGHT = _at(_IS_LIGHT)
 
 _MAX_KNOWN_CHUNKS = 200_000  # about 60 MiB
 
 _MIN_WORDS = 40  # of a text that may lack sentences
-
-
-class _Chunk(NamedTuple):
-    """What stands between two white spaces, read as prose.
-
-    `words` are its words and signs, separated by a space; `content` are those but for weak ones; `exact`
-    keeps case and punctuation.
-    """
-
-    words: str
-    content: str
-    exact: str
-    flags: int
 
 
 class Reading(NamedTuple):
@@ -109,7 +112,8 @@ class Reading(NamedTuple):
 
     Attributes:
         words: The normal form. Texts with equal ones are copies of kind `normal_form`.
-        content: The normal form without weak words. Texts with equal ones are copies of kind `articles`.
+        content: The normal form without weak words, and without light ones where these say nothing. Texts with
+            equal ones are copies of kind `function_words`.
         sentences: The content of each sentence; empty if no sentence may be missing.
         sizes: The number of words of each sentence.
         droppable: Whether each sentence has neither a sign nor a turning word.
@@ -128,81 +132,101 @@ class Reader:
     """Reads texts; it remembers the chunks it has met, which most texts share."""
 
     def __init__(self) -> None:
-        self._known = _KnownChunks()
+        self._flags: dict[str, int] = {}
+        self._words = _KnownWords(self._flags)
 
     def read(self, text: str) -> Reading:
         """Reads one text; see `Reading`."""
         if not text.isascii():
-            text = unicodedata.normalize("NFKC", text.translate(_SPELLINGS))
-        if _BLOCK.search(text):
+            text = unicodedata.normalize("NFKC", _SPELLED.sub(lambda found: _SPELLINGS[found.group()], text))
+        if ("\n " in text or "\n\t" in text) and _BLOCK.search(text):
             code = _normal_code(text, has_blocks=True)
             return Reading(code, code)
         chunks = text.split()
         if not chunks:
             return Reading("\0", "\0")
-        if len(self._known) > _MAX_KNOWN_CHUNKS:
-            self._known.clear()
+        if len(self._words) > _MAX_KNOWN_CHUNKS:
+            self._words.clear()
+            self._flags.clear()
 
-        columns = zip(*map(self._known.__getitem__, chunks), strict=True)
-        words, content, exact = map(list, (next(columns), next(columns), next(columns)))
-        flags = bytearray(next(columns))
-        num_code = sum(flags.count(flag) for flag in set(flags) if flag & _CODE)
-        if num_code > _CODE_SHARE * len(chunks):
+        words = list(map(self._words.__getitem__, chunks))
+        flags = bytearray(map(self._flags.__getitem__, chunks))
+        if len(flags.translate(None, _NOT_CODE)) > _CODE_SHARE * len(chunks):
             code = _normal_code(text, has_blocks=False)
             return Reading(code, code)
 
+        content = words.copy()
+        for found in _AT_WEAK.finditer(flags):
+            content[found.start()] = ""
+
         # Prose does not end in a colon or a semicolon, but a command may.
-        if not flags[-1] & _SIGN and not _ENDS_TEXT.fullmatch(exact[-1], len(exact[-1].rstrip(_CLOSING))):
-            words[-1] = content[-1] = words[-1] + exact[-1][-1]
+        if not flags[-1] & _SIGN and not _ENDS_TEXT.fullmatch(chunks[-1], len(chunks[-1].rstrip(_CLOSING))):
+            words[-1] = content[-1] = words[-1] + chunks[-1][-1]
             flags[-1] |= _SIGN
-        _read_in_context(words, content, exact, flags)
+        _read_in_context(words, content, chunks, flags)
+        light = _find_light(words, chunks, flags)
+        if len(content) - content.count("") - len(light) >= _MIN_LEFT:
+            for index in light:
+                content[index] = words[index].partition(" ")[0] if " " in words[index] else ""
 
         joined = " ".join(filter(None, words))
-        kept = " ".join(filter(None, content))
-        if not kept:
-            return Reading(joined, "\0" + joined)
-        if len(chunks) < _MIN_WORDS or not _AT_END.search(flags):
-            return Reading(joined, kept)
-        return _with_sentences(joined, kept, content, flags)
+        if len(chunks) >= _MIN_WORDS and _AT_END.search(flags):
+            return _with_sentences(joined, content, flags)
+        return Reading(joined, " ".join(filter(None, content)) or "\0" + joined)
 
 
-class _KnownChunks(dict[str, _Chunk]):
-    def __missing__(self, chunk: str) -> _Chunk:
-        self[chunk] = read = _read_chunk(chunk)
-        return read
+class _KnownWords(dict[str, str]):
+    """The words of the chunks that were met; `flags` is filled beside it.
+
+    Two tables of plain values rather than one of tuples: the garbage collector need not visit them.
+    """
+
+    def __init__(self, flags: dict[str, int]) -> None:
+        super().__init__()
+        self._flags = flags
+
+    def __missing__(self, chunk: str) -> str:
+        words, self._flags[chunk] = _read_chunk(chunk)
+        self[chunk] = words
+        return words
 
 
-def _read_chunk(chunk: str) -> _Chunk:
-    """Reads what stands between two white spaces as prose."""
+def _read_chunk(chunk: str) -> tuple[str, int]:
+    """Reads what stands between two white spaces as prose: its words, separated by a space, and its flags."""
     core = chunk.lstrip(_OPENING).rstrip(_CLOSING)
-    after = chunk[chunk.find(core) + len(core) :]
     if chunk in ('"', ","):
-        return _Chunk("", "", chunk, 0)  # as tokenised texts have them
+        return "", 0  # as tokenised texts have them
     if not core.strip("-"):
-        return _Chunk(chunk, chunk, chunk, _SIGN)  # punctuation that stands alone, as in `su - NAME`
+        return chunk, _SIGN  # punctuation that stands alone, as in `su - NAME`
 
     # 5! is not 5, and f' is not f.
-    if (after.startswith("!") and core[-1].isdigit()) or (after.startswith("'") and chunk[1:2] == "'"):
+    after = chunk[chunk.find(core) + len(core) :]
+    if (after[:1] == "!" and core[-1].isdigit()) or (after[:1] == "'" and chunk[1:2] == "'"):
         core += after[0]
-    end = _END if chunk.rstrip(_AFTER_SENTENCE)[-1:] in _ENDS else 0
+    end = _END if after and chunk.rstrip(_AFTER_SENTENCE)[-1:] in _ENDS else 0
 
     if core.isalpha() and (core.islower() or core[1:].islower() or core.isupper()):
         word = core.casefold()
+        if word in _CONTRACTED:
+            return _CONTRACTED[word], end | _IS_LIGHT
         flags = end | (_TURNS if word in _TURNING else 0) | (_LABEL if word in _LABELLED else 0)
-        return _Chunk(word, "" if word in _WEAK else word, chunk, flags | (_A if word == "a" else 0))
+        flags |= (_IS_WEAK if word in _WEAK else 0) | (_IS_LIGHT if word in _LIGHT else 0)
+        return word, flags | (_A if word == "a" else 0)
 
     if _INITIALS.fullmatch(core):
-        return _Chunk(core.casefold(), core.casefold(), chunk, 0)
+        return core.casefold(), 0
     if _WORDS.fullmatch(core) and not _is_camel(core):
         found = [_spell(word) for word in _WORD.findall(core.casefold())]
         words = " ".join(found)
+        if words in _CONTRACTED:
+            return _CONTRACTED[words], end | (_IS_LIGHT if words != "i'm" else 0)
         turns = 0 if _TURNING.isdisjoint(found) else _TURNS
-        return _Chunk(words, words, chunk, end | turns | (_LABEL if found[-1] in _LABELLED else 0))
+        return words, end | turns | (_LABEL if found[-1] in _LABELLED else 0)
 
     if _NUMBERED.fullmatch(core):
         core = core.casefold()
     is_quantity = _NUMBERED.fullmatch(core) or _QUANTITY.fullmatch(core)
-    return _Chunk(core, core, chunk, end | (_SIGN if is_quantity else _SIGN | _CODE))
+    return core, end | (_SIGN if is_quantity else _SIGN | _CODE)
 
 
 def _is_camel(core: str) -> bool:
@@ -215,21 +239,50 @@ def _spell(word: str) -> str:
     return word.replace("'", "") if word.endswith(("n't", "'s")) else word
 
 
-def _read_in_context(words: list[str], content: list[str], exact: list[str], flags: bytearray) -> None:
+def _read_in_context(words: list[str], content: list[str], chunks: list[str], flags: bytearray) -> None:
     """Decides, in place, what depends on the chunks beside: words next to code, and "a" as a name."""
     last = len(flags) - 1
     for index in [found.start() for found in _AT_CODE_OR_A.finditer(flags)]:
         if flags[index] & _A:
             is_label = index > 0 and flags[index - 1] & _LABEL
-            if is_label or index == last or exact[index].lower() != "a" or words[index + 1] in ("and", "or"):
+            if is_label or index == last or chunks[index].lower() != "a" or words[index + 1] in ("and", "or"):
                 content[index] = "a"
             continue
 
         # In `wc -l FILE` the words are names: their case and punctuation count, and none is weak.
         for beside in (index - 1, index + 1):
             if 0 <= beside <= last and not flags[beside] & _CODE:
-                words[beside] = content[beside] = exact[beside].rstrip(".,") or exact[beside]
+                words[beside] = content[beside] = chunks[beside].rstrip(".,") or chunks[beside]
                 flags[beside] |= _SIGN
+
+
+def _find_light(words: list[str], chunks: list[str], flags: bytearray) -> list[int]:
+    """Finds the light words that say nothing where they stand, and the contractions that end in one.
+
+    These are "is" and "are" within a sentence ("what is the fee" asks the same as "what the fee is", but "is there
+    a fee" is not "there is a fee"), "do" and "does" after a question word, "really", and "so" and "and" that begin
+    the text. A word beside a sign or a turning word is kept, and one with punctuation.
+    """
+    light = []
+    last = len(flags) - 1
+    if words[0] in ("so", "and") and last and chunks[0].isalpha() and not flags[1] & (_SIGN | _TURNS):
+        light.append(0)
+    for found in _AT_LIGHT.finditer(flags):
+        index = found.start()
+        if index == last or flags[index] & (_SIGN | _END) or flags[index + 1] & (_SIGN | _TURNS):
+            continue
+        if " " in words[index]:
+            light.append(index)
+            continue
+
+        # An acronym such as "IS" is not the word.
+        if index == 0 or flags[index - 1] & (_SIGN | _TURNS | _END) or not chunks[index].isalpha():
+            continue
+        if chunks[index].isupper() and not chunks[index - 1].isupper():
+            continue
+        if words[index] not in ("do", "does") or words[index - 1] in _QUESTIONS:
+            light.append(index)
+    return light
 
 
 def _normal_code(text: str, *, has_blocks: bool) -> str:
@@ -250,11 +303,13 @@ def _normal_code(text: str, *, has_blocks: bool) -> str:
     return "\1" + ("\n" if has_blocks else " ").join(found)
 
 
-def _with_sentences(words: str, kept: str, content: list[str], flags: bytearray) -> Reading:
+def _with_sentences(words: str, content: list[str], flags: bytearray) -> Reading:
     """Cuts the content of a text into sentences."""
     sentences, sizes, droppable = [], [], []
     start = 0
     for index in [found.start() for found in _AT_END.finditer(flags)]:
+        if content[start] == "-":  # an item of a list
+            flags[start] &= ~_SIGN
         sentences.append(" ".join(filter(None, content[start : index + 1])))
         sizes.append(index + 1 - start)
         droppable.append(_AT_MARK.search(flags, start, index + 1) is None)
@@ -263,5 +318,8 @@ def _with_sentences(words: str, kept: str, content: list[str], flags: bytearray)
         sentences.append(" ".join(filter(None, content[start:])))
         sizes.append(len(flags) - start)
         droppable.append(False)
+    kept = " ".join(filter(None, sentences))
+    if not kept:
+        return Reading(words, "\0" + words)
     marks = [content[found.start()] for found in _AT_MARK.finditer(flags)]
     return Reading(words, kept, tuple(sentences), tuple(sizes), tuple(droppable), "\0".join(marks))

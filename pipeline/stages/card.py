@@ -100,12 +100,12 @@ def negatives_rows(domains: Mapping[str, DomainSummary]) -> tuple[list[str], lis
 
     No rows if the shards are of format version 2, which did not count this.
     """
-    header = ["domain", "negatives", "5th percentile", "queries without", "same answer", "likely", "top 10 %"]
-    header += ["mostly masked", "own rank 50/95 %"]
+    header = ["domain", "negatives", "5th percentile", "queries without", "same answer", "query text"]
+    header += ["likely", "top 10 %", "mostly masked", "own rank 50/95 %"]
     rows = []
     for name, domain in domains.items():
         if (found := domain.negatives) is not None:
-            shares = [found.same_answer_share, found.likely_share, found.concentration]
+            shares = [found.same_answer_share, found.query_text_share, found.likely_share, found.concentration]
             left = [f"{found.mean:.1f}", f"{found.q05:,}", f"{found.without:,}"]
             ranks = ", ".join(f"{domain.source[rank]:,g}" for rank in OWN_RANKS if rank in domain.source)
             rows.append([name, *left, *map(_percent, shares), f"{found.mostly_masked_batches:,}", ranks])
@@ -116,16 +116,27 @@ def negatives_text(batch_size: int) -> list[str]:
     """Lines that explain `negatives_rows`, to go below it."""
     return [
         f"Negatives: of the {batch_size - 1} other slots, those that are not masked for a query: the mean, then",
-        "the 5th percentile. Of the masked slots: the share by reason (same answer: certain; likely: by the",
-        "surrogate alone), and the share that the most masked 10 % of the queries hold. Mostly masked: batches",
-        "in which more than half of the queries keep fewer than half of the negatives. Own rank: of a pair's own",
-        "document for its query, by the surrogate, among consistency.pool documents: median, 95th percentile.",
+        "the 5th percentile. Of the masked slots: the share by reason (same answer: certain; query text: the",
+        "document is the query itself; likely: by the surrogate alone), and the share that the most masked 10 %",
+        "of the queries hold. Mostly masked: batches in which more than half of the queries keep fewer than half",
+        "of the negatives. Own rank: of a pair's own document for its query, by the surrogate, among",
+        "consistency.pool documents: median, 95th percentile.",
     ]
 
 
 def negatives_warnings(name: str, domain: DomainSummary, summary: Summary) -> list[str]:
-    """What a person should know about a domain whose queries keep few negatives or none; see docs/negatives.md."""
+    """What a person should know about the negatives of a domain; see docs/negatives.md.
+
+    Its queries may keep few or none, or most of its pairs may be left out as weak.
+    """
     found, lines = domain.negatives, []
+    num_weak, num_pairs = domain.leftover.get("weak_pair", 0), domain.source.get("pairs", 0)
+    if 2 * num_weak > num_pairs:
+        lines.append(
+            f"warning: {name}: pack.weak_pair_rank leaves out {num_weak:,} of {num_pairs:,} pairs, more than half: "
+            "the surrogate ranks their own document beyond it for their query; set a higher rank, or another "
+            "embed.surrogate_model that knows these texts"
+        )
     if found is not None and found.without:
         lines.append(
             f"warning: {name}: {found.without:,} of {found.queries:,} queries have no negative in their batch and "
@@ -135,7 +146,8 @@ def negatives_warnings(name: str, domain: DomainSummary, summary: Summary) -> li
         num_batches = domain.batches * summary.packings
         lines.append(
             f"warning: {name}: {found.mostly_masked_batches:,} of {num_batches:,} batches are mostly masked "
-            f"({_percent(found.same_answer_share)} of the masks are same answers, the others likely ones); "
+            f"({_percent(found.same_answer_share)} of the masks are same answers, {_percent(found.likely_share)} "
+            "likely ones); "
             "hardbatch inspect --sort mask-rate lists them"
         )
     return lines

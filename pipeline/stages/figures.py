@@ -61,6 +61,8 @@ class Negatives(_Figures):
         q05: Their 5th percentile.
         without: Number of queries without a negative.
         same_answer_share: The share of the masked slots that answer for certain; None if none is masked.
+        query_text_share: The share of those whose document is the text of the query. Older shards count
+            these as likely, and have None here.
         likely_share: The share of those that are masked by the surrogate alone.
         concentration: The share that belongs to the 10 % of queries with the most masked slots.
         mostly_masked_batches: Number of batches in which more than half of the queries have fewer than half
@@ -72,6 +74,7 @@ class Negatives(_Figures):
     q05: int
     without: int
     same_answer_share: float | None
+    query_text_share: float | None
     likely_share: float | None
     concentration: float | None
     mostly_masked_batches: int

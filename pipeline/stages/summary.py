@@ -53,7 +53,11 @@ def count_packings(packed: Mapping[str, Packed]) -> int:
 
 
 def summarise(
-    step: Step, index: pa.Table, packed: Mapping[str, Packed], queries_by_masked: Mapping[str, Array]
+    step: Step,
+    index: pa.Table,
+    packed: Mapping[str, Packed],
+    queries_by_masked: Mapping[str, Array],
+    query_texts: Mapping[str, int],
 ) -> Summary:
     """Counts the corpus that `step` has written.
 
@@ -62,6 +66,7 @@ def summarise(
         index: Their index, a row per batch.
         packed: The counts of each domain's `batches`.
         queries_by_masked: By domain, the number of queries that have 0, 1, ..., B−1 masked slots.
+        query_texts: By domain, the number of slots masked because their document is the text of the query.
 
     Returns:
         The counts. A domain's batches and leftover are those of each packing, its hardness and its negatives
@@ -85,7 +90,7 @@ def summarise(
             leftover=counts.leftover,
             source=source,
             hardness=_hardness(rows, bounds),
-            negatives=_negatives(rows, queries_by_masked[domain]),
+            negatives=_negatives(rows, queries_by_masked[domain], query_texts[domain]),
             bounds=None if bounds is None else (bounds.random, bounds.knn),
             by_packing=tuple(_hardness(rows, bounds) for rows in of_packing) if several else (),
             shared_batch_mates=_shared_batch_mates(step, domain, num_packings) if several else None,
@@ -126,15 +131,18 @@ def _hardness(rows: pa.Table, bounds: Bounds | None) -> Hardness:
     )
 
 
-def _negatives(rows: pa.Table, queries_by_masked_B: Array) -> Negatives:
+def _negatives(rows: pa.Table, queries_by_masked_B: Array, num_query_texts: int) -> Negatives:
     """What masking leaves of the batches in `rows` of the index."""
     masked, certain = (float(np.mean(rows[name].to_numpy())) for name in ("mask_rate", "same_answer_rate"))
-    share = certain / masked if masked else None
+    num_masked = int(queries_by_masked_B @ np.arange(len(queries_by_masked_B)))
+    same_answer = certain / masked if masked else None
+    query_text = num_query_texts / num_masked if num_masked else None
     few, size = rows["queries_with_few_negatives"].to_numpy(), len(queries_by_masked_B)
     return Negatives(
         **asdict(measure_spread(queries_by_masked_B)),
-        same_answer_share=share,
-        likely_share=None if share is None else 1 - share,
+        same_answer_share=same_answer,
+        query_text_share=query_text,
+        likely_share=None if same_answer is None or query_text is None else max(0.0, 1 - same_answer - query_text),
         mostly_masked_batches=int((2 * few > size).sum()),
     )
 
@@ -208,8 +216,10 @@ def refuse_empty(step: Step, packed: Mapping[str, Packed]) -> None:
     size = step.config["batch_size"]
     left = {domain: sum(packed[domain].leftover.values()) for domain in step.config["domains"]}
     found = ", ".join(f"{domain} {number}" for domain, number in left.items())
+    weak = sum(packed[domain].leftover.get("weak_pair", 0) for domain in step.config["domains"])
+    rank = f", raise pack.weak_pair_rank, which leaves out {weak} of these" if weak else ""
     mix = " or set pack.remainder to mix" if schemas.MIXED_DOMAIN not in packed and sum(left.values()) >= size else ""
     raise InputError(
-        f"no domain fills a batch of {size} pairs (pairs that came through: {found}); lower pack.batch_size, "
+        f"no domain fills a batch of {size} pairs (pairs that came through: {found}); lower pack.batch_size{rank}, "
         f"add data{',' + mix if mix else ''}"
     )

@@ -83,7 +83,10 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
 
     index = pa.concat_tables([pq.read_table(_index_piece(builder.path, name)) for name in names])
     counts = [builder.unit_record(name).counts for name in names]
-    summary = summarise(step, index, packed, _queries_by_masked(units, counts, work.batch_size))
+    query_texts = Counter[str]()
+    for unit, of_unit in zip(units, counts, strict=True):
+        query_texts[unit.group] += of_unit["masked_query_texts"]
+    summary = summarise(step, index, packed, _queries_by_masked(units, counts, work.batch_size), query_texts)
     negatives = {name: sum(of_unit[name] for of_unit in counts) for name in _NEGATIVE_COUNTS}
     with write_unit(builder.path, "index") as writer:
         pq.write_table(index, writer.add_file("index.parquet", rows=len(index)), compression="zstd")
@@ -194,21 +197,26 @@ class _WritingWorker:
             index = _index(path, first_batch_id, measured, shared)
             piece = writer.add_file(_index_piece(Path(), unit.name).as_posix(), rows=num_batches)
             pq.write_table(index, piece, compression="zstd")
-            writer.counts = {name: counts[name] for name in _NEGATIVE_COUNTS}
+            writer.counts = {name: counts[name] for name in (*_NEGATIVE_COUNTS, "masked_query_texts")}
             writer.counts["queries_by_masked"] = {str(number): masked[number] for number in sorted(masked)}
 
     def _batch(
         self, batch_id: int, packing: Packing, number: int, counts: Counter[str]
     ) -> tuple[pa.Table, _BatchFigures]:
-        """The rows of one batch and its figures; adds to `counts` what became of its hard negatives."""
+        """The rows of one batch and its figures; adds to `counts` what became of its hard negatives.
+
+        It also counts the slots that are masked only because their document is the text of the query.
+        """
         parts = [(self._domain(name), slots) for name, slots in packing.slots_by_domain(number)]
         slots = gather_slots(packing.pair_id_MB[number], packing.cluster_id_MB[number], parts)
         certain_BB = slots.same_answer_BB
         likely = likely_answers(
             slots.surrogate_queries_BD, slots.surrogate_documents_BD, self._work.rule, slots.floor_B, certain_BB
         )
-        mask_BB = certain_BB | likely.mask_BB | repeats_query(slots.query.tolist(), slots.document.tolist())
-        np.fill_diagonal(mask_BB, False)
+        repeats_BB = repeats_query(slots.query.tolist(), slots.document.tolist()) & ~certain_BB
+        np.fill_diagonal(repeats_BB, False)
+        counts["masked_query_texts"] += int(repeats_BB.sum())
+        mask_BB = certain_BB | likely.mask_BB | repeats_BB
 
         columns = vars(slots) | {
             "batch_id": np.full(self._work.batch_size, batch_id),

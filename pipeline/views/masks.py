@@ -20,7 +20,7 @@ from hardbatch.pipeline.batching.consistency import floor_at
 from hardbatch.pipeline.batching.equivalence import Likely, LikelyRule, likely_answers, repeats_query
 from hardbatch.pipeline.schemas import SIDES
 
-LIKELY = "likely"  # by the surrogate alone; every other reason is certain
+LIKELY = "likely"  # by the surrogate alone; the other reasons are known from texts and pairs
 NEAR_COPY = "near-copy"
 REPEATS = "text of the query"
 

@@ -14,6 +14,7 @@ from hardbatch.pipeline.batching import pack as module
 from hardbatch.pipeline.batching.kmeans import kmeans
 from hardbatch.pipeline.batching.pack import PackSettings, pack
 from hardbatch.pipeline.batching.points import InMemory
+from hardbatch.pipeline.errors import InputError
 from hardbatch.pipeline.stages import pack as stage_module
 from tests.pipeline.batching.examples import equation_2, topical_sides
 from tests.samples import Sides
@@ -529,3 +530,12 @@ def test_weak_pairs_are_left_over_with_their_reason(run_corpus, write_jsonl, row
 
     _, leftover, counts = tables_of(run_corpus(manifest), "d")
     assert counts["leftover"] == {"remainder": 45 % 8}
+
+    # If they are most of the domain, the data card warns. If nothing is left, the error names the setting.
+    for i in range(45):
+        texts[i]["query"] += " " + texts[(i + 7) % 45]["document"]
+    write_jsonl("pairs.jsonl", texts)
+    card = (run_corpus(manifest + "weak_pair_rank = 1\n").shards / "README.md").read_text()
+    assert "- warning: d: pack.weak_pair_rank leaves out" in card
+    with pytest.raises(InputError, match=r"raise pack.weak_pair_rank, which leaves out \d\d of these"):
+        run_corpus(manifest.replace("= 8", "= 32") + "weak_pair_rank = 1\n")

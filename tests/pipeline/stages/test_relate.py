@@ -66,9 +66,10 @@ def test_a_known_pair_joins_classes_and_nothing_else_does(domain, tmp_path):
     counts = read_artifact(tmp_path / "answers").manifest.counts
     assert counts["pairs"] == 6
     assert counts["documents"] == {
-        "texts": 8, "classes": 6, "joins": {"normal_form": 2, "articles": 0, "sentences": 0}, "largest_class_pairs": 2,
+        "texts": 8, "classes": 6, "largest_class_pairs": 2,
+        "joins": {"normal_form": 2, "function_words": 0, "sentences": 0},
     }  # fmt: skip
-    assert counts["queries"]["joins"] == {"normal_form": 1, "articles": 1, "sentences": 0}
+    assert counts["queries"]["joins"] == {"normal_form": 1, "function_words": 1, "sentences": 0}
     joins = pq.read_table(tmp_path / "answers" / "queries-joins.parquet")
     assert joins.to_pylist()[0] == {"row": 1, "other_row": 0, "kind": "normal_form", "overlap": 1.0}
 

@@ -249,10 +249,24 @@ def test_negatives_of_the_index_and_of_the_summary_are_those_of_the_masks(writte
         assert found["concentration"] == pytest.approx(top / sum(numbers), abs=1e-4)
         certain = sum(row["same_answer_rate"] for row in rows[domain]) / sum(row["mask_rate"] for row in rows[domain])
         assert found["same_answer_share"] == pytest.approx(certain, abs=1e-4)
-        assert found["likely_share"] == pytest.approx(1 - certain, abs=1e-4)
+        assert found["likely_share"] == pytest.approx(1 - certain, abs=1e-4) and found["query_text_share"] == 0
         mostly = [row for row in rows[domain] if row["queries_with_few_negatives"] > B / 2]
         assert found["mostly_masked_batches"] == len(mostly)
     assert written.index["queries_with_few_negatives"].max() > 0
+
+
+def test_documents_that_are_the_text_of_a_query_are_a_reason_of_their_own(tmp_path: Path) -> None:
+    """They are not counted as likely, nor if they are certain answers besides."""
+    pairs = [("query 1", "document 1"), ("query 2", "Query  1"), ("query 3", "query 3"), ("query 3", "document 4")]
+    pairs += [(f"plain {i}", f"text {i}") for i in range(4)]
+    packing = {"d": [[("d", i) for i in range(B)], [("d", i) for i in range(B, 2 * B)]]}
+    shards = write_corpus(tmp_path, {"d": Domain(pairs=pairs)}, [packing], max_likely=0.0)
+
+    # Slot 1 has the text of query 0; slots 2 and 3 answer one query, and slot 2 is also its text.
+    assert shards.frame["equivalent_slots"].to_list()[:B] == [[1], [], [3], [2]]
+    found = shards.counts["domains"]["d"]["effective_negatives"]
+    shares = [found[f"{reason}_share"] for reason in ("same_answer", "query_text", "likely")]
+    assert shares == pytest.approx([2 / 3, 1 / 3, 0.0], abs=1e-4)
 
 
 def test_negatives_serve_their_query_and_are_not_answers(written: Written) -> None:

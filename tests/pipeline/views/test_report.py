@@ -147,8 +147,8 @@ def test_tables_are_no_wider_than_a_terminal() -> None:
 
 
 NEGATIVES = Negatives(
-    queries=1_234_567, mean=511.5, q05=7, without=1_234, same_answer_share=0.25, likely_share=0.75,
-    concentration=0.6, mostly_masked_batches=40,
+    queries=1_234_567, mean=511.5, q05=7, without=1_234, same_answer_share=0.25, query_text_share=0.05,
+    likely_share=0.7, concentration=0.6, mostly_masked_batches=40,
 )  # fmt: skip
 
 
@@ -156,12 +156,26 @@ def test_negatives_are_shown_and_warned_of_with_their_numbers() -> None:
     ranks = {"own_rank_q50": 3.0, "own_rank_q95": 97.0}
     domain = DomainSummary(batches=50, leftover={}, source=ranks, negatives=NEGATIVES)
     summary = Summary(batch_size=512, batches=100, packings=2, domains={"d": domain})
-    assert negatives_rows(summary.domains)[1] == [["d", "511.5", "7", "1,234", "25%", "75%", "60%", "40", "3, 97"]]
+    assert negatives_rows(summary.domains)[1] == [
+        ["d", "511.5", "7", "1,234", "25%", "5%", "70%", "60%", "40", "3, 97"]
+    ]
     without, mostly = negatives_warnings("d", domain, summary)
     assert without.startswith("warning: d: 1,234 of 1,234,567 queries have no negative in their batch")
-    assert mostly.startswith("warning: d: 40 of 100 batches are mostly masked (25% of the masks are same answers")
+    assert mostly.startswith(
+        "warning: d: 40 of 100 batches are mostly masked (25% of the masks are same answers, 70% likely"
+    )
     none = replace(NEGATIVES, without=0, mostly_masked_batches=0)
     assert negatives_warnings("d", replace(domain, negatives=none), summary) == []
+
+
+@pytest.mark.parametrize("num_weak", [500, 501])
+def test_a_rank_that_leaves_out_more_than_half_of_the_pairs_is_warned_of(num_weak: int) -> None:
+    leftover = {"remainder": 12, "weak_pair": num_weak}
+    domain = DomainSummary(batches=0, leftover=leftover, source={"pairs": 1_000})
+    summary = Summary(batch_size=64, batches=0, packings=1, domains={"d": domain})
+    expected = "warning: d: pack.weak_pair_rank leaves out 501 of 1,000 pairs, more than half: the surrogate ranks"
+    lines = negatives_warnings("d", domain, summary)
+    assert [line[: len(expected)] for line in lines] == ([expected] if num_weak > 500 else [])
 
 
 # plan
