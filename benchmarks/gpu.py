@@ -597,7 +597,7 @@ def measure_masks(setting: Setting, note: Note) -> None:
     def as_it_is() -> None:
         for batch in range(few):
             q, d = queries[batch].float().numpy(), documents[batch].float().numpy()
-            masks.append(likely_answers(q, d, LikelyRule(max_likely=1.0), -1.0).mask_BB)
+            masks.append(likely_answers(q, d, LikelyRule(likely_rule="symmetric", max_likely=1.0), -1.0).mask_BB)
             figures.append(measure_batch(q, d, masks[-1], q, d))
 
     note("pipeline_us_a_pair", 1e6 * seconds_of(as_it_is, setting) / (few * size))

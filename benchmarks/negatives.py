@@ -106,7 +106,7 @@ def symmetric(quantile: float, max_likely: float, of: str = "both") -> Rule:
         if of == "own":
             both = (scores.score + scores.score.transpose(0, 2, 1)) / 2
             return both >= np.maximum(scores.own[:, :, None] - margin, floor)
-        rule = LikelyRule(margin=margin, max_likely=max_likely)
+        rule = LikelyRule(likely_rule="symmetric", margin=margin, max_likely=max_likely)
         batches = zip(scores.queries, scores.documents, strict=True)
         return np.array([likely_answers(q, d, rule, floor).mask_BB for q, d in batches])
 

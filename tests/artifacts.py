@@ -160,7 +160,13 @@ def write_corpus(folder: Path, domains: Mapping[str, Domain], packings: Sequence
         "group_size": 2,
         "compose": "domain",
     }
-    settings |= {"margin": 0.0, "margin_strategy": "absolute", "floor_quantile": 0.25, "max_likely": 1.0}
+    settings |= {
+        "likely_rule": "symmetric",
+        "margin": 0.0,
+        "margin_strategy": "absolute",
+        "floor_quantile": 0.25,
+        "max_likely": 1.0,
+    }
     step = Step(
         stage="shards",
         stage_version=0,

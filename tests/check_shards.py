@@ -105,9 +105,11 @@ def _check_domain(
             continue  # a batch of several domains
         num_batches += 1
         scores = vectors["queries"][batch["query_id"]] @ vectors["documents"][batch["document_id"]].T
-        scores = (scores + scores.T) / 2
         own = np.diag(scores) - manifest["config"]["margin"]
-        above = scores - np.maximum((own[:, None] + own) / 2, floor)
+        bound = own[:, None]
+        if manifest["config"]["likely_rule"] == "symmetric":
+            scores, bound = (scores + scores.T) / 2, (own[:, None] + own) / 2
+        above = scores - np.maximum(bound, floor)
         queries = query_class[batch["query_id"].to_numpy()].tolist()
         documents = document_class[batch["document_id"].to_numpy()].tolist()
         written = np.array([[j in slots for j in range(size)] for slots in batch["equivalent_slots"].to_list()])

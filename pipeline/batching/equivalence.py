@@ -34,12 +34,14 @@ class LikelyRule:
     """When a document is a likely answer. The fields are those of `config.WriteConfig`.
 
     Attributes:
+        likely_rule: The score and its own bound, `one-sided` or `symmetric`; see this module's docstring.
         margin: How far below the own score a likely answer may score; a negative margin asks for a lead.
         margin_strategy: `absolute` subtracts the margin from the own score; `relative` subtracts that fraction of
             its magnitude. Names and signs are those of GISTEmbedLoss in sentence-transformers.
         max_likely: The largest part of a batch that the surrogate alone may mask for a query.
     """
 
+    likely_rule: Literal["one-sided", "symmetric"] = "one-sided"
     margin: float = 0.0
     margin_strategy: Literal["absolute", "relative"] = "absolute"
     max_likely: float = 0.25
@@ -55,7 +57,7 @@ class Likely:
 
     Attributes:
         mask_BB: Whether slot j is a likely answer to the query of slot i (bool), False on the diagonal.
-        score_BB: The symmetric scores (float32).
+        score_BB: The scores (float32).
         bound_BB: What they are measured against, the higher of the own bound and the floor (float64).
     """
 
@@ -76,7 +78,7 @@ def likely_answers(
     Args:
         queries_BD: The surrogate's unit vectors of the queries, float32.
         documents_BD: The same of the documents.
-        rule: Margin and cap.
+        rule: The kind of score, the margin and the cap.
         floor_B: The floor of each slot's domain, or one for all. Two slots of different domains must reach
             the higher one.
         certain_BB: Same answer (bool). These slots are masked anyway, so they are not marked here and do not
@@ -89,10 +91,13 @@ def likely_answers(
     own_B = np.einsum("bd,bd->b", queries_BD, documents_BD, dtype=np.float64)
     floor_B = np.broadcast_to(np.asarray(floor_B, dtype=np.float64), size)
     bound_B = rule.bound(own_B)
-    bound_BB = np.maximum((bound_B[:, None] + bound_B) / 2, np.maximum(floor_B[:, None], floor_B))
-
-    forward_BB = queries_BD @ documents_BD.T
-    score_BB = (forward_BB + forward_BB.T) / 2
+    floor_BB = np.maximum(floor_B[:, None], floor_B)
+    score_BB = queries_BD @ documents_BD.T
+    if rule.likely_rule == "symmetric":
+        score_BB = (score_BB + score_BB.T) / 2
+        bound_BB = np.maximum((bound_B[:, None] + bound_B) / 2, floor_BB)
+    else:
+        bound_BB = np.maximum(bound_B[:, None], floor_BB)
     lead_BB = score_BB - bound_BB
     mask_BB: Array = lead_BB >= 0
 
@@ -101,26 +106,31 @@ def likely_answers(
     np.fill_diagonal(near_BB, False)
     for i in np.flatnonzero(near_BB.any(1)):
         near = np.flatnonzero(near_BB[i])
-        mask_BB[i, near] = _exact_scores(queries_BD, documents_BD, i, near) >= bound_BB[i, near]
+        mask_BB[i, near] = _exact_scores(queries_BD, documents_BD, rule, i, near) >= bound_BB[i, near]
 
     np.fill_diagonal(mask_BB, False)
     if certain_BB is not None:
         mask_BB &= ~certain_BB
-    _keep_best(mask_BB, queries_BD, documents_BD, limit=int(rule.max_likely * size))
+    _keep_best(mask_BB, queries_BD, documents_BD, rule)
     return Likely(mask_BB=mask_BB, score_BB=score_BB, bound_BB=bound_BB)
 
 
-def _keep_best(mask_BB: Array, queries_BD: Array, documents_BD: Array, *, limit: int) -> None:
-    """Clears all but the `limit` best-scoring marks of each row, ranked in float64; the lowest slot wins a tie."""
+def _keep_best(mask_BB: Array, queries_BD: Array, documents_BD: Array, rule: LikelyRule) -> None:
+    """Clears all but the best-scoring marks of each row, ranked in float64; the lowest slot wins a tie."""
+    limit = int(rule.max_likely * len(mask_BB))
     for i in np.flatnonzero(mask_BB.sum(1) > limit):
         marked = np.flatnonzero(mask_BB[i])
-        order = np.argsort(-_exact_scores(queries_BD, documents_BD, i, marked), kind="stable")
+        order = np.argsort(-_exact_scores(queries_BD, documents_BD, rule, i, marked), kind="stable")
         mask_BB[i, marked[order[limit:]]] = False
 
 
-def _exact_scores(queries_BD: Array, documents_BD: Array, slot: int | np.integer, others: Array) -> Array:
-    """The symmetric scores of `slot` with each of `others`, float64."""
+def _exact_scores(
+    queries_BD: Array, documents_BD: Array, rule: LikelyRule, slot: int | np.integer, others: Array
+) -> Array:
+    """The scores of `slot` with each of `others`, float64."""
     forward = exact_products(documents_BD[others], queries_BD[slot])
+    if rule.likely_rule == "one-sided":
+        return np.asarray(forward)
     return np.asarray((forward + exact_products(queries_BD[others], documents_BD[slot])) / 2)
 
 
@@ -140,7 +150,7 @@ def repeats_query(queries: Sequence[str], documents: Sequence[str]) -> Array:
 def keeps_unlikely(query_D: Array, document_D: Array, negatives_ND: Array, rule: LikelyRule, floor: float) -> Array:
     """Marks the hard negatives of a pair to keep, those that are not likely answers (bool, N).
 
-    A hard negative has no query of its own, so f(q, d') takes the place of the symmetric score. There is no cap.
+    A hard negative has no query of its own, so the score is one-sided for every rule. There is no cap.
     """
     own = np.einsum("d,d->", query_D, document_D, dtype=np.float64)
     bound = max(float(rule.bound(own)), floor)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         path=builder.path,
         inputs=step.inputs,
         datasets=datasets,
-        rule=LikelyRule(**{name: step.config[name] for name in ("margin", "margin_strategy", "max_likely")}),
+        rule=LikelyRule(**{field.name: step.config[field.name] for field in fields(LikelyRule)}),
         floor_quantile=step.config["floor_quantile"],
         batch_size=step.config["batch_size"],
         group_sizes=group_sizes,

@@ -6,7 +6,7 @@ Shape letters: B slots of a batch, D dimension.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +166,8 @@ def _score(queries_BD: Array, documents_BD: Array, floor_B: Array | None, config
         score_BB = queries_BD @ documents_BD.T
         bound_BB = np.broadcast_to(np.diag(score_BB)[:, None] - config["margin"], score_BB.shape)
         return Likely(mask_BB=score_BB >= bound_BB, score_BB=score_BB, bound_BB=bound_BB)
-    rule = LikelyRule(**{name: config[name] for name in ("margin", "margin_strategy", "max_likely")})
+    settings = {"likely_rule": "symmetric", **config}  # before version 5 of the stage, there was no other rule
+    rule = LikelyRule(**{field.name: settings[field.name] for field in fields(LikelyRule)})
     return likely_answers(queries_BD, documents_BD, rule, floor_B)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,11 +37,14 @@ def naive_likely(queries, documents, rule, floors, certain):
             bounds = [score - rule.margin for score in own]
         else:
             bounds = [score - rule.margin * abs(score) for score in own]
-        reached = (f[i, j] + f[j, i]) / 2 >= max(sum(bounds) / 2, floors[i], floors[j])
-        passes[i, j] = reached and not certain[i, j]
+        score, bound = f[i, j], bounds[0]
+        if rule.likely_rule == "symmetric":
+            score, bound = (f[i, j] + f[j, i]) / 2, sum(bounds) / 2
+        passes[i, j] = score >= max(bound, floors[i], floors[j]) and not certain[i, j]
     capped = passes.copy()
     for i in range(size):
-        ranked = sorted(np.flatnonzero(passes[i]).tolist(), key=lambda j: (-(f[i, j] + f[j, i]), j))
+        back = f[:, i] if rule.likely_rule == "symmetric" else np.zeros(size)
+        ranked = sorted(np.flatnonzero(passes[i]).tolist(), key=lambda j: (-(f[i, j] + back[j]), j))
         capped[i, ranked[int(rule.max_likely * size) :]] = False
     return passes, capped
 
@@ -54,6 +58,7 @@ RULES = [
     LikelyRule(margin=0.3, max_likely=1.0),
     LikelyRule(max_likely=0.0),
 ]
+RULES += [replace(rule, likely_rule="symmetric") for rule in RULES]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -73,9 +78,11 @@ def test_likely_answers_are_the_definition(rule, size):
         assert passes.sum() > expected.sum() > 0
 
 
-def test_without_a_cap_likely_is_symmetric():
+def test_without_a_cap_the_symmetric_rule_masks_both_ways():
     queries, documents = unit_vectors(64, 12, 5), unit_vectors(64, 12, 6)
-    mask = likely_answers(queries, documents, LikelyRule(margin=0.2, max_likely=1.0), 0.1).mask_BB
+    mask = likely_answers(
+        queries, documents, LikelyRule(likely_rule="symmetric", margin=0.2, max_likely=1.0), 0.1
+    ).mask_BB
     assert np.array_equal(mask, mask.T) and 0 < mask.sum() < mask.size / 2
 
 

@@ -1,0 +1,82 @@
+"""Does it make better models? Trains the same model on batches that are made in different ways, and compares.
+
+    HARDBATCH_DATA=DIR python benchmarks/quality FAMILY GRID --workspace DIR [--seeds 3] [--threads 1]
+
+A run that was stopped continues: every arm and seed is a file in the workspace, and is trained once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+from arms import GRIDS, SAMPLE, TUNED, TUNING_SAMPLE, one_domain
+from report import print_table
+from runs import Family, Runs
+from static import StaticFamily
+from transformer import TransformerFamily
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("family", choices=("static", "small", "minilm"))
+    parser.add_argument("grid", choices=(*GRIDS, "tune"))
+    parser.add_argument("--domain", default="shell_tldr", help="of the family minilm")
+    parser.add_argument("--workspace", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", default="", help="arms whose names contain this")
+    parser.add_argument("--against", help="the arm that others are compared with; default: the first of the grid")
+    parser.add_argument("--table", action="store_true", help="train nothing, print what there is")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    data = Path(os.environ["HARDBATCH_DATA"])
+
+    if options.grid == "tune":
+        tune(options.workspace, data)
+        return
+    families: dict[str, Family] = {
+        "static": StaticFamily(SAMPLE),
+        "small": TransformerFamily(SAMPLE, options.workspace / "models"),
+        "minilm": TransformerFamily(
+            one_domain(options.domain),
+            options.workspace / "models",
+            num_layers=None,
+            max_length=48,
+            pairs_seen=12_800,
+            learning_rate=5e-5,
+        ),
+    }
+    family = families[options.family]
+    runs = Runs(family, options.workspace, data)
+    arms = [arm for arm in GRIDS[options.grid] if options.only in arm.name]
+    if not options.table:
+        for seed in range(options.seeds):
+            for arm in arms:
+                runs.run(arm, seed)
+    results = {arm.name: kept for arm in arms if (kept := runs.kept(arm))}
+    print_table(results, family.sample.domains, options.against)
+
+
+def tune(workspace: Path, data: Path) -> None:
+    """Learning rate and temperature of `static`, on a domain of its own, for random and for hard batches."""
+    for arm in TUNED:
+        for learning_rate in (0.03, 0.1, 0.3):
+            row = []
+            for temperature in (0.02, 0.05, 0.1):
+                family = StaticFamily(
+                    TUNING_SAMPLE, learning_rate=learning_rate, temperature=temperature, pairs_seen=40_000
+                )
+                figures = Runs(family, workspace, data).run(arm, 0)
+                row.append(float(np.mean(figures[TUNING_SAMPLE.domains[0]])))
+            print(f"{arm.name:<8}{learning_rate:>6}" + "".join(f"{value:>8.4f}" for value in row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

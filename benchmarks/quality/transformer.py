@@ -1,0 +1,109 @@
+"""MiniLM, or its first layers, trained by the product's own trainer."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from arms import Arm
+from corpus import Sample
+from masks import Masking
+from runs import Encode
+from torch import Tensor
+
+from hardbatch.pipeline.errors import HardbatchError
+from hardbatch.pipeline.run import Plan
+from hardbatch.trainer.main import main as train
+from hardbatch.trainer.shards import Shards, TextBatch
+
+_FLAGS = ("--dropout", "0", "--attention", "eager", "--chunk-tokens", "8192", "--log-every", "100")
+
+
+@dataclass(frozen=True)
+class TransformerFamily:
+    """The family: what is trained on, and how.
+
+    Attributes:
+        sample: The corpus.
+        folder: Where models are written, and deleted once they are loaded.
+        num_layers: First layers of MiniLM that are kept; None keeps all.
+        max_length: Tokens at which texts are cut in training.
+        pairs_seen: How many pairs each model sees, whatever its batches are.
+        learning_rate: The highest, after a warm-up of a tenth of the steps.
+        temperature: Of the loss.
+    """
+
+    sample: Sample
+    folder: Path
+    _: KW_ONLY
+    num_layers: int | None = 3
+    max_length: int = 32
+    pairs_seen: int = 19_200
+    learning_rate: float = 1e-4
+    temperature: float = 0.02
+
+    def describe(self) -> dict[str, Any]:
+        names = ("num_layers", "max_length", "pairs_seen", "learning_rate", "temperature")
+        return {"family": "transformer"} | {name: getattr(self, name) for name in names}
+
+    def train(self, plan: Plan, arm: Arm, masking: Masking, seed: int) -> Encode:
+        """Trains as `trainer/main.py` does, and loads the export."""
+        output = self.folder / f"{plan.shards.name}-{seed}"
+        shutil.rmtree(output, ignore_errors=True)
+        num_steps = self.pairs_seen // arm.settings["pack.batch_size"]
+        settings = {
+            "shards": plan.shards,
+            "output": output,
+            "architecture": "biencoder",
+            "num-layers": self.num_layers,
+            "max-length": self.max_length,
+            "epochs": 1_000,
+            "max-steps": num_steps,
+            "warmup-steps": num_steps // 10,
+            "learning-rate": self.learning_rate,
+            "temperature": self.temperature,
+            "save-every": num_steps,
+            "seed": seed,
+        }
+        flags = [f"--{name}={value}" for name, value in settings.items() if value is not None]
+        with _masked_by(masking):
+            code = train([*flags, *_FLAGS, *arm.flags])
+        if code:
+            raise HardbatchError(f"{arm.name}: the trainer returned {code}")
+        encode = _open(output / "export", self.max_length)
+        shutil.rmtree(output)
+        return encode
+
+
+@contextmanager
+def _masked_by(masking: Masking) -> Iterator[None]:
+    """Replaces the masks of every batch that is read."""
+    read = Shards.read_batch
+
+    def read_masked(shards: Shards, row: int, position: int) -> TextBatch:
+        batch = read(shards, row, position)
+        return replace(batch, equivalent_BB=masking(batch))
+
+    with patch.object(Shards, "read_batch", read_masked):
+        yield
+
+
+def _open(export: Path, max_length: int) -> Encode:
+    """The exported model, in bf16 where the hardware has it."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(export), device="cpu", model_kwargs={"attn_implementation": "eager"})
+    model.max_seq_length = max_length
+
+    def encode(texts: Sequence[str]) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
+            vectors = model.encode(list(texts), batch_size=64, convert_to_tensor=True, show_progress_bar=False)
+        return torch.nn.functional.normalize(vectors.float(), dim=1)
+
+    return encode
