@@ -292,6 +292,12 @@ class CorpusManifest(Table):
                 raise ValueError(f"two datasets are named '{name}'; give each its own name")
             if name == MIXED_DOMAIN:
                 raise ValueError(f"'{MIXED_DOMAIN}' names the batches of several domains; choose another dataset name")
+        for dataset in self.dataset:
+            if self.pack.compose == "corpus" and dataset.weight != 1:
+                raise ValueError(
+                    f"dataset '{dataset.name}' has weight {dataset.weight:g}, but with pack.compose 'corpus' a batch "
+                    "belongs to no dataset, so there is nothing to weigh; remove the weight or compose by domain"
+                )
         return self
 
 

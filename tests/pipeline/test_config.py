@@ -180,6 +180,10 @@ def test_a_source_that_is_no_text_is_refused(load: Load, value: str) -> None:
     [
         (MINIMAL.replace('source = "x.jsonl"\n', ""), "dataset[0].source (dataset 'n'): is required"),
         (MINIMAL + '[pack]\ncompose = "corpus"\nremainder = "mix"\n', "pack: compose 'corpus' mixes domains already"),
+        (
+            MINIMAL + 'weight = 2.0\n[pack]\ncompose = "corpus"\n',
+            "dataset 'n' has weight 2, but with pack.compose 'corpus'",
+        ),
         (MINIMAL + '[[dataset]]\nname = "n"\nsource = "y"\n', "two datasets are named 'n'"),
         (MINIMAL.replace('"n"', '"mixed"'), "'mixed' names the batches of several domains"),
         (
