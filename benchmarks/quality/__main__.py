@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 from arms import GRIDS, SAMPLE, TUNED, TUNING_SAMPLE, one_domain
-from report import print_table
+from report import draw_dial, print_table
 from runs import Family, Runs
 from static import StaticFamily
 from transformer import TransformerFamily
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", default="", help="arms whose names contain this")
     parser.add_argument("--against", help="the arm that others are compared with; default: the first of the grid")
+    parser.add_argument("--plot", type=Path, help="draw the lead over random batches against K, for the grid `dial`")
     parser.add_argument("--table", action="store_true", help="train nothing, print what there is")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -62,6 +63,10 @@ def main() -> None:
                 runs.run(arm, seed)
     results = {arm.name: kept for arm in arms if (kept := runs.kept(arm))}
     print_table(results, family.sample.domains, options.against)
+    if options.plot is not None:
+        rules = dict.fromkeys(arm.masks for arm in arms)
+        by_rule = {rule: {arm.name: results[arm.name] for arm in arms if arm.masks == rule} for rule in rules}
+        draw_dial(by_rule, family.sample.domains, options.plot)
 
 
 def tune(workspace: Path, data: Path) -> None:

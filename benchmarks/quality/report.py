@@ -7,10 +7,13 @@ over the collections of other origin.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
-Results = Mapping[str, Sequence[Mapping[str, np.ndarray]]]  # arm → seed → collection → nDCG@10 of each query
+from hardbatch.pipeline.arrays import Array
+
+Results = Mapping[str, Sequence[Mapping[str, Array]]]  # arm → seed → collection → nDCG@10 of each query
 
 _DRAWS = 1_000
 
@@ -23,17 +26,16 @@ def print_table(results: Results, domains: Sequence[str], against: str | None = 
     for name, seeds in results.items():
         if not seeds:
             continue
-        inside, outside = _primary(seeds, domains)
+        inside, outside = _means(seeds, domains)
         low, high = interval(seeds, results[against], domains)
-        lead = (inside + outside - sum(_primary(results[against][: len(seeds)], domains))) / 2
         print(
             f"{name:<{width}}{inside:>8.4f}{outside:>8.4f}{(inside + outside) / 2:>8.4f}{len(seeds):>7}"
-            f"   {lead:+.4f} ({low:+.4f} to {high:+.4f})"
+            f"   {lead(seeds, results[against], domains):+.4f} ({low:+.4f} to {high:+.4f})"
         )
 
 
 def interval(
-    one: Sequence[Mapping[str, np.ndarray]], other: Sequence[Mapping[str, np.ndarray]], domains: Sequence[str]
+    one: Sequence[Mapping[str, Array]], other: Sequence[Mapping[str, Array]], domains: Sequence[str]
 ) -> tuple[float, float]:
     """The 95 % interval of the difference in the primary figure, of runs with the same seeds."""
     num_seeds = min(len(one), len(other))
@@ -52,10 +54,54 @@ def interval(
     return float(low), float(high)
 
 
-def _primary(seeds: Sequence[Mapping[str, np.ndarray]], domains: Sequence[str]) -> tuple[float, float]:
+def _means(seeds: Sequence[Mapping[str, Array]], domains: Sequence[str]) -> tuple[float, float]:
+    """The macro averages over the domains of training and over the other collections."""
     names = list(seeds[0])
     mean = {name: float(np.mean([seed[name].mean() for seed in seeds])) for name in names}
     return (
         float(np.mean([mean[name] for name in names if name in domains])),
         float(np.mean([mean[name] for name in names if name not in domains] or [0.0])),
     )
+
+
+def draw_dial(results: Mapping[str, Results], domains: Sequence[str], path: Path) -> None:
+    """Draws the lead over random batches against K, a line for each rule of masking.
+
+    Args:
+        results: By rule the arms, whose names have a part `K = ...`, with that of K = 1 among them.
+        domains: Those of training.
+        path: Where to write the picture.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for number, (rule, arms) in enumerate(results.items()):
+        by_size = {group_size(name): seeds for name, seeds in arms.items()}
+        sizes = sorted(by_size)
+        leads = [lead(by_size[size], by_size[1], domains) for size in sizes]
+        bounds = [interval(by_size[size], by_size[1], domains) for size in sizes]
+        spread = [[mean - low for mean, (low, _) in zip(leads, bounds, strict=True)]]
+        spread.append([high - mean for mean, (_, high) in zip(leads, bounds, strict=True)])
+        shifted = [size * 1.04**number for size in sizes]  # so that the bars of two rules stand side by side
+        axes.errorbar(shifted, leads, yerr=np.maximum(spread, 0), marker="o", capsize=3, label=rule)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("K, alike pairs that stand together in a batch (1: random)")
+    axes.set_ylabel("nDCG@10 above random batches")
+    axes.legend(title="likely answers by", frameon=False)
+    figure.savefig(path)
+
+
+def group_size(name: str) -> int:
+    """The K in the name of an arm."""
+    return int(next(part for part in name.split(", ") if part.startswith("K = ")).removeprefix("K = "))
+
+
+def lead(one: Sequence[Mapping[str, Array]], other: Sequence[Mapping[str, Array]], domains: Sequence[str]) -> float:
+    """The difference in the primary figure, of the seeds that both have."""
+    num_seeds = min(len(one), len(other))
+    means = [sum(_means(seeds[:num_seeds], domains)) / 2 for seeds in (one, other)]
+    return means[0] - means[1]
