@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from corpus import Sample
@@ -42,12 +42,14 @@ class Arm:
         settings: Of the pipeline, such as `pack.batch_size`.
         masks: The rule of masking; see masks.py.
         flags: Of the trainer, for families that it trains.
+        b3: The ranks that B3 skips and those that it takes, if it makes the groups; see b3.py.
     """
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
     masks: str = "written"
     flags: tuple[str, ...] = ()
+    b3: tuple[int, int] | None = None
 
 
 NUM_PACKINGS = 4
@@ -81,6 +83,11 @@ def _arm(size: int, group: int, masks: str, **settings: Any) -> Arm:
     )
 
 
+def _b3(group: int, skip: int, num_neighbours: int) -> Arm:
+    arm = _arm(256, group, "one-sided")
+    return replace(arm, name=f"{arm.name}, B3 from rank {skip} on", b3=(skip, num_neighbours))
+
+
 TUNED = [_arm(256, group, "one-sided") for group in (1, 256)]
 GRIDS: dict[str, list[Arm]] = {
     # Which documents are no negatives, in random and in the hardest batches.
@@ -92,6 +99,9 @@ GRIDS: dict[str, list[Arm]] = {
     + [_arm(256, 256, "one-sided", weak_pair_rank=rank) for rank in (10, 30, 100, 300)],
     # Batch sizes at equal pairs.
     "size": [_arm(size, group, "one-sided") for size, group in ((64, 1), (64, 8), (256, 1), (256, 8), (1024, 1))],
+    # Groups by another method, at its own settings and without skipping ranks.
+    "b3": [_arm(256, group, "one-sided") for group in (8, 32)]
+    + [_b3(group, skip, 100) for group in (8, 32) for skip in (30, 0)],
     # For models that take minutes.
     "few": [
         _arm(64, 1, "one-sided"),

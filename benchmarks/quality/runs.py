@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from arms import Arm
+from b3 import groups_by_b3
 from corpus import Sample, load_collections, make_shards, write_manifest
 from masks import Masking, Surrogate, find_masking
 from measure import ndcg_by_query
@@ -76,10 +77,27 @@ class Runs:
         return self._collections
 
     def _plan(self, arm: Arm) -> Plan:
-        name = json.dumps(arm.settings)
+        name = json.dumps([arm.settings, arm.b3])
         if name not in self._plans:
-            self._plans[name] = make_shards(self._manifest, self._workspace, arm.settings)
+            if arm.b3 is None:
+                self._plans[name] = make_shards(self._manifest, self._workspace, arm.settings)
+            else:
+                skip, num_neighbours = arm.b3
+                with groups_by_b3(skip, num_neighbours):
+                    workspace = self._with_what_comes_before_packing(f"b3-{skip}-{num_neighbours}")
+                    self._plans[name] = make_shards(self._manifest, workspace, arm.settings)
         return self._plans[name]
+
+    def _with_what_comes_before_packing(self, name: str) -> Path:
+        """A workspace of its own for batches and shards whose keys do not say how they were made."""
+        corpus = self._family.sample.name
+        (self._workspace / name / corpus).mkdir(parents=True, exist_ok=True)
+        for stage in ("pairs", "answers", "vectors", "clusters", "hardness", "consistency"):
+            link = self._workspace / name / corpus / stage
+            if not link.exists():
+                (self._workspace / corpus / stage).mkdir(parents=True, exist_ok=True)
+                link.symlink_to((self._workspace / corpus / stage).resolve(), target_is_directory=True)
+        return self._workspace / name
 
     def _masking(self, arm: Arm, plan: Plan) -> Masking:
         if self._surrogate is None:
@@ -88,6 +106,7 @@ class Runs:
 
     def _path(self, arm: Arm, seed: int) -> Path:
         what = [arm.settings, arm.masks, arm.flags, self._family.describe(), self._family.sample.name]
+        what += [arm.b3] if arm.b3 else []
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
         return self._workspace / "results" / f"{digest}-{seed}.npz"
 
