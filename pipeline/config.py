@@ -174,7 +174,8 @@ class PackConfig(Table):
         None,
         ge=1,
         description="the dial of hardness, K: a batch is B / K groups of K alike pairs, drawn at random; "
-        "1: random batches; default: batch_size, as hard as can be",
+        "1: random batches; batch_size: as hard as can be; "
+        "default: the largest divisor of batch_size from 4 to 8, or else batch_size",
     )
     seed: int = Field(
         0, ge=0, description="seed for the start of the tour and the draw of groups; each further packing adds 1"
@@ -204,13 +205,19 @@ class PackConfig(Table):
         "documents by the surrogate; default: none is left out",
     )
 
+    def with_group_size(self) -> PackConfig:
+        """Returns these settings with K, which is the default for B if it is not given; see docs/quality.md."""
+        if self.group_size is not None:
+            return self
+        size = max((size for size in _divisors(self.batch_size) if 4 <= size <= 8), default=self.batch_size)
+        return self.model_copy(update={"group_size": size})
+
     @field_validator("group_size")
     @classmethod
     def _divides_batch_size(cls, group_size: int | None, info: ValidationInfo) -> int | None:
         batch_size = info.data.get("batch_size")  # missing if it is not valid itself
         if group_size is not None and batch_size is not None and batch_size % group_size != 0:
-            divisors = [size for size in range(1, batch_size + 1) if batch_size % size == 0]
-            allowed = ", ".join(map(str, divisors))
+            allowed = ", ".join(map(str, _divisors(batch_size)))
             raise ValueError(f"must divide pack.batch_size, {batch_size}, given {group_size}; allowed: {allowed}")
         return group_size
 
@@ -219,6 +226,10 @@ class PackConfig(Table):
         if self.compose == "corpus" and self.remainder == "mix":
             raise ValueError("compose 'corpus' mixes domains already and goes with remainder 'drop', given 'mix'")
         return self
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 class HardnessConfig(Table):
@@ -243,9 +254,9 @@ class WriteConfig(Table):
     """Equivalence sets and shards."""
 
     likely_rule: Literal["one-sided", "symmetric"] = Field(
-        "one-sided",
-        description="one-sided: a likely answer scores as high for the query as its own document (Eq. 4); "
-        "symmetric: each of the two documents must fit the other query",
+        "symmetric",
+        description="symmetric: each of two documents must fit the other query; one-sided: a likely answer scores "
+        "as high for the query as its own document (Eq. 4)",
     )
     margin: float = Field(
         0.0, description="how far below the own score a likely answer may score; negative: it must lead by this much"

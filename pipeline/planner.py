@@ -44,8 +44,7 @@ class Planner:
 
     def __init__(self, settings: CorpusManifest, root: Path, data_root: Path, digests: DigestCache) -> None:
         self._settings = settings
-        size = settings.pack.group_size or settings.pack.batch_size
-        self._pack = settings.pack.model_copy(update={"group_size": size})
+        self._pack = settings.pack.with_group_size()
         self._root = root
         self._data_root = data_root
         self._digests = digests

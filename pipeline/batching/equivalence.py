@@ -41,7 +41,7 @@ class LikelyRule:
         max_likely: The largest part of a batch that the surrogate alone may mask for a query.
     """
 
-    likely_rule: Literal["one-sided", "symmetric"] = "one-sided"
+    likely_rule: Literal["one-sided", "symmetric"] = "symmetric"
     margin: float = 0.0
     margin_strategy: Literal["absolute", "relative"] = "absolute"
     max_likely: float = 0.25

@@ -166,7 +166,7 @@ def _score(queries_BD: Array, documents_BD: Array, floor_B: Array | None, config
         score_BB = queries_BD @ documents_BD.T
         bound_BB = np.broadcast_to(np.diag(score_BB)[:, None] - config["margin"], score_BB.shape)
         return Likely(mask_BB=score_BB >= bound_BB, score_BB=score_BB, bound_BB=bound_BB)
-    settings = {"likely_rule": "symmetric", **config}  # before version 5 of the stage, there was no other rule
+    settings = {"likely_rule": "symmetric", **config}  # older shards of format 3 do not name their rule
     rule = LikelyRule(**{field.name: settings[field.name] for field in fields(LikelyRule)})
     return likely_answers(queries_BD, documents_BD, rule, floor_B)
 

@@ -343,3 +343,11 @@ def test_no_bytes_raise_anything_but_a_config_error(tmp_path: Path, raw: bytes) 
     (tmp_path / "m.toml").write_bytes(raw)
     with pytest.raises(ConfigError):
         load_manifest(tmp_path / "m.toml")
+
+
+@pytest.mark.parametrize(("batch_size", "group_size"), [(64, 8), (12, 6), (100, 5), (9, 9), (37, 37), (4, 4), (2, 2)])
+def test_the_default_group_is_a_divisor_of_the_batch_near_8(load: Load, batch_size: int, group_size: int) -> None:
+    settings = load(MINIMAL + f"[pack]\nbatch_size = {batch_size}\n").pack
+    assert (settings.group_size, settings.with_group_size().group_size) == (None, group_size)
+    given = load(MINIMAL + f"[pack]\nbatch_size = {batch_size}\ngroup_size = 1\n").pack
+    assert given.with_group_size() == given

@@ -136,11 +136,18 @@ def test_scores_are_those_of_the_surrogate_and_likely_slots_come_from_the_highes
     assert found.floors == {"n": pytest.approx(floor, abs=1e-6)}
     for row, masks, own in zip(rows, found.by_slot, found.own_scores, strict=True):
         others = [rows[mask.slot] for mask in masks]
-        scores = [queries[row["query_id"]] @ documents[other["document_id"]] for other in others]
+        scores = [
+            queries[row["query_id"]] @ documents[other["document_id"]]
+            + queries[other["query_id"]] @ documents[row["document_id"]]
+            for other in others
+        ]
         assert own == pytest.approx(queries[row["query_id"]] @ documents[row["document_id"]], abs=1e-6)
-        assert [mask.score for mask in masks] == pytest.approx(scores, abs=1e-6)
-        bound = pytest.approx(max(own, floor), abs=1e-6)
-        assert [mask.bound for mask in masks] == [bound if mask.reason == "likely" else None for mask in masks]
+        assert [mask.score for mask in masks] == pytest.approx(np.array(scores) / 2, abs=1e-6)
+        bounds = [max((own + found.own_scores[mask.slot]) / 2, floor) for mask in masks]
+        assert [mask.bound for mask in masks] == [
+            pytest.approx(bound, abs=1e-6) if mask.reason == "likely" else None
+            for mask, bound in zip(masks, bounds, strict=True)
+        ]
         likely = [mask.score for mask in masks if mask.reason == "likely"]
         assert likely == sorted(likely, reverse=True) and "likely" not in [m.reason for m in masks[: -len(likely)]]
 
