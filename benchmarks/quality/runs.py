@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from measure import ndcg_by_query
 from torch import Tensor
 
 from hardbatch.pipeline.arrays import Array
+from hardbatch.pipeline.planner import VERSIONS
 from hardbatch.pipeline.run import Plan
 from hardbatch.trainer.collection import Collection
 
@@ -105,8 +107,8 @@ class Runs:
         return find_masking(arm.masks, self._surrogate)
 
     def _path(self, arm: Arm, seed: int) -> Path:
-        what = [arm.settings, arm.masks, arm.flags, self._family.describe(), self._family.sample.name]
-        what += [arm.b3] if arm.b3 else []
+        # The versions of the stages, so that a pipeline that makes other batches is measured as another one.
+        what = [asdict(replace(arm, name="")), self._family.describe(), asdict(self._family.sample), VERSIONS]
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
         return self._workspace / "results" / f"{digest}-{seed}.npz"
 
