@@ -37,6 +37,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="train nothing, print what there is")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if "HARDBATCH_DATA" not in os.environ:
+        parser.error("set HARDBATCH_DATA to the folder of real pairs, which has train/ and eval/")
     data = Path(os.environ["HARDBATCH_DATA"])
 
     if options.grid == "tune":
@@ -57,15 +59,25 @@ def main() -> None:
     family = families[options.family]
     runs = Runs(family, options.workspace, data)
     arms = [arm for arm in GRIDS[options.grid] if options.only in arm.name]
+    if not arms:
+        parser.error(f"--only {options.only}: no such arm; arms: {'; '.join(arm.name for arm in GRIDS[options.grid])}")
     if not options.table:
         for seed in range(options.seeds):
             for arm in arms:
                 runs.run(arm, seed)
     results = {arm.name: kept for arm in arms if (kept := runs.kept(arm))}
-    print_table(results, family.sample.domains, options.against)
+    against = options.against or arms[0].name
+    if against not in results:
+        parser.error(
+            f"no run of the arm '{against}' yet; run it, or compare --against one of: {'; '.join(results) or 'none was run'}"
+        )
+    print_table(results, family.sample.domains, against)
     if options.plot is not None:
         rules = dict.fromkeys(arm.masks for arm in arms)
-        by_rule = {rule: {arm.name: results[arm.name] for arm in arms if arm.masks == rule} for rule in rules}
+        by_rule = {
+            rule: {arm.name: results[arm.name] for arm in arms if arm.masks == rule and arm.name in results}
+            for rule in rules
+        }
         draw_dial(by_rule, family.sample.domains, options.plot)
 
 

@@ -28,7 +28,7 @@ from hardbatch.pipeline.batching.consistency import floor_at
 from hardbatch.pipeline.run import Plan
 from hardbatch.trainer.shards import TextBatch
 
-Masking = Callable[[TextBatch], Array]  # batch → whether document j is no negative of query i (bool, B × B)
+Masking = Callable[[TextBatch], Array]  # batch → the documents j to mask for query i (bool, B × B)
 
 
 class Surrogate:

@@ -18,14 +18,11 @@ Results = Mapping[str, Sequence[Mapping[str, Array]]]  # arm → seed → collec
 _DRAWS = 1_000
 
 
-def print_table(results: Results, domains: Sequence[str], against: str | None = None) -> None:
+def print_table(results: Results, domains: Sequence[str], against: str) -> None:
     """Prints each arm: in domain, out of domain, primary, and its lead over one arm with its 95 % interval."""
-    against = against or next(iter(results))
     width = max(map(len, results)) + 2
     print(f"{'':<{width}}{'in':>8}{'out':>8}{'mean':>8}{'seeds':>7}   lead over {against}")
     for name, seeds in results.items():
-        if not seeds:
-            continue
         inside, outside = _means(seeds, domains)
         low, high = interval(seeds, results[against], domains)
         print(

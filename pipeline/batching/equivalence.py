@@ -150,7 +150,7 @@ def repeats_query(queries: Sequence[str], documents: Sequence[str]) -> Array:
 def keeps_unlikely(query_D: Array, document_D: Array, negatives_ND: Array, rule: LikelyRule, floor: float) -> Array:
     """Marks the hard negatives of a pair to keep, those that are not likely answers (bool, N).
 
-    A hard negative has no query of its own, so the score is one-sided for every rule. There is no cap.
+    A hard negative has no query of its own, so its score is one-sided by either rule. The cap does not apply.
     """
     own = np.einsum("d,d->", query_D, document_D, dtype=np.float64)
     bound = max(float(rule.bound(own)), floor)

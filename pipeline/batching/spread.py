@@ -8,9 +8,9 @@ groups of a batch are made, the same holds for them, but with at most a quarter 
 
 A batch with more pairs of a class than its cap is crowded. A crowding pair is exchanged with a pair of
 the batch that suits it best among those that have room for its classes; the other pair must find room
-too. If there is no such exchange, two batches are split again so that each class is halved. De Werra's
-theorem on equitable edge colourings says that this always ends without a crowded batch: classes are
-vertices of a bipartite multigraph, pairs are edges, and batches are colours.
+too. If there is no such exchange, the pairs of two batches are dealt again, half of each class to each.
+This always ends without a crowded batch, by de Werra's theorem on equitable edge colourings: classes are
+the vertices of a bipartite multigraph, pairs its edges, and batches its colours.
 
 Shape letters: m points, b batches, B slots, k capped classes, D dimension.
 """
