@@ -69,7 +69,8 @@ def main() -> None:
     against = options.against or arms[0].name
     if against not in results:
         parser.error(
-            f"no run of the arm '{against}' yet; run it, or compare --against one of: {'; '.join(results) or 'none was run'}"
+            f"no run of the arm '{against}' yet; run it, or give another one with --against; "
+            f"there are: {'; '.join(results) or 'none'}"
         )
     print_table(results, family.sample.domains, against)
     if options.plot is not None:
