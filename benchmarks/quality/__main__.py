@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--workspace", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", default="", help="arms whose names contain this")
+    parser.add_argument("--only", nargs="*", default=[""], help="arms whose names contain one of these")
     parser.add_argument("--against", help="the arm that others are compared with; default: the first of the grid")
     parser.add_argument("--plot", type=Path, help="draw the lead over random batches against K, for the grid `dial`")
     parser.add_argument("--table", action="store_true", help="train nothing, print what there is")
@@ -52,15 +52,15 @@ def main() -> None:
             options.workspace / "models",
             num_layers=None,
             max_length=48,
-            pairs_seen=12_800,
+            pairs_seen=9_600,
             learning_rate=5e-5,
         ),
     }
     family = families[options.family]
     runs = Runs(family, options.workspace, data)
-    arms = [arm for arm in GRIDS[options.grid] if options.only in arm.name]
+    arms = [arm for arm in GRIDS[options.grid] if any(part in arm.name for part in options.only)]
     if not arms:
-        parser.error(f"--only {options.only}: no such arm; arms: {'; '.join(arm.name for arm in GRIDS[options.grid])}")
+        parser.error(f"--only {' '.join(options.only)}: no such arm; arms: {'; '.join(arm.name for arm in GRIDS[options.grid])}")
     if not options.table:
         for seed in range(options.seeds):
             for arm in arms:

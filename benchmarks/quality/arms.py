@@ -30,7 +30,7 @@ _SMALLER = ("squad_dev", "covid_qa", "code_networkx")
 
 def one_domain(domain: str) -> Sample:
     """What a user has who fine-tunes a good model on texts of one kind."""
-    return Sample(domains=(domain,), num_pairs=5_000, max_length_tokens=48, out_of_domain=_SMALLER)
+    return Sample(domains=(domain,), num_pairs=5_000, max_length_tokens=48, holdout=0.15, out_of_domain=_SMALLER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +83,16 @@ def _arm(size: int, group: int, masks: str, **settings: Any) -> Arm:
     )
 
 
+def _written(size: int, group: int, **settings: Any) -> Arm:
+    """An arm with the masks that the pipeline writes; further settings are those of `write`."""
+    words = [f"{name} {value}" for name, value in settings.items()]
+    pack = {"pack.batch_size": size, "pack.group_size": group, "pack.num_packings": NUM_PACKINGS}
+    return Arm(
+        name=", ".join([f"B = {size}", f"K = {group}", *words]),
+        settings=pack | {f"write.{name}": value for name, value in settings.items()},
+    )
+
+
 def _b3(group: int, skip: int, num_neighbours: int) -> Arm:
     arm = _arm(256, group, "one-sided")
     return replace(arm, name=f"{arm.name}, B3 from rank {skip} on", b3=(skip, num_neighbours))
@@ -104,12 +114,9 @@ GRIDS: dict[str, list[Arm]] = {
     + [_b3(group, skip, 100) for group in (8, 32) for skip in (30, 0)],
     # For models that take minutes.
     "few": [
-        _arm(64, 1, "one-sided"),
-        _arm(64, 64, SYMMETRIC),
-        _arm(64, 64, "one-sided"),
-        _arm(64, 64, "one-sided floor=0.5 cap=0.25"),
-        _arm(64, 16, SYMMETRIC),
-        _arm(64, 16, "one-sided"),
-        _arm(64, 64, "none"),
+        _written(64, 1),
+        _written(64, 8),
+        _written(64, 8, likely_rule="one-sided"),
+        _written(64, 64),
     ],
 }

@@ -1,6 +1,6 @@
 """The corpora of the quality benchmark: training domains, and the collections that models are measured on.
 
-Each domain is a random sample of pairs, of which a tenth is held out. The held-out queries are searched over all
+Each domain is a random sample of pairs, of which some are held out. The held-out queries are searched over all
 documents of the sample, those of training included. Collections of other origin are searched as they are.
 """
 
@@ -21,7 +21,6 @@ from hardbatch.pipeline.run import Plan, plan_corpus, run_step
 from hardbatch.trainer.collection import Collection, load_collection
 
 OUT_OF_DOMAIN = ("squad_dev", "covid_qa", "code_networkx", "banking77", "reddit_titles")
-_HOLDOUT = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +32,7 @@ class Sample:
         num_pairs: The most pairs of a domain, drawn at random.
         max_length_tokens: At which texts are cut for clusters and masks.
         model: Of the vectors for clusters and masks.
+        holdout: The part of the pairs that is held out.
         max_queries: The most queries of a collection of other origin.
         out_of_domain: The collections of other origin.
     """
@@ -41,6 +41,7 @@ class Sample:
     num_pairs: int
     max_length_tokens: int
     model: str = "minilm"
+    holdout: float = 0.1
     max_queries: int = 1_000
     out_of_domain: tuple[str, ...] = OUT_OF_DOMAIN
 
@@ -48,7 +49,7 @@ class Sample:
     def name(self) -> str:
         """The name of the corpus, which says what was drawn from where."""
         domains = "-".join(self.domains) if len(self.domains) <= 3 else f"{len(self.domains)}-domains"
-        return f"{domains}-{self.num_pairs}"
+        return f"{domains}-{self.num_pairs}-holdout-{round(100 * self.holdout)}"
 
 
 def write_manifest(sample: Sample, data: Path, folder: Path) -> Path:
@@ -68,7 +69,7 @@ def write_manifest(sample: Sample, data: Path, folder: Path) -> Path:
             pairs = pl.read_parquet(data / "train" / f"{domain}.parquet", columns=["query", "document"])
             drawn = pairs.sample(n=min(sample.num_pairs, len(pairs)), seed=0, shuffle=True)
             drawn.write_parquet(folder / f"{domain}.parquet")
-            lines += ["[[dataset]]", f'name = "{domain}"', f'source = "{domain}.parquet"', f"holdout = {_HOLDOUT}"]
+            lines += ["[[dataset]]", f'name = "{domain}"', f'source = "{domain}.parquet"', f"holdout = {sample.holdout}"]
         manifest.write_text("\n".join(lines) + "\n")
     return manifest
 
