@@ -21,7 +21,7 @@ from tests.samples import WORDS
 from tests.trainer.test_evaluate import write_collection
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "quality"
-MODULES = ("arms", "corpus", "masks", "measure", "report", "runs", "static")
+MODULES = ("arms", "corpus", "groups", "masks", "measure", "report", "runs", "static")
 
 
 @pytest.fixture
@@ -71,7 +71,10 @@ def test_an_arm_is_trained_once_and_measured_over_all_documents(quality, runs, m
 
     monkeypatch.setattr(quality["static"].StaticFamily, "train", lambda *_: pytest.fail("trained again"))
     assert np.array_equal(runs.run(one, 0)["numbers"], figures["numbers"])
-    assert (len(runs.kept(one)), len(runs.kept(arm(quality, 16, "none")))) == (1, 0)
+    assert ({name: len(seeds) for name, seeds in runs.kept(one).items()}, runs.kept(arm(quality, 16, "none"))) == (
+        {"K = 1": 1},
+        {},
+    )
     (held_out,) = (c for c in runs.collections(None).values() if c.name == "numbers")
     assert len(held_out.documents) == len(set(held_out.documents)) > 300
 

@@ -141,17 +141,26 @@ def evaluate_sentence_transformer(
 
 def evaluate_bm25(collection: Collection) -> RetrievalMetrics:
     """Measures BM25 (k1 = 1.5, b = 0.75) on lower-case words, without stemming or stop words."""
+    query_rows_Q, queries = _answered(collection)
+    return measure(collection, query_rows_Q, find_by_bm25(collection, queries))
+
+
+def find_by_bm25(collection: Collection, queries: Sequence[str]) -> Tensor:
+    """Searches the documents of a collection with BM25, see `evaluate_bm25`.
+
+    Returns:
+        Rows of documents, the best first (int64, Q × K; at most 100 for each query).
+    """
     import bm25s
 
     def words(texts: Sequence[str]) -> Any:
         return bm25s.tokenize(texts, token_pattern=_BM25_WORDS, stopwords=None, show_progress=False)
 
-    query_rows_Q, queries = _answered(collection)
     index = bm25s.BM25(k1=1.5, b=0.75)
     index.index(words(collection.documents), show_progress=False)
     num_hits = min(NUM_HITS, len(collection.documents))
     hits_QK, _ = index.retrieve(words(queries), k=num_hits, show_progress=False)
-    return measure(collection, query_rows_Q, torch.from_numpy(hits_QK.astype(np.int64)))
+    return torch.from_numpy(hits_QK.astype(np.int64))
 
 
 def measure(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from arms import GRIDS, SAMPLE, TUNED, TUNING_SAMPLE, one_domain
 from report import draw_dial, print_table
-from runs import Family, Runs
+from runs import Family, Figures, Runs
 from static import StaticFamily
 from transformer import TransformerFamily
 
@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[""], help="arms whose names contain one of these")
     parser.add_argument("--against", help="the arm that others are compared with; default: the first of the grid")
     parser.add_argument("--plot", type=Path, help="draw the lead over random batches against K, for the grid `dial`")
+    parser.add_argument("--references", action="store_true", help="measure BM25 and MiniLM as published too")
     parser.add_argument("--table", action="store_true", help="train nothing, print what there is")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -60,18 +61,24 @@ def main() -> None:
     runs = Runs(family, options.workspace, data)
     arms = [arm for arm in GRIDS[options.grid] if any(part in arm.name for part in options.only)]
     if not arms:
-        parser.error(f"--only {' '.join(options.only)}: no such arm; arms: {'; '.join(arm.name for arm in GRIDS[options.grid])}")
+        parser.error(
+            f"--only {' '.join(options.only)}: no such arm; arms: {'; '.join(arm.name for arm in GRIDS[options.grid])}"
+        )
     if not options.table:
         for seed in range(options.seeds):
             for arm in arms:
                 runs.run(arm, seed)
-    results = {arm.name: kept for arm in arms if (kept := runs.kept(arm))}
+    results: dict[str, list[Figures]] = {}
+    for arm in arms:
+        results |= runs.kept(arm)
     against = options.against or arms[0].name
     if against not in results:
         parser.error(
             f"no run of the arm '{against}' yet; run it, or give another one with --against; "
             f"there are: {'; '.join(results) or 'none'}"
         )
+    if options.references:
+        results |= {name: [figures] * len(results[against]) for name, figures in runs.references(arms[0]).items()}
     print_table(results, family.sample.domains, against)
     if options.plot is not None:
         rules = dict.fromkeys(arm.masks for arm in arms)

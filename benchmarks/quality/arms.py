@@ -42,14 +42,20 @@ class Arm:
         settings: Of the pipeline, such as `pack.batch_size`.
         masks: The rule of masking; see masks.py.
         flags: Of the trainer, for families that it trains.
-        b3: The ranks that B3 skips and those that it takes, if it makes the groups; see b3.py.
+        context_size: Documents that the contextual model reads; 0: a biencoder.
+        groups: Another method that makes the groups; see groups.py.
+        positives: Which documents a query learns to find: its own, or all `same-answer` ones of the batch.
+        later: Settings of the second half of the training, where they differ from `settings`.
     """
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
     masks: str = "written"
     flags: tuple[str, ...] = ()
-    b3: tuple[int, int] | None = None
+    context_size: int = 0
+    groups: str = ""
+    positives: str = "own"
+    later: dict[str, Any] = field(default_factory=dict)
 
 
 NUM_PACKINGS = 4
@@ -93,9 +99,9 @@ def _written(size: int, group: int, **settings: Any) -> Arm:
     )
 
 
-def _b3(group: int, skip: int, num_neighbours: int) -> Arm:
-    arm = _arm(256, group, "one-sided")
-    return replace(arm, name=f"{arm.name}, B3 from rank {skip} on", b3=(skip, num_neighbours))
+def _by(method: str, group: int) -> Arm:
+    arm = _written(256, group)
+    return replace(arm, name=f"{arm.name}, by {method}", groups=method)
 
 
 TUNED = [_arm(256, group, "one-sided") for group in (1, 256)]
@@ -108,15 +114,55 @@ GRIDS: dict[str, list[Arm]] = {
     "weak": [_arm(256, 256, "one-sided")]
     + [_arm(256, 256, "one-sided", weak_pair_rank=rank) for rank in (10, 30, 100, 300)],
     # Batch sizes at equal pairs.
-    "size": [_arm(size, group, "one-sided") for size, group in ((64, 1), (64, 8), (256, 1), (256, 8), (1024, 1))],
+    "size": [
+        _written(size, group)
+        for size, group in ((512, 1), (64, 1), (64, 8), (64, 64), (256, 1), (256, 8), (512, 8), (1024, 1), (1024, 8))
+    ],
     # Groups by another method, at its own settings and without skipping ranks.
-    "b3": [_arm(256, group, "one-sided") for group in (8, 32)]
-    + [_b3(group, skip, 100) for group in (8, 32) for skip in (30, 0)],
+    "groups": [_written(256, 1)]
+    + [
+        arm
+        for group in (8, 32, 256)
+        for arm in (_written(256, group), *(_by(method, group) for method in ("b3-30-100", "b3-0-100", "paper")))
+    ],
+    # What else may matter: groups that are not refined, batches over domains, all same answers as positives, and
+    # hard batches after random ones.
+    "others": [
+        _written(256, 1),
+        _written(256, 8),
+        _written(256, 256),
+        *(
+            replace(_written(256, group), name=f"B = 256, K = {group}, not refined", settings=unrefined.settings)
+            for group in (8, 256)
+            for unrefined in [_arm(256, group, "written", refine_rounds=0)]
+        ),
+        *(_arm(256, group, "written", compose="corpus") for group in (1, 8)),
+        *(
+            replace(
+                _written(256, group), name=f"B = 256, K = {group}, same answers as positives", positives="same-answer"
+            )
+            for group in (1, 8)
+        ),
+        *(
+            replace(_written(256, 1), name=f"B = 256, K = 1 and then {group}", later={"pack.group_size": group})
+            for group in (8, 64, 256)
+        ),
+        replace(_written(256, 256), name="B = 256, K = 256 and then 1", later={"pack.group_size": 1}),
+    ],
     # For models that take minutes.
     "few": [
         _written(64, 1),
         _written(64, 8),
         _written(64, 8, likely_rule="one-sided"),
         _written(64, 64),
+    ],
+    # The contextual model beside the biencoder, on the same batches.
+    "contextual": [
+        arm
+        for group in (8, 64)
+        for arm in (
+            _written(64, group),
+            replace(_written(64, group), name=f"B = 64, K = {group}, contextual", context_size=24),
+        )
     ],
 }

@@ -6,36 +6,37 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from arms import Arm
-from b3 import groups_by_b3
 from corpus import Sample, load_collections, make_shards, write_manifest
+from groups import groups_made_by
 from masks import Masking, Surrogate, find_masking
-from measure import ndcg_by_query
-from torch import Tensor
+from measure import Search, ndcg_by_query, references
 
 from hardbatch.pipeline.arrays import Array
 from hardbatch.pipeline.planner import VERSIONS
 from hardbatch.pipeline.run import Plan
 from hardbatch.trainer.collection import Collection
 
+VARIANTS = ("context of training", "no context")  # other ways to search with the same model
+
 Figures = Mapping[str, Array]  # collection → nDCG@10 of each query
-Encode = Callable[[Sequence[str]], Tensor]  # texts → unit vectors
 
 
 class Family(Protocol):
     """A kind of model and how it is trained. What `describe` returns enters the names of results."""
 
     sample: Sample
+    max_length: int
 
     def describe(self) -> dict[str, Any]: ...
 
-    def train(self, plan: Plan, arm: Arm, masking: Masking, seed: int) -> Encode: ...
+    def train(self, plans: Sequence[Plan], arm: Arm, masking: Masking, seed: int) -> Mapping[str, Search]: ...
 
 
 class Runs:
@@ -54,23 +55,42 @@ class Runs:
         if not path.exists():
             clock = _Clock()
             plan = self._plan(arm)
+            plans = [plan, self._plan(replace(arm, settings=arm.settings | arm.later))] if arm.later else [plan]
             masking = self._masking(arm, plan)
             clock.lap("shards")
-            encode = self._family.train(plan, arm, masking, seed)
+            searches = self._family.train(plans, arm, masking, seed)
             clock.lap("training")
-            figures = {name: ndcg_by_query(encode, each) for name, each in self.collections(plan).items()}
+            for variant, search in reversed(searches.items()):  # the model itself comes last: then all is kept
+                figures = self._measure(search, plan)
+                self._keep(self._path(arm, seed, variant), figures)
             clock.lap("evaluation")
-            self._keep(path, figures)
             mean = np.mean([values.mean() for values in figures.values()])
             print(f"{arm.name:<40} seed {seed}  mean {mean:.4f}  {clock}", flush=True)
         return dict(np.load(path))
 
-    def kept(self, arm: Arm) -> list[Figures]:
-        """The figures of all seeds that were run, from seed 0 on."""
-        found: list[Figures] = []
-        while (path := self._path(arm, len(found))).exists():
-            found.append(dict(np.load(path)))
+    def kept(self, arm: Arm) -> dict[str, list[Figures]]:
+        """The figures of all seeds that were run, from seed 0 on, for each way to search with the model."""
+        found: dict[str, list[Figures]] = {}
+        for variant in ("", *VARIANTS):
+            seeds: list[Figures] = []
+            while (path := self._path(arm, len(seeds), variant)).exists():
+                seeds.append(dict(np.load(path)))
+            if seeds:
+                found[f"{arm.name}, {variant}" if variant else arm.name] = seeds
         return found
+
+    def references(self, arm: Arm) -> dict[str, Figures]:
+        """The figures of what is not trained here: BM25 and MiniLM as published."""
+        found = {}
+        for name, search in references(self._family.max_length).items():
+            path = self._path(Arm(name=""), 0, name)
+            if not path.exists():
+                self._keep(path, self._measure(search, self._plan(arm)))
+            found[name] = dict(np.load(path))
+        return found
+
+    def _measure(self, search: Search, plan: Plan) -> Figures:
+        return {name: ndcg_by_query(search, each) for name, each in self.collections(plan).items()}
 
     def collections(self, plan: Plan) -> dict[str, Collection]:
         """What the models of the family are measured on."""
@@ -79,14 +99,13 @@ class Runs:
         return self._collections
 
     def _plan(self, arm: Arm) -> Plan:
-        name = json.dumps([arm.settings, arm.b3])
+        name = json.dumps([arm.settings, arm.groups])
         if name not in self._plans:
-            if arm.b3 is None:
+            if arm.groups == "":
                 self._plans[name] = make_shards(self._manifest, self._workspace, arm.settings)
             else:
-                skip, num_neighbours = arm.b3
-                with groups_by_b3(skip, num_neighbours):
-                    workspace = self._with_what_comes_before_packing(f"b3-{skip}-{num_neighbours}")
+                with groups_made_by(arm.groups):
+                    workspace = self._with_what_comes_before_packing(arm.groups)
                     self._plans[name] = make_shards(self._manifest, workspace, arm.settings)
         return self._plans[name]
 
@@ -106,11 +125,12 @@ class Runs:
             self._surrogate = Surrogate(plan)
         return find_masking(arm.masks, self._surrogate)
 
-    def _path(self, arm: Arm, seed: int) -> Path:
+    def _path(self, arm: Arm, seed: int, variant: str = "") -> Path:
         # The versions of the stages, so that a pipeline that makes other batches is measured as another one.
-        what = [asdict(replace(arm, name="")), self._family.describe(), asdict(self._family.sample), VERSIONS]
+        what = [_given(replace(arm, name="")), self._family.describe(), _given(self._family.sample), VERSIONS]
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-        return self._workspace / "results" / f"{digest}-{seed}.npz"
+        name = "-".join([digest, str(seed), *variant.split()])
+        return self._workspace / "results" / f"{name}.npz"
 
     def _keep(self, path: Path, figures: Figures) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,6 +138,13 @@ class Runs:
         with unfinished.open("wb") as file:
             np.savez_compressed(file, **figures)
         os.replace(unfinished, path)
+
+
+def _given(settings: Any) -> dict[str, Any]:
+    """The fields that are not left at their defaults. A field that is new does not change what was measured before."""
+    empty = {field.name: field.default_factory() for field in fields(settings) if callable(field.default_factory)}
+    defaults = {field.name: field.default for field in fields(settings)} | empty
+    return {name: value for name, value in asdict(settings).items() if value != defaults[name]}
 
 
 class _Clock:

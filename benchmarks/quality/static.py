@@ -17,7 +17,7 @@ import torch
 from arms import Arm
 from corpus import Sample
 from masks import Masking
-from runs import Encode
+from measure import Search, by_vectors
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -32,10 +32,10 @@ from hardbatch.trainer.stream import BatchStream
 class TokenIds:
     """Texts as token ids. Remembers them, since all arms of a family have the same texts."""
 
-    def __init__(self, max_tokens: int) -> None:
+    def __init__(self, max_length: int) -> None:
         self.tokenizer = Tokenizer.from_file(str(locate_model("minilm", None, Path())[1] / "tokenizer.json"))
         self.tokenizer.no_padding()
-        self.tokenizer.enable_truncation(max_tokens)
+        self.tokenizer.enable_truncation(max_length)
         self._ids: dict[str, np.ndarray] = {}
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ class StaticFamily:
     Attributes:
         sample: The corpus.
         dimension: Of the token vectors.
-        max_tokens: At which texts are cut.
+        max_length: At which texts are cut.
         pairs_seen: How many pairs each model sees, whatever its batches are.
         learning_rate: Of Adam after a warm-up of a tenth of the steps; it then falls linearly to 0.
         temperature: Of the loss.
@@ -64,7 +64,7 @@ class StaticFamily:
     sample: Sample
     _: KW_ONLY
     dimension: int = 256
-    max_tokens: int = 64
+    max_length: int = 64
     pairs_seen: int = 150_000
     learning_rate: float = 0.1
     temperature: float = 0.05
@@ -73,10 +73,10 @@ class StaticFamily:
         settings = {field.name: getattr(self, field.name) for field in fields(self)}
         return {"family": "static"} | {name: value for name, value in settings.items() if name != "sample"}
 
-    def train(self, plan: Plan, arm: Arm, masking: Masking, seed: int) -> Encode:
-        """Trains on the first `pairs_seen` pairs of the stream."""
+    def train(self, plans: Sequence[Plan], arm: Arm, masking: Masking, seed: int) -> dict[str, Search]:
+        """Trains on `pairs_seen` pairs: on as many of each plan, one after another."""
         torch.manual_seed(seed)
-        token_ids = _token_ids(self.max_tokens)
+        token_ids = _token_ids(self.max_length)
         module = StaticEmbedding(token_ids.tokenizer, embedding_dim=self.dimension)
         module.embedding.sparse = True  # a batch has a few thousand of the 30,522 tokens
 
@@ -90,21 +90,24 @@ class StaticFamily:
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min((step + 1) / warm_up, (num_steps - step) / (num_steps - warm_up + 1))
         )
-        with BatchStream(plan.shards, seed=seed, stop=num_steps, num_workers=1) as stream:
-            for batch in stream:
-                loss = info_nce(
-                    encode(batch.queries),
-                    encode(batch.documents),
-                    torch.from_numpy(masking(batch)),
-                    temperature=self.temperature,
-                )
-                optimizer.zero_grad()
-                loss.value.backward()
-                optimizer.step()
-                schedule.step()
-        return encode
+        for plan in plans:
+            with BatchStream(plan.shards, seed=seed, stop=num_steps // len(plans), num_workers=1) as stream:
+                for batch in stream:
+                    positive_BB = torch.from_numpy(batch.positive_BB) if arm.positives == "same-answer" else None
+                    loss = info_nce(
+                        encode(batch.queries),
+                        encode(batch.documents),
+                        torch.from_numpy(masking(batch)),
+                        temperature=self.temperature,
+                        positive_BB=positive_BB,
+                    )
+                    optimizer.zero_grad()
+                    loss.value.backward()
+                    optimizer.step()
+                    schedule.step()
+        return {"": by_vectors(encode)}
 
 
 @cache
-def _token_ids(max_tokens: int) -> TokenIds:
-    return TokenIds(max_tokens)
+def _token_ids(max_length: int) -> TokenIds:
+    return TokenIds(max_length)

@@ -14,12 +14,17 @@ import torch
 from arms import Arm
 from corpus import Sample
 from masks import Masking
-from runs import Encode
+from measure import DEPTH, Search, by_vectors, sentence_encoder
 from torch import Tensor
 
 from hardbatch.pipeline.errors import HardbatchError
 from hardbatch.pipeline.run import Plan
+from hardbatch.trainer.collection import Collection
+from hardbatch.trainer.context import read_documents
+from hardbatch.trainer.embed import Embedder
+from hardbatch.trainer.export import open_model
 from hardbatch.trainer.main import main as train
+from hardbatch.trainer.search import search
 from hardbatch.trainer.shards import Shards, TextBatch
 
 _FLAGS = ("--dropout", "0", "--attention", "eager", "--chunk-tokens", "8192", "--log-every", "100")
@@ -52,15 +57,17 @@ class TransformerFamily:
         names = ("num_layers", "max_length", "pairs_seen", "learning_rate", "temperature")
         return {"family": "transformer"} | {name: getattr(self, name) for name in names}
 
-    def train(self, plan: Plan, arm: Arm, masking: Masking, seed: int) -> Encode:
+    def train(self, plans: Sequence[Plan], arm: Arm, masking: Masking, seed: int) -> dict[str, Search]:
         """Trains as `trainer/main.py` does, and loads the export."""
+        (plan,) = plans
         output = self.folder / f"{plan.shards.name}-{seed}"
         shutil.rmtree(output, ignore_errors=True)
         num_steps = self.pairs_seen // arm.settings["pack.batch_size"]
         settings = {
             "shards": plan.shards,
             "output": output,
-            "architecture": "biencoder",
+            "architecture": "contextual" if arm.context_size else "biencoder",
+            "context-size": arm.context_size or None,
             "num-layers": self.num_layers,
             "max-length": self.max_length,
             "epochs": 1_000,
@@ -68,6 +75,7 @@ class TransformerFamily:
             "warmup-steps": num_steps // 10,
             "learning-rate": self.learning_rate,
             "temperature": self.temperature,
+            "positives": arm.positives,
             "save-every": num_steps,
             "seed": seed,
         }
@@ -76,9 +84,9 @@ class TransformerFamily:
             code = train([*flags, *_FLAGS, *arm.flags])
         if code:
             raise HardbatchError(f"{arm.name}: the trainer returned {code}")
-        encode = _open(output / "export", self.max_length)
+        searches = _searches(output / "export", self.max_length)
         shutil.rmtree(output)
-        return encode
+        return searches
 
 
 @contextmanager
@@ -94,17 +102,27 @@ def _masked_by(masking: Masking) -> Iterator[None]:
         yield
 
 
-def _open(export: Path, max_length: int) -> Encode:
-    """The exported model, in bfloat16 where the hardware has it."""
-    from sentence_transformers import SentenceTransformer
+def _searches(export: Path, max_length: int) -> dict[str, Search]:
+    """The exported model. A contextual one searches with a context of the searched documents, and with two others."""
+    encoder, tokenizer = open_model(export, "the export")
+    if encoder.config.context_size == 0:
+        return {"": by_vectors(sentence_encoder(export, max_length))}
+    precision = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
+    embedder = Embedder(encoder=encoder, tokenizer=tokenizer, texts_per_chunk=64, precision=precision)
+    default_context_MH = embedder.context(read_documents(export).documents)
 
-    model = SentenceTransformer(str(export), device="cpu", model_kwargs={"attn_implementation": "eager"})
-    model.max_seq_length = max_length
-    if torch.cpu._is_avx512_bf16_supported():
-        model.bfloat16()
+    def with_context(context: str) -> Search:
+        def find(collection: Collection, queries: Sequence[str]) -> Tensor:
+            context_MH = default_context_MH if context == "of training" else None
+            if context == "of the collection":
+                context_MH = embedder.drawn_context(collection.documents, seed=0, position=0)
+            documents_NH = embedder.documents(collection.documents, context_MH)
+            return search(embedder.queries(queries, context_MH), documents_NH, DEPTH)
 
-    def encode(texts: Sequence[str]) -> Tensor:
-        vectors = model.encode(list(texts), batch_size=64, convert_to_tensor=True, show_progress_bar=False)
-        return torch.nn.functional.normalize(vectors.float(), dim=1)
+        return find
 
-    return encode
+    return {
+        "": with_context("of the collection"),
+        "context of training": with_context("of training"),
+        "no context": with_context("none"),
+    }
