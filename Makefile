@@ -20,7 +20,7 @@ DEMO_CONTEXTUAL = --num-layers 3 --dropout 0 --context-size 24 --max-length 48 -
 	--learning-rate 1e-4 --log-every 5
 DEMO = workspace/demo-training
 
-.PHONY: demo demo-contextual test soak lint check up down clean
+.PHONY: demo demo-contextual speedrun test soak lint check up down clean
 
 demo: .venv/.installed-demo
 	$(call train-and-search,trained,$(DEMO_TRAINING))
@@ -42,6 +42,10 @@ define train-and-search
 	TQDM_DISABLE=1 $(BIN)/python -m hardbatch.trainer.evaluate --collection "$$output/held-out-questions" \
 		--model "$$output/stock" --model "$$output/$(1)/export"
 endef
+
+# the entries of benchmarks/quality/speedrun.toml; see docs/speedrun.md
+speedrun: .venv/.installed-demo
+	$(BIN)/python benchmarks/quality/speedrun.py --workspace workspace/speedrun
 
 test: .venv/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests

@@ -9,7 +9,7 @@ the cluster size is B. Seconds are those of clustering and packing, from vectors
 
 The paper's procedure runs `as described` (2n doubled points, all used for training, spherical, 100 iterations, best of
 3) and `as shipped` (FAISS keeps 256 points per centroid; at B = 64 there are only 128, so the two are the same). Both
-assign q⊕d, walk a tour over the centroids, and cut.
+assign q⊕d, walk a tour over the centroids, and cut. B3 wants the package pymetis; leave it out with --without b3.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import faiss
 import numpy as np
 import torch
 from batching_figures import Corpus, measure, plot, print_table
+from scipy.sparse import csr_array
 
 from hardbatch.pipeline.arrays import Array
 from hardbatch.pipeline.artifacts.artifact import read_artifact
@@ -43,6 +44,7 @@ from hardbatch.pipeline.batching.two_level import two_level_kmeans
 from hardbatch.pipeline.run import plan_corpus, run_step
 
 DOMAINS = "medical,reddit:33000,code_python,intents_clinc"
+_ROWS_AT_ONCE = 1_024
 Method = Callable[[FoldedPoints, int, int], tuple[Array, Array]]  # (points, B, seed) → batches, labels
 
 
@@ -207,6 +209,48 @@ def ours(balance: float, levels: int = 1, rounds: int | None = None) -> Method:
     return batch
 
 
+def b3(skip: int, num_neighbours: int = 100) -> Method:
+    """Returns the method of B3 (arXiv 2505.11293), by our model.
+
+    It ranks the documents of all pairs for each query. The `skip` best are left out, because they may be answers; the
+    `num_neighbours` ranks after them are neighbours, and two pairs that are neighbours of each other are joined by an
+    edge. METIS cuts this graph into parts of about B pairs with as few edges between them as possible. Parts are not of
+    exactly B pairs, so all parts are laid in a row, which is cut after every B pairs.
+    """
+
+    def batch(points: FoldedPoints, batch_size: int, seed: int) -> tuple[Array, Array]:
+        parts = _cut_by_metis(points, batch_size, skip, num_neighbours, seed)
+        row = np.argsort(parts, kind="stable")
+        return row[: len(row) // batch_size * batch_size].reshape(-1, batch_size), parts
+
+    return batch
+
+
+def _cut_by_metis(points: FoldedPoints, batch_size: int, skip: int, num_neighbours: int, seed: int) -> Array:
+    import pymetis
+
+    documents_nD, queries_nD = points.sides(np.arange(len(points)))
+    size = len(queries_nD)
+    last = min(skip + num_neighbours, size)
+    neighbours = np.empty((size, last - skip), dtype=np.int64)
+    for start in range(0, size, _ROWS_AT_ONCE):
+        scores = queries_nD[start : start + _ROWS_AT_ONCE] @ documents_nD.T
+        best = np.argpartition(-scores, last - 1, axis=1)[:, :last]
+        order = np.argsort(-np.take_along_axis(scores, best, axis=1), axis=1, kind="stable")
+        neighbours[start : start + _ROWS_AT_ONCE] = np.take_along_axis(best, order, axis=1)[:, skip:]
+
+    rows = np.repeat(np.arange(size), neighbours.shape[1])
+    directed = csr_array((np.ones(len(rows), dtype=np.int8), (rows, neighbours.ravel())), (size, size))
+    graph = directed.multiply(directed.T).tocsr()
+    graph.setdiag(0)
+    graph.eliminate_zeros()
+    options = pymetis.Options(seed=seed)
+    num_parts = -(-size // batch_size)
+    adjacency = pymetis.CSRAdjacency(graph.indptr, graph.indices)
+    _, parts = pymetis.part_graph(num_parts, adjacency, options=options)
+    return np.asarray(parts, dtype=np.int64)
+
+
 METHODS: dict[str, Method] = {
     "random": lambda points, size, seed: (
         np.random.default_rng(seed).permutation(len(points))[: len(points) // size * size].reshape(-1, size),
@@ -214,6 +258,8 @@ METHODS: dict[str, Method] = {
     ),
     "described: doubled, all points, 100 × 3; tour": doubled(None),
     "shipped: doubled, 256 a centroid, 100 × 3; tour": doubled(256),
+    "b3: mutual neighbours from rank 30 on, METIS": b3(30),
+    "b3: mutual neighbours from rank 0 on, METIS": b3(0),
     "faiss: s, 10 × 1; tour": lambda points, size, seed: tour_and_cut(
         points, faiss_labels(points, size, seed), size, seed
     ),

@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from hardbatch.pipeline.errors import ConfigError
 from hardbatch.trainer.collection import load_collection
 from hardbatch.trainer.stream import BatchStream
 from tests import models
@@ -21,7 +22,7 @@ from tests.samples import WORDS
 from tests.trainer.test_evaluate import write_collection
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "quality"
-MODULES = ("arms", "corpus", "groups", "masks", "measure", "report", "runs", "static")
+MODULES = ("arms", "corpus", "groups", "masks", "measure", "report", "runs", "static", "transformer", "speedrun")
 
 
 @pytest.fixture
@@ -113,3 +114,54 @@ def test_hits_are_judged_as_ndcg_is_defined(quality, tmp_path: Path) -> None:
     for first, second in itertools.permutations([0, 1]):
         found = quality["measure"].ndcg_of_hits(collection, np.array([0, 1]), [[first, second]] * 2)
         assert found[[first, second]].tolist() == pytest.approx([1.0, 1 / np.log2(3)])
+
+
+FUNCTION = """
+def {name}(numbers, {argument}):
+    \"\"\"{query}\"\"\"
+    total = sum(numbers)
+    return total + {argument}
+"""
+
+
+def test_the_speedrun_reads_functions_of_packages(quality, monkeypatch, tmp_path: Path) -> None:
+    speedrun = quality["speedrun"]
+    functions = [
+        ("add", "a", "Adds the numbers."),
+        ("join", "b", "Adds the numbers."),
+        ("sum_up", "c", "Sums them up."),
+    ]
+    source = "".join(FUNCTION.format(name=n, argument=a, query=q) for n, a, q in functions)
+    (tmp_path / "package" / "tests").mkdir(parents=True)
+    (tmp_path / "package" / "module.py").write_text(source)
+    (tmp_path / "package" / "tests" / "module.py").write_text(source.replace("def ", "def test_"))
+    monkeypatch.setattr(speedrun, "_download", lambda *_: tmp_path / "package")
+    for requirement in ("sympy==1.14.0", "networkx==3.5"):
+        speedrun._make_pairs(requirement, "", tmp_path)
+
+    trained_on = pl.read_parquet(tmp_path / "train" / "sympy.parquet")
+    assert trained_on["query"].to_list() == [query for *_, query in functions]
+    assert "def join(numbers, b):" in trained_on["document"][1] and "Adds" not in trained_on["document"][1]
+    collection = load_collection(tmp_path / "eval" / "networkx")
+    found = zip(collection.query_rows, collection.document_rows, strict=True)
+    answers = [(collection.queries[query], collection.documents[document][4:8]) for query, document in found]
+    assert sorted(answers) == [("Adds the numbers.", "add("), ("Adds the numbers.", "join"), ("Sums them up.", "sum_")]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('flags = ["--max-steps=9"]', "flag --max-steps=9 is fixed; allowed: --learning-rate"),
+        ('settings = { "ingest.max_characters" = 9 }', "ingest.max_characters is fixed"),
+    ],
+)
+def test_an_entry_that_changes_what_is_fixed_is_refused(quality, tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "entries.toml").write_text(f'[[entry]]\nname = "mine"\n{line}\n')
+    with pytest.raises(ConfigError, match=message):
+        quality["speedrun"].read_entries(tmp_path / "entries.toml")
+
+
+def test_the_entries_of_the_speedrun_are_valid(quality) -> None:
+    speedrun = quality["speedrun"]
+    names = [entry.name for entry in speedrun.read_entries(speedrun.ENTRIES)]
+    assert names[0] == "random batches" and len(set(names)) == len(names) >= 3

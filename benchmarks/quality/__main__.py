@@ -13,6 +13,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "ALL")  # several times faster, and no bits are compared here
 
 import numpy as np
 import torch

@@ -123,7 +123,7 @@ GRIDS: dict[str, list[Arm]] = {
     + [
         arm
         for group in (8, 32, 256)
-        for arm in (_written(256, group), *(_by(method, group) for method in ("b3-30-100", "b3-0-100", "paper")))
+        for arm in (_written(256, group), *(_by(method, group) for method in ("b3", "b3-from-0", "paper")))
     ],
     # What else may matter: groups that are not refined, batches over domains, all same answers as positives, and
     # hard batches after random ones.

@@ -23,7 +23,7 @@ def print_table(results: Results, domains: Sequence[str], against: str) -> None:
     width = max(map(len, results)) + 2
     print(f"{'':<{width}}{'in':>8}{'out':>8}{'mean':>8}{'seeds':>7}   lead over {against}")
     for name, seeds in results.items():
-        inside, outside = _means(seeds, domains)
+        inside, outside = means(seeds, domains)
         low, high = interval(seeds, results[against], domains)
         print(
             f"{name:<{width}}{inside:>8.4f}{outside:>8.4f}{(inside + outside) / 2:>8.4f}{len(seeds):>7}"
@@ -51,7 +51,7 @@ def interval(
     return float(low), float(high)
 
 
-def _means(seeds: Sequence[Mapping[str, Array]], domains: Sequence[str]) -> tuple[float, float]:
+def means(seeds: Sequence[Mapping[str, Array]], domains: Sequence[str]) -> tuple[float, float]:
     """The macro averages over the domains of training and over the other collections."""
     names = list(seeds[0])
     mean = {name: float(np.mean([seed[name].mean() for seed in seeds])) for name in names}
@@ -59,6 +59,11 @@ def _means(seeds: Sequence[Mapping[str, Array]], domains: Sequence[str]) -> tupl
         float(np.mean([mean[name] for name in names if name in domains])),
         float(np.mean([mean[name] for name in names if name not in domains] or [0.0])),
     )
+
+
+def by_quality(results: Results, domains: Sequence[str]) -> list[str]:
+    """The names of arms, the best first."""
+    return sorted(results, key=lambda name: -sum(means(results[name], domains)))
 
 
 def draw_dial(results: Mapping[str, Results], domains: Sequence[str], path: Path) -> None:
@@ -100,5 +105,5 @@ def group_size(name: str) -> int:
 def lead(one: Sequence[Mapping[str, Array]], other: Sequence[Mapping[str, Array]], domains: Sequence[str]) -> float:
     """The difference in the primary figure, of the seeds that both have."""
     num_seeds = min(len(one), len(other))
-    means = [sum(_means(seeds[:num_seeds], domains)) / 2 for seeds in (one, other)]
-    return means[0] - means[1]
+    first, second = (sum(means(seeds[:num_seeds], domains)) / 2 for seeds in (one, other))
+    return first - second

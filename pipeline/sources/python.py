@@ -46,15 +46,24 @@ def list_modules(package: str) -> list[tuple[str, Path]]:
     if spec is None:
         raise ConfigError(f"source 'python:{package}': no package '{top}' is installed here; pip install it")
     roots = [Path(root).joinpath(*rest) for root in spec.submodule_search_locations or []]
-    modules = []
-    for root in sorted(root for root in roots if root.is_dir()):
-        for path in sorted(root.rglob("*.py")):
-            folders = path.relative_to(root).parts[:-1]
-            if not _SKIPPED_FOLDERS.intersection(folders) and not path.name.startswith(("test_", "conftest")):
-                modules.append((f"{package}/{path.relative_to(root).as_posix()}", path))
+    modules = [
+        (f"{package}/{path.relative_to(root).as_posix()}", path)
+        for root in sorted(root for root in roots if root.is_dir())
+        for path in list_files(root)
+    ]
     if not modules:
         raise InputError(f"source 'python:{package}': no Python source found; it must be a package, not a module")
     return modules
+
+
+def list_files(root: Path) -> list[Path]:
+    """The Python files below a folder, in order of path, without tests and vendored packages."""
+    return [
+        path
+        for path in sorted(root.rglob("*.py"))
+        if not _SKIPPED_FOLDERS.intersection(path.relative_to(root).parts[:-1])
+        and not path.name.startswith(("test_", "conftest"))
+    ]
 
 
 def read_functions(path: Path) -> Iterator[tuple[int, str, str, None]]:
