@@ -83,7 +83,7 @@ def test_an_arm_is_trained_once_and_measured_over_all_documents(quality, runs, m
 @pytest.mark.parametrize("rule", ["one-sided", "symmetric"])
 def test_rules_with_floor_and_cap_are_those_that_are_written(quality, runs, rule: str) -> None:
     masks = f"{rule} floor=0.5 cap=0.25"
-    plan = runs._plan(arm(quality, 16, masks, **{"write.likely_rule": rule}))
+    plan = runs.plan(arm(quality, 16, masks, **{"write.likely_rule": rule}))
     masking = quality["masks"].find_masking(masks, quality["masks"].Surrogate(plan))
     one_sided = quality["masks"].find_masking("one-sided", quality["masks"].Surrogate(plan))
     num_masked = 0

@@ -89,7 +89,7 @@ def _arm(size: int, group: int, masks: str, **settings: Any) -> Arm:
     )
 
 
-def _written(size: int, group: int, **settings: Any) -> Arm:
+def written(size: int, group: int, **settings: Any) -> Arm:
     """An arm with the masks that the pipeline writes; further settings are those of `write`."""
     words = [f"{name} {value}" for name, value in settings.items()]
     pack = {"pack.batch_size": size, "pack.group_size": group, "pack.num_packings": NUM_PACKINGS}
@@ -100,7 +100,7 @@ def _written(size: int, group: int, **settings: Any) -> Arm:
 
 
 def _by(method: str, group: int) -> Arm:
-    arm = _written(256, group)
+    arm = written(256, group)
     return replace(arm, name=f"{arm.name}, by {method}", groups=method)
 
 
@@ -115,54 +115,54 @@ GRIDS: dict[str, list[Arm]] = {
     + [_arm(256, 256, "one-sided", weak_pair_rank=rank) for rank in (10, 30, 100, 300)],
     # Batch sizes at equal pairs.
     "size": [
-        _written(size, group)
+        written(size, group)
         for size, group in ((512, 1), (64, 1), (64, 8), (64, 64), (256, 1), (256, 8), (512, 8), (1024, 1), (1024, 8))
     ],
     # Groups by another method, at its own settings and without skipping ranks.
-    "groups": [_written(256, 1)]
+    "groups": [written(256, 1)]
     + [
         arm
         for group in (8, 32, 256)
-        for arm in (_written(256, group), *(_by(method, group) for method in ("b3", "b3-from-0", "paper")))
+        for arm in (written(256, group), *(_by(method, group) for method in ("b3", "b3-from-0", "paper")))
     ],
     # What else may matter: groups that are not refined, batches over domains, all same answers as positives, and
     # hard batches after random ones.
     "others": [
-        _written(256, 1),
-        _written(256, 8),
-        _written(256, 256),
+        written(256, 1),
+        written(256, 8),
+        written(256, 256),
         *(
-            replace(_written(256, group), name=f"B = 256, K = {group}, not refined", settings=unrefined.settings)
+            replace(written(256, group), name=f"B = 256, K = {group}, not refined", settings=unrefined.settings)
             for group in (8, 256)
             for unrefined in [_arm(256, group, "written", refine_rounds=0)]
         ),
         *(_arm(256, group, "written", compose="corpus") for group in (1, 8)),
         *(
             replace(
-                _written(256, group), name=f"B = 256, K = {group}, same answers as positives", positives="same-answer"
+                written(256, group), name=f"B = 256, K = {group}, same answers as positives", positives="same-answer"
             )
             for group in (1, 8)
         ),
         *(
-            replace(_written(256, 1), name=f"B = 256, K = 1 and then {group}", later={"pack.group_size": group})
+            replace(written(256, 1), name=f"B = 256, K = 1 and then {group}", later={"pack.group_size": group})
             for group in (8, 64, 256)
         ),
-        replace(_written(256, 256), name="B = 256, K = 256 and then 1", later={"pack.group_size": 1}),
+        replace(written(256, 256), name="B = 256, K = 256 and then 1", later={"pack.group_size": 1}),
     ],
     # For models that take minutes.
     "few": [
-        _written(64, 1),
-        _written(64, 8),
-        _written(64, 8, likely_rule="one-sided"),
-        _written(64, 64),
+        written(64, 1),
+        written(64, 8),
+        written(64, 8, likely_rule="one-sided"),
+        written(64, 64),
     ],
     # The contextual model beside the biencoder, on the same batches.
     "contextual": [
         arm
         for group in (8, 64)
         for arm in (
-            _written(64, group),
-            replace(_written(64, group), name=f"B = 64, K = {group}, contextual", context_size=24),
+            written(64, group),
+            replace(written(64, group), name=f"B = 64, K = {group}, contextual", context_size=24),
         )
     ],
 }

@@ -54,11 +54,9 @@ class Runs:
         path = self._path(arm, seed)
         if not path.exists():
             clock = _Clock()
-            plan = self._plan(arm)
-            plans = [plan, self._plan(replace(arm, settings=arm.settings | arm.later))] if arm.later else [plan]
-            masking = self._masking(arm, plan)
+            plan = self.plan(arm)
             clock.lap("shards")
-            searches = self._family.train(plans, arm, masking, seed)
+            searches = self.train(arm, seed)
             clock.lap("training")
             for variant, search in reversed(searches.items()):  # the model itself comes last: then all is kept
                 figures = self._measure(search, plan)
@@ -67,6 +65,12 @@ class Runs:
             mean = np.mean([values.mean() for values in figures.values()])
             print(f"{arm.name:<40} seed {seed}  mean {mean:.4f}  {clock}", flush=True)
         return dict(np.load(path))
+
+    def train(self, arm: Arm, seed: int) -> Mapping[str, Search]:
+        """Trains a model, and returns the ways to search with it."""
+        plan = self.plan(arm)
+        plans = [plan, self.plan(replace(arm, settings=arm.settings | arm.later))] if arm.later else [plan]
+        return self._family.train(plans, arm, self._masking(arm, plan), seed)
 
     def kept(self, arm: Arm) -> dict[str, list[Figures]]:
         """The figures of all seeds that were run, from seed 0 on, for each way to search with the model."""
@@ -85,7 +89,7 @@ class Runs:
         for name, search in references(self._family.max_length).items():
             path = self._path(Arm(name=""), 0, name)
             if not path.exists():
-                self._keep(path, self._measure(search, self._plan(arm)))
+                self._keep(path, self._measure(search, self.plan(arm)))
             found[name] = dict(np.load(path))
         return found
 
@@ -98,7 +102,8 @@ class Runs:
             self._collections = load_collections(self._family.sample, plan, self._data)
         return self._collections
 
-    def _plan(self, arm: Arm) -> Plan:
+    def plan(self, arm: Arm) -> Plan:
+        """The shards of an arm, which are made if there are none."""
         name = json.dumps([arm.settings, arm.groups])
         if name not in self._plans:
             if arm.groups == "":
