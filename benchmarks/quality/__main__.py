@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,8 +19,8 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "ALL")  # several times faster, and 
 import numpy as np
 import torch
 from arms import GRIDS, SAMPLE, TUNED, TUNING_SAMPLE, one_domain
-from report import draw_dial, print_table
-from runs import Family, Figures, Runs
+from report import Results, draw_compute, draw_dial, print_table
+from runs import Figures, Runs
 from static import StaticFamily
 from transformer import TransformerFamily
 
@@ -34,7 +35,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=[""], help="arms whose names contain one of these")
     parser.add_argument("--against", help="the arm that others are compared with; default: the first of the grid")
-    parser.add_argument("--plot", type=Path, help="draw the lead over random batches against K, for the grid `dial`")
+    parser.add_argument("--pairs", type=int, nargs="*", help="how many pairs each model sees; several, to compare")
+    parser.add_argument(
+        "--plot", type=Path, help="draw the lead against K (for the grid `dial`), or quality against several --pairs"
+    )
     parser.add_argument("--references", action="store_true", help="measure BM25 and MiniLM as published too")
     parser.add_argument("--table", action="store_true", help="train nothing, print what there is")
     options = parser.parse_args()
@@ -46,7 +50,7 @@ def main() -> None:
     if options.grid == "tune":
         tune(options.workspace, data)
         return
-    families: dict[str, Family] = {
+    families: dict[str, StaticFamily | TransformerFamily] = {
         "static": StaticFamily(SAMPLE),
         "small": TransformerFamily(SAMPLE, options.workspace / "models"),
         "minilm": TransformerFamily(
@@ -59,29 +63,35 @@ def main() -> None:
         ),
     }
     family = families[options.family]
-    runs = Runs(family, options.workspace, data)
     arms = [arm for arm in GRIDS[options.grid] if any(part in arm.name for part in options.only)]
     if not arms:
-        parser.error(
-            f"--only {' '.join(options.only)}: no such arm; arms: {'; '.join(arm.name for arm in GRIDS[options.grid])}"
-        )
-    if not options.table:
-        for seed in range(options.seeds):
-            for arm in arms:
-                runs.run(arm, seed)
-    results: dict[str, list[Figures]] = {}
-    for arm in arms:
-        results |= runs.kept(arm)
+        names = "; ".join(arm.name for arm in GRIDS[options.grid])
+        parser.error(f"--only {' '.join(options.only)}: no such arm; arms: {names}")
+
     against = options.against or arms[0].name
-    if against not in results:
-        parser.error(
-            f"no run of the arm '{against}' yet; run it, or give another one with --against; "
-            f"there are: {'; '.join(results) or 'none'}"
-        )
-    if options.references:
-        results |= {name: [figures] * len(results[against]) for name, figures in runs.references(arms[0]).items()}
-    print_table(results, family.sample.domains, against)
-    if options.plot is not None:
+    by_pairs: dict[int, Results] = {}
+    for pairs_seen in options.pairs or [family.pairs_seen]:
+        runs = Runs(replace(family, pairs_seen=pairs_seen), options.workspace, data)
+        if not options.table:
+            for seed in range(options.seeds):
+                for arm in arms:
+                    runs.run(arm, seed)
+        results: dict[str, list[Figures]] = {}
+        for arm in arms:
+            results |= runs.kept(arm)
+        if against not in results:
+            parser.error(
+                f"no run of the arm '{against}' yet; run it, or give another one with --against; "
+                f"there are: {'; '.join(results) or 'none'}"
+            )
+        if options.references:
+            results |= {name: [figures] * len(results[against]) for name, figures in runs.references(arms[0]).items()}
+        by_pairs[pairs_seen] = results
+        print(f"{pairs_seen:,} pairs seen")
+        print_table(results, family.sample.domains, against)
+    if options.plot is not None and len(by_pairs) > 1:
+        draw_compute(by_pairs, family.sample.domains, options.plot)
+    elif options.plot is not None:
         rules = dict.fromkeys(arm.masks for arm in arms)
         by_rule = {
             rule: {arm.name: results[arm.name] for arm in arms if arm.masks == rule and arm.name in results}

@@ -149,6 +149,8 @@ GRIDS: dict[str, list[Arm]] = {
         ),
         replace(written(256, 256), name="B = 256, K = 256 and then 1", later={"pack.group_size": 1}),
     ],
+    # Does more training change the order? With --pairs.
+    "compute": [written(256, group) for group in (1, 8, 64)],
     # For models that take minutes.
     "few": [
         written(64, 1),

@@ -97,6 +97,32 @@ def draw_dial(results: Mapping[str, Results], domains: Sequence[str], path: Path
     figure.savefig(path)
 
 
+def draw_compute(results: Mapping[int, Results], domains: Sequence[str], path: Path) -> None:
+    """Draws the primary figure against the number of pairs that were seen, a line for each arm.
+
+    Args:
+        results: By number of pairs.
+        domains: Those of training.
+        path: Where to write the picture.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for name in next(iter(results.values())):
+        seen = [number for number, arms in results.items() if name in arms]
+        axes.plot(seen, [sum(means(results[number][name], domains)) / 2 for number in seen], marker="o", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(results), [f"{number:,}" for number in results])
+    axes.minorticks_off()
+    axes.set_xlabel("pairs seen, to which the seconds of training are proportional")
+    axes.set_ylabel("nDCG@10")
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
 def group_size(name: str) -> int:
     """The K in the name of an arm."""
     return int(next(part for part in name.split(", ") if part.startswith("K = ")).removeprefix("K = "))
