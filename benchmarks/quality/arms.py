@@ -148,6 +148,7 @@ GRIDS: dict[str, list[Arm]] = {
             for group in (8, 64, 256)
         ),
         replace(written(256, 256), name="B = 256, K = 256 and then 1", later={"pack.group_size": 1}),
+        *(_arm(256, 8, "written", num_packings=number) for number in (1, 2)),
     ],
     # Does more training change the order? With --pairs.
     "compute": [written(256, group) for group in (1, 8, 64)],
