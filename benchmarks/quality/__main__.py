@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=[""], help="arms whose names contain one of these")
     parser.add_argument("--against", help="the arm that others are compared with; default: the first of the grid")
+    parser.add_argument("--learning-rate", type=float, help="instead of that of the family")
     parser.add_argument("--pairs", type=int, nargs="*", help="how many pairs each model sees; several, to compare")
     parser.add_argument(
         "--plot", type=Path, help="draw the lead against K (for the grid `dial`), or quality against several --pairs"
@@ -63,6 +64,8 @@ def main() -> None:
         ),
     }
     family = families[options.family]
+    if options.learning_rate is not None:
+        family = replace(family, learning_rate=options.learning_rate)
     arms = [arm for arm in GRIDS[options.grid] if any(part in arm.name for part in options.only)]
     if not arms:
         names = "; ".join(arm.name for arm in GRIDS[options.grid])
