@@ -27,7 +27,7 @@ from hardbatch.pipeline.sources.files import list_source_files, local_path
 from hardbatch.pipeline.step import Step
 
 VERSIONS = {
-    "pairs": 2,
+    "pairs": 3,
     "answers": 2,
     "vectors": 1,
     "clusters": 4,

@@ -78,7 +78,7 @@ def assemble(
         _write_table(writer, "pairs.parquet", pa.table(pairs, schema=schema))
         _write_quarantine(writer, quarantined, numbers.filter(pa.array(fate == _DUPLICATE)))
         if holdout > 0:
-            _write_holdout(writer, staged, fate == _HELD_OUT, query_codes, document_codes)
+            _write_holdout(writer, staged, fate == _HELD_OUT, query_codes, document_codes, num_documents)
         writer.counts = _final_counts(counts, fate, num_queries, num_documents)
 
 
@@ -234,14 +234,23 @@ def _write_quarantine(writer: UnitWriter, quarantined: list[Path], duplicates: p
 
 
 def _write_holdout(
-    writer: UnitWriter, staged: list[Path], held_out: Array, query_codes: Array, document_codes: Array
+    writer: UnitWriter,
+    staged: list[Path],
+    held_out: Array,
+    query_codes: Array,
+    document_codes: Array,
+    num_documents: int,
 ) -> None:
-    """Writes the held-out pairs as an evaluation folder: corpus, queries, qrels."""
+    """Writes the held-out pairs as an evaluation folder: corpus, queries, qrels.
+
+    The metadata of the corpus count the training documents, which it is searched together with.
+    """
     queries, is_first_query = _number(query_codes[held_out])
     documents, is_first_document = _number(document_codes[held_out])
     texts = list(_texts(staged, held_out, is_first_document, ["document"]))
     corpus = {"doc_id": [f"d{row}" for row in range(len(texts))], "text": texts, "title": [""] * len(texts)}
-    _write_table(writer, "holdout/corpus.parquet", pa.table(corpus, schemas.HOLDOUT_CORPUS))
+    schema = schemas.HOLDOUT_CORPUS.with_metadata({"training_documents": str(num_documents)})
+    _write_table(writer, "holdout/corpus.parquet", pa.table(corpus, schema))
 
     texts = list(_texts(staged, held_out, is_first_query, ["query"]))
     asked = {"query_id": [f"q{row}" for row in range(len(texts))], "text": texts}
