@@ -30,6 +30,7 @@ from hardbatch.pipeline.step import InlineExecutor, Progress, Stage, Step
 
 _STAGES = {  # stage → the module and function that make it, imported only when the stage runs
     "pairs": ("hardbatch.pipeline.stages.ingest", "build"),
+    "leaks": ("hardbatch.pipeline.stages.leaks", "build"),
     "answers": ("hardbatch.pipeline.stages.relate", "build"),
     "vectors": ("hardbatch.pipeline.stages.embed", "build"),
     "clusters": ("hardbatch.pipeline.stages.cluster", "build"),

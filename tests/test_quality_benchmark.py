@@ -72,7 +72,7 @@ def test_an_arm_is_trained_once_and_measured_over_all_documents(quality, runs, m
     monkeypatch.setattr(quality["static"].StaticFamily, "train", lambda *_: pytest.fail("trained again"))
     assert np.array_equal(runs.run(one, 0)["numbers"], figures["numbers"])
     assert (len(runs.kept(one)), len(runs.kept(arm(quality, 16, "none")))) == (1, 0)
-    (held_out,) = (c for c in runs.collections(None).values() if c.name == "numbers")
+    held_out = runs.collections(None)["numbers"]
     assert len(held_out.documents) == len(set(held_out.documents)) > 300
 
 

@@ -46,6 +46,7 @@ _INTEGERS = (
 )  # fmt: skip
 _NEGATIVE_COUNTS = (
     "negatives_kept", "negatives_removed_known", "negatives_removed_equivalent", "negatives_removed_no_vector",
+    "negatives_removed_held_out",
 )  # fmt: skip
 
 
@@ -242,10 +243,17 @@ class _WritingWorker:
         return table, _BatchFigures(hardness=hardness, negatives=count_negatives(mask_BB, certain_BB))
 
     def _negatives(self, slots: Slots, slot: int, domain: OpenDomain, counts: Counter[str]) -> list[str]:
-        """The hard negatives of a slot, without those that answer its query for certain or are likely to."""
+        """The hard negatives of a slot, without those that answer its query, or are likely to.
+
+        Those that another domain holds out are left out too.
+        """
         rows = domain.pairs.negatives_of(slots.pair_id[slot])
         if len(rows) == 0:
             return []
+        is_held_out = np.isin(rows, domain.leaking_documents)
+        counts["negatives_removed_held_out"] += int(is_held_out.sum())
+        rows = rows[~is_held_out]
+
         has_vector = domain.surrogate.has_document[rows]
         counts["negatives_removed_no_vector"] += int((~has_vector).sum())
         rows = rows[has_vector]
