@@ -180,7 +180,8 @@ def run_step(step: Step, progress: Progress | None = None, log: RunLog | None = 
         except BaseException as error:
             log.failed(step, error, seconds=time.monotonic() - started)
             raise
-        log.finished(step, artifact, seconds=time.monotonic() - started, units_before=units_before)
+        seconds = time.monotonic() - started
+        log.finished(step, artifact, seconds=seconds, units_before=units_before, warnings=result.warnings)
     return True
 
 

@@ -70,13 +70,18 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
     libraries = ["sentence-transformers", "torch", "transformers"]
     if is_lexical(work.spec):
         libraries = ["numpy", "scikit-learn", "scipy"]
+    cut = Counter[str]()
+    for group, unit_counts in made:
+        cut[f"{group}_cut"] += unit_counts.get("cut", 0)  # units of an older version do not count it
     return StageResult(
         units=[*names, "invalid"],
         counts={
             "dimension": made[-1][1]["dimension"] if made else 0,
             "zero_vector": reasons["zero_vector"],
             "nan_vector": reasons["nan_vector"],
+            "max_length_tokens": max((unit_counts.get("max_length_tokens", 0) for _, unit_counts in made), default=0),
             **{side: counts[side] for side in schemas.SIDES},
+            **{f"{side}_cut": cut[f"{side}_cut"] for side in schemas.SIDES},
         },
         produced_with={name: importlib.metadata.version(name) for name in libraries},
     )
@@ -127,7 +132,13 @@ class _EmbeddingWorker:
         invalid = _invalid_rows(vectors, unit.start)
         with write_unit(self._work.path, unit.name) as writer:
             write_array(writer.add_file(f"vectors/{unit.name}.npy", rows=len(vectors)), vectors.astype(np.float16))
-            writer.counts = {"dimension": vectors.shape[1], "invalid": invalid}
+            limit = self._encoder.max_length
+            writer.counts = {
+                "dimension": vectors.shape[1],
+                "invalid": invalid,
+                "max_length_tokens": limit,
+                "cut": sum(len(tokens) >= limit for tokens in prepared) if limit else 0,
+            }
 
 
 @lru_cache(maxsize=2)
