@@ -90,17 +90,14 @@ def assemble(
     entries = _list_documents(staged, used)
 
     fate = np.full(int(is_first.sum()), _KEPT, dtype=np.int8)  # by pair
-    is_copy = np.zeros(0, dtype=bool)  # by code of an entry
+    is_copy = np.zeros(0, dtype=bool)
     if holdout > 0:
         pair_of_edge, text_of_edge = _edges(staged, used, pair_of_row)
         fate[cut_holdout(pair_of_edge, text_of_edge, len(fate), holdout, holdout_seed)] = _HELD_OUT
 
         # What is not held out shares no text with what is, but it may have near-copies.
-        known = _held_out_texts(staged, is_first & (fate == _HELD_OUT)[pair_of_row])
-        is_copy = _find_known(known, _texts(staged, used, _number(entries.code)[1], ["document", "negatives"]))
-        codes, is_new = _number(query_codes[is_first])
-        is_copied = _find_known(known, _texts(staged, is_first, is_new, ["query"]))[codes]
-        is_copied |= is_copy[entries.code[entries.is_document & is_first[entries.row]]]
+        is_held_out = is_first & (fate == _HELD_OUT)[pair_of_row]
+        is_copied, is_copy = _find_near_copies(staged, is_held_out, is_first, used, query_codes, entries)
         fate[is_copied & (fate == _KEPT)] = _COPY
     kept, held_out, copies = (is_first & (fate == what)[pair_of_row] for what in (_KEPT, _HELD_OUT, _COPY))
 
@@ -142,6 +139,11 @@ def assemble(
         came_through = np.unique(numbers["source_file"].to_numpy()[kept | held_out])
         writer.counts = {
             **_final_counts(counts, int(kept.sum()), int(held_out.sum())),
+            "sorted_by": [
+                side
+                for side, codes in (("query", query_codes), ("document", document_codes))
+                if _is_sorted(counts.totals, side) or (side == "document" and _is_grouped(codes[is_first]))
+            ],
             "holdout_target": int(holdout * len(fate)),
             "queries": num_queries,
             "documents": num_documents,
@@ -294,13 +296,24 @@ def _negative_lists(pair_id: Array, rows: Array, num_pairs: int) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(rows[order]))
 
 
-def _held_out_texts(staged: list[Path], held_out: Array) -> KnownTexts:
-    """The texts of both sides of the rows that are `held_out`."""
+def _find_near_copies(
+    staged: list[Path], is_held_out: Array, is_first: Array, used: Array, query_codes: Array, entries: _Entries
+) -> tuple[Array, Array]:
+    """Finds the texts that are held out, and near-copies of these.
+
+    Returns:
+        Whether each pair has such a text as its query or its document, and whether each code of an entry is one.
+    """
     known = KnownTexts()
-    every = np.ones(int(held_out.sum()), dtype=bool)
+    every = np.ones(int(is_held_out.sum()), dtype=bool)
     for column in ("query", "document"):
-        known.add(_texts(staged, held_out, every, [column]), "held out")
-    return known
+        known.add(_texts(staged, is_held_out, every, [column]), "held out")
+
+    is_copy = _find_known(known, _texts(staged, used, _number(entries.code)[1], ["document", "negatives"]))
+    codes, is_new = _number(query_codes[is_first])
+    is_copied = _find_known(known, _texts(staged, is_first, is_new, ["query"]))[codes]
+    is_copied |= is_copy[entries.code[entries.is_document & is_first[entries.row]]]
+    return is_copied, is_copy
 
 
 def _find_known(known: KnownTexts, texts: Iterator[str]) -> Array:
@@ -397,7 +410,6 @@ def _final_counts(counts: RowCounts, num_kept: int, num_held_out: int) -> dict[s
         "texts_cut": totals["texts_cut"],
         "query_ids": totals["query_ids"],
         "document_ids": totals["document_ids"],
-        "sorted_by": [side for side in ("query", "document") if _is_sorted(totals, side)],
         "negatives_dropped": sum(counts.unusable_negatives.values()),
         "negatives_unusable": dict(sorted(counts.unusable_negatives.items())),
     }
@@ -407,6 +419,12 @@ def _is_sorted(totals: Counter[str], side: str) -> bool:
     """Whether the texts of a side come in an order of characters, up or down, with few exceptions."""
     rises, falls = totals[f"{side}_rises"], totals[f"{side}_falls"]
     return rises + falls >= _LEAST_STEPS and max(rises, falls) >= _SORTED_SHARE * (rises + falls)
+
+
+def _is_grouped(codes: Array) -> bool:
+    """Whether many of the texts repeat the one above, and few come again after another one."""
+    num_texts, num_runs = len(np.unique(codes)), int((np.diff(codes) != 0).sum()) + 1
+    return len(codes) - num_texts >= _LEAST_STEPS and num_runs * _SORTED_SHARE <= num_texts
 
 
 def _files_without_pairs(counts: RowCounts, came_through: Array, names: list[str]) -> dict[str, Any]:

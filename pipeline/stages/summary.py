@@ -114,7 +114,11 @@ def _counts(step: Step, name: str) -> dict[str, Any]:
 def _source_counts(step: Step, domain: str) -> dict[str, Any]:
     pairs, clusters = read_artifact(step.inputs[f"pairs/{domain}"]).manifest, _counts(step, f"clusters/{domain}")
     found = {name: pairs.counts[name] for name in _SOURCE_COUNTS if name in pairs.counts}
-    found |= {"limit": pairs.config.get("limit"), "negatives_column": pairs.config.get("columns", {}).get("negatives")}
+    found["negatives_column"] = pairs.config.get("columns", {}).get("negatives")
+
+    # The first functions of a Python package are what a limit is there for.
+    if any(source["format"] != "python" for source in pairs.sources):
+        found["limit"] = pairs.config.get("limit")
 
     # Artifacts of older versions do not know the sizes of their clusters.
     sizes = {name: clusters[name] for name in ("clusters", *CLUSTER_SIZES) if name in clusters}

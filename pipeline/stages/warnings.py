@@ -27,7 +27,8 @@ REMOVED = {
 
 def corpus_warnings(summary: Summary) -> list[str]:
     """The warnings of all domains; those of older shards lack what was not counted then."""
-    return [line for name, domain in summary.domains.items() for line in domain_warnings(name, domain, summary)]
+    lines = [line for name, domain in summary.domains.items() for line in domain_warnings(name, domain, summary)]
+    return [*lines, *(f"warning: {line}" for line in _cut_texts(summary))]
 
 
 def domain_warnings(name: str, domain: DomainSummary, summary: Summary) -> list[str]:
@@ -98,14 +99,21 @@ def _texts(source: Mapping[str, Any]) -> Iterator[str]:
             )
     if source["texts_cut"]:
         yield f"{source['texts_cut']:,} texts are cut at ingest.max_characters"
-    for cut in source.get("cut_for_models", ()):
-        shares = [f"{cut[side]:.0%} of the {side}" for side in SIDES if cut[side] >= _NOTABLE_SHARE]
-        if shares:
-            yield (
-                f"{cut['model']} reads {cut['max_length_tokens']:,} tokens, which {' and '.join(shares)} reach: what "
-                "follows does not count for clusters and masks; raise embed.max_length_tokens, or set a model that "
-                "reads more"
-            )
+
+
+def _cut_texts(summary: Summary) -> Iterator[str]:
+    """A line for each model and limit, as domains usually share them."""
+    shares: dict[tuple[str, int], list[str]] = {}
+    for name, domain in summary.domains.items():
+        for cut in domain.source.get("cut_for_models", ()):
+            found = [f"{cut[side]:.0%} of the {side} of {name}" for side in SIDES if cut[side] >= _NOTABLE_SHARE]
+            if found:
+                shares.setdefault((cut["model"], cut["max_length_tokens"]), []).extend(found)
+    for (model, limit), found in shares.items():
+        yield (
+            f"{model} reads {limit:,} tokens of a text, which is where it cuts {', '.join(found)}; for clusters and "
+            "masks the rest does not count; raise embed.max_length_tokens, or set a model that reads more"
+        )
 
 
 def _files(source: Mapping[str, Any]) -> Iterator[str]:
@@ -120,7 +128,7 @@ def _files(source: Mapping[str, Any]) -> Iterator[str]:
         yield f"limit = {source['limit']} was reached in file {num_read:,} of {num_files:,}; the others were not read"
     if source.get("limit") and source.get("sorted_by"):
         yield (
-            f"limit = {source['limit']} reads the first rows of a source that is sorted by "
+            f"limit = {source['limit']} reads the first rows of a source that is sorted or grouped by "
             f"{' and '.join(source['sorted_by'])}: they do not represent it; shuffle the source, or draw rows at random"
         )
 

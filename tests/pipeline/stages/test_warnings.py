@@ -112,7 +112,7 @@ def test_a_limit_that_reads_what_represents_nothing(warn: Warn) -> None:
     rows = sorted((make_pair(i) for i in range(40)), key=lambda row: row["document"])
     found = warn({"a.jsonl": rows, "b.jsonl": [make_pair(i) for i in range(50, 60)]}, "limit = 30")
     assert found[0] == "limit = 30 was reached in file 1 of 2; the others were not read"
-    assert found[1].startswith("limit = 30 reads the first rows of a source that is sorted by document")
+    assert found[1].startswith("limit = 30 reads the first rows of a source that is sorted or grouped by document")
     assert len(found) == 2
 
 
@@ -122,7 +122,10 @@ def test_texts_that_the_model_cuts(warn: Warn) -> None:
     for row in rows[:10]:
         row["document"] += " and more of it" * 10
     (line,) = warn(rows, embed="[embed]\nmax_length_tokens = 32\n")
-    assert line.startswith("embed.model 'minilm' reads 32 tokens, which 25% of the documents reach: what follows")
+    assert line.startswith(
+        "warning: embed.model 'minilm' reads 32 tokens of a text, which is where it cuts 25% of the doc"
+    )
+    assert "25% of the documents of d; for clusters" in line
     assert warn(rows, embed="[embed]\nmax_length_tokens = 128\n") == []
 
 
