@@ -23,7 +23,7 @@ from hardbatch.pipeline.batching.hardness import Bounds
 from hardbatch.pipeline.batching.negatives import measure_spread
 from hardbatch.pipeline.errors import InputError
 from hardbatch.pipeline.stages.figures import CLUSTER_SIZES, OWN_RANKS, DomainSummary, Hardness, Negatives, Summary
-from hardbatch.pipeline.stages.warnings import no_vector_text
+from hardbatch.pipeline.stages.warnings import no_vector_text, reasons_text
 from hardbatch.pipeline.step import Step
 
 _SOURCE_COUNTS = (
@@ -248,7 +248,7 @@ def refuse_empty(step: Step, packed: Mapping[str, Packed]) -> None:
     """Raises InputError, which says that no domain fills a batch, why, and what to change."""
     size, domains = step.config["batch_size"], step.config["domains"]
     left = {domain: sum(packed[domain].leftover.values()) for domain in domains}
-    found = ", ".join(f"{domain} {number}" for domain, number in left.items())
+    found = ", ".join(_came_through(step, domain, number) for domain, number in left.items())
     invalid, elsewhere, weak = (
         sum(packed[domain].leftover.get(reason, 0) for domain in domains)
         for reason in ("invalid_vector", "held_out_elsewhere", "weak_pair")
@@ -265,3 +265,11 @@ def refuse_empty(step: Step, packed: Mapping[str, Packed]) -> None:
         mix = schemas.MIXED_DOMAIN not in packed and sum(left.values()) >= size
         causes.append(f"lower pack.batch_size, add data{', or set pack.remainder to mix' if mix else ''}")
     raise InputError(f"no domain fills a batch of {size} pairs (pairs that came through: {found}); {'; '.join(causes)}")
+
+
+def _came_through(step: Step, domain: str, num_pairs: int) -> str:
+    """The pairs of a domain, or if there are none, what became of its rows."""
+    if num_pairs:
+        return f"{domain} {num_pairs}"
+    counts = _counts(step, f"pairs/{domain}")
+    return f"{domain} 0 of {counts['rows']} rows: {reasons_text(counts['quarantined'])}"
