@@ -27,7 +27,8 @@ from hardbatch.pipeline.sources.files import list_source_files, local_path
 from hardbatch.pipeline.step import Step
 
 VERSIONS = {
-    "pairs": 2,
+    "pairs": 3,
+    "leaks": 1,
     "answers": 2,
     "vectors": 1,
     "clusters": 4,
@@ -57,9 +58,12 @@ class Planner:
             role: resolve_model(settings.embed, role, self._data_root, self._digests)
             for role in ("cluster", "surrogate")
         }
+        # All domains are read first, since what one holds out may not be trained on in another.
+        pairs = {dataset.name: self._pairs(dataset) for dataset in settings.dataset}
+        holdouts = {dataset.name: pairs[dataset.name] for dataset in settings.dataset if dataset.holdout}
         inputs: dict[str, Path] = {}
-        for dataset in settings.dataset:
-            inputs.update(self._domain(dataset, models))
+        for name in pairs:
+            inputs.update(self._domain(name, pairs[name], holdouts, models))
 
         domains = [dataset.name for dataset in settings.dataset]  # a list, as their order numbers the batches
         shape = self._pack.model_dump(include={"batch_size", "group_size", "compose"})
@@ -77,11 +81,13 @@ class Planner:
         self._add("shards", settings.corpus, write.model_dump(), inputs)
         return self._steps
 
-    def _domain(self, dataset: Dataset, models: Mapping[str, ModelSpec]) -> dict[str, Path]:
-        """Adds the steps of a domain; returns the inputs that writing needs."""
-        name = dataset.name
+    def _domain(
+        self, name: str, pairs: Path, holdouts: Mapping[str, Path], models: Mapping[str, ModelSpec]
+    ) -> dict[str, Path]:
+        """Adds the steps of a domain that follow on its pairs; returns the inputs that writing needs."""
         pack = self._pack
-        pairs = self._pairs(dataset)
+        others = {f"holdout/{other}": path for other, path in holdouts.items() if other != name}
+        leaks = {"leaks": self._add("leaks", name, {}, {"pairs": pairs, **others})} if others else {}
         answers = self._add("answers", name, self._settings.answers.model_dump(), {"pairs": pairs})
         vectors = {role: self._vectors(name, model, pairs) for role, model in models.items()}
         both = {"pairs": pairs, "vectors": vectors["cluster"]}
@@ -98,12 +104,13 @@ class Planner:
         hardness = self._add("hardness", name, measure.model_dump(), both)
         ranked = {"pairs": pairs, "vectors": vectors["surrogate"], "answers": answers}
         consistency = self._add("consistency", name, self._settings.consistency.model_dump(), ranked)
-        packed = {**both, "surrogate": vectors["surrogate"], "clusters": clusters, "answers": answers}
+        packed = {**both, **leaks, "surrogate": vectors["surrogate"], "clusters": clusters, "answers": answers}
         if pack.weak_pair_rank is not None:
             packed["consistency"] = consistency
         cut = BatchesSettings(**pack.model_dump(), device=device)
         batches = self._add("batches", name, cut.model_dump(), packed, runtime=runs_on)
         return {
+            **{f"leaks/{name}": path for path in leaks.values()},
             f"pairs/{name}": pairs,
             f"answers/{name}": answers,
             f"vectors/{name}": vectors["cluster"],

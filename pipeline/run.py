@@ -30,6 +30,7 @@ from hardbatch.pipeline.step import InlineExecutor, Progress, Stage, Step
 
 _STAGES = {  # stage → the module and function that make it, imported only when the stage runs
     "pairs": ("hardbatch.pipeline.stages.ingest", "build"),
+    "leaks": ("hardbatch.pipeline.stages.leaks", "build"),
     "answers": ("hardbatch.pipeline.stages.relate", "build"),
     "vectors": ("hardbatch.pipeline.stages.embed", "build"),
     "clusters": ("hardbatch.pipeline.stages.cluster", "build"),
@@ -179,7 +180,8 @@ def run_step(step: Step, progress: Progress | None = None, log: RunLog | None = 
         except BaseException as error:
             log.failed(step, error, seconds=time.monotonic() - started)
             raise
-        log.finished(step, artifact, seconds=time.monotonic() - started, units_before=units_before)
+        seconds = time.monotonic() - started
+        log.finished(step, artifact, seconds=seconds, units_before=units_before, warnings=result.warnings)
     return True
 
 

@@ -97,7 +97,9 @@ class RunLog:
         """Begins the file, as a step is about to be made: a run that is killed in it leaves a log too."""
         self.write()
 
-    def finished(self, step: Step, artifact: Artifact, *, seconds: float, units_before: int) -> None:
+    def finished(
+        self, step: Step, artifact: Artifact, *, seconds: float, units_before: int, warnings: Sequence[str] = ()
+    ) -> None:
         """Records that a step was made, in `seconds`; `units_before` of its units were committed before."""
         rows = num_rows(artifact)
         if rows is None:  # `hardness` counts no pairs of its own
@@ -112,6 +114,7 @@ class RunLog:
                 seconds=round(seconds, 3),
                 bytes=artifact.bytes,
                 peak_rss_mib=_peak_rss_mib(),
+                **({"warnings": list(warnings)} if warnings else {}),
             )
         )
 
@@ -192,6 +195,7 @@ class LoggedStep:
     bytes: int = 0
     peak_rss_mib: float = 0.0
     failure: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(kw_only=True)
@@ -272,6 +276,7 @@ def _add_record(run: LoggedRun, record: Mapping[str, Any]) -> bool:
                 bytes=int(record.get("bytes", 0)),
                 peak_rss_mib=float(record.get("peak_rss_mib") or 0.0),
                 failure=f"failed, exit code {int(record['exit_code'])}" if event == "failed" else "",
+                warnings=tuple(map(str, record.get("warnings", ()))),
             )
     except (KeyError, TypeError, ValueError):
         return False

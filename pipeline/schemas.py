@@ -43,6 +43,7 @@ QUARANTINE = pa.schema(
 HOLDOUT_CORPUS = pa.schema([("doc_id", pa.utf8()), ("text", pa.large_utf8()), ("title", pa.utf8())])
 HOLDOUT_QUERIES = pa.schema([("query_id", pa.utf8()), ("text", pa.large_utf8())])
 HOLDOUT_QRELS = pa.schema([("query_id", pa.utf8()), ("doc_id", pa.utf8()), ("score", pa.int32())])
+LEAKS = pa.schema([("side", pa.utf8()), ("row", pa.int64()), ("domain", pa.utf8())])
 JOINS = pa.schema([("row", pa.int64()), ("other_row", pa.int64()), ("kind", pa.utf8()), ("overlap", pa.float32())])
 INVALID_ROWS = pa.schema([("row", pa.int64()), ("reason", pa.utf8())])
 WORD = pa.dictionary(pa.int32(), pa.utf8())  # a column of few distinct words over many rows

@@ -48,11 +48,15 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """What a stage made: the names of all its units, its counts, and the libraries it was made with."""
+    """What a stage made: the names of all its units, its counts, and the libraries it was made with.
+
+    `warnings` go to the run log, as lines for people.
+    """
 
     units: list[str]
     counts: dict[str, Any]
     produced_with: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 class Progress(Protocol):

@@ -76,7 +76,7 @@ def test_an_arm_is_trained_once_and_measured_over_all_documents(quality, runs, m
         {"K = 1": 1},
         {},
     )
-    (held_out,) = (c for c in runs.collections(None).values() if c.name == "numbers")
+    held_out = runs.collections(None)["numbers"]
     assert len(held_out.documents) == len(set(held_out.documents)) > 300
 
 

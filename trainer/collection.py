@@ -2,8 +2,11 @@
 
     corpus   doc_id, text, title (optional)     queries   query_id, text     qrels   query_id, doc_id, score
 
-The text of a document that has a title is title + " " + text. Ids are strings or integers. The
-holdout folders of `hardbatch run` are collections.
+The text of a document that has a title is title + " " + text. Ids are strings or integers.
+
+The holdout folders of `hardbatch run` are collections. Their corpus.parquet has the held-out documents
+alone; the training documents, among which these are searched as well, are read from the folder `texts`
+beside it.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from hardbatch.pipeline.errors import InputError
 from hardbatch.trainer.shelves import KeptShelves
 
 CORPUS = "corpus.parquet"
+TRAINING_DOCUMENTS = b"training_documents"  # how many there are, in the metadata of a holdout's corpus
 _HELP = "give a folder with corpus.parquet, queries.parquet and qrels.parquet"
 
 
@@ -49,7 +53,8 @@ class Collection:
 def load_documents(folder: Path) -> list[str]:
     """The documents of the collection in `folder`. Raises InputError as `load_collection` does."""
     path = folder / CORPUS
-    return _documents(_read(path, ("text",), optional=("title",)), path)[0]
+    corpus = _read(path, ("text",), optional=("title",))
+    return _training_documents(corpus, folder) + _documents(corpus, path)[0]
 
 
 def load_collection(folder: Path) -> Collection:
@@ -73,15 +78,38 @@ def load_collection(folder: Path) -> Collection:
     if not (scores > 0).any():
         raise InputError(f"{qrels_path}: no score is above 0, so there is nothing to find; {_HELP}")
     documents, columns = _documents(corpus, corpus_path)
+    training = _training_documents(corpus, folder)
+    source = f"{columns} of {corpus_path}"
+    if training:
+        source += f", {len(training):,} of them of training"
     return Collection(
         name=_name_of(folder.resolve()),
-        source=f"{columns} of {corpus_path}",
-        documents=documents,
+        source=source,
+        documents=training + documents,
         queries=_strings(queries, "text", queries_path),
         query_rows=query_rows,
-        document_rows=document_rows,
+        document_rows=document_rows + len(training),
         scores=scores,
     )
+
+
+def _training_documents(corpus: pa.Table, folder: Path) -> list[str]:
+    """The documents that a holdout is searched in besides its own; none for other collections."""
+    expected = int((corpus.schema.metadata or {}).get(TRAINING_DOCUMENTS, 0))
+    if not expected:
+        return []
+    texts = folder.parent / "texts"
+    try:
+        tables = [pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in sorted(texts.glob("documents-*"))]
+    except (OSError, pa.ArrowException) as error:
+        reason = (str(error).splitlines() or [""])[0][:160]
+        raise InputError(f"{texts}: cannot be read as Arrow: {reason}") from None
+    if sum(map(len, tables)) != expected:
+        raise InputError(
+            f"{folder}: is searched together with {expected:,} training documents, of which {texts} has "
+            f"{sum(map(len, tables)):,}; copy the folder `texts` that was beside it"
+        )
+    return [text for table in tables for text in _strings(table, "text", texts)]
 
 
 def _name_of(folder: Path) -> str:

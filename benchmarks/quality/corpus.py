@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from hardbatch.pipeline.artifacts.artifact import read_artifact
-from hardbatch.pipeline.artifacts.vectors import Texts
 from hardbatch.pipeline.run import Plan, plan_corpus, run_step
 from hardbatch.trainer.collection import Collection, load_collection
 
@@ -91,26 +89,10 @@ def make_shards(manifest: Path, workspace: Path, settings: Mapping[str, Any]) ->
 def load_collections(sample: Sample, plan: Plan, data: Path) -> dict[str, Collection]:
     """The collections that every model of a family is measured on, those of the domains first."""
     pairs = {step.domain: step.path for step in plan.steps if step.stage == "pairs"}
-    found = {domain: _held_out(domain, pairs[domain]) for domain in sample.domains}
+    found = {domain: load_collection(pairs[domain] / "holdout") for domain in sample.domains}
     for name in sample.out_of_domain:
         found[name] = _fewer_queries(load_collection(data / "eval" / name), sample.max_queries)
     return found
-
-
-def _held_out(domain: str, pairs: Path) -> Collection:
-    """The held-out queries of a domain, and all of its documents."""
-    trained = Texts(read_artifact(pairs), "documents")
-    held_out = load_collection(pairs / "holdout")
-    documents = list(dict.fromkeys([*trained.take(np.arange(trained.num_rows)), *held_out.documents]))
-    row_of = {text: row for row, text in enumerate(documents)}
-    return Collection(
-        name=domain,
-        documents=documents,
-        queries=held_out.queries,
-        query_rows=held_out.query_rows,
-        document_rows=np.array([row_of[held_out.documents[row]] for row in held_out.document_rows]),
-        scores=held_out.scores,
-    )
 
 
 def _fewer_queries(collection: Collection, limit: int) -> Collection:

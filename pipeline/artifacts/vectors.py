@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from hardbatch.pipeline.arrays import Array, empty
 from hardbatch.pipeline.artifacts.artifact import Artifact, read_artifact
 
 _OPEN_FILES = 64  # memory maps of a side; each keeps a file descriptor, and a process may have as few as 1,024
+_TEXTS_PER_READ = 8_192
 _LARGE_ROWS = 2**14  # from here on an array is worth pages of its own, see `arrays.empty`
 
 
@@ -160,6 +162,50 @@ class Vectors:
     def invalid_pairs(self, pairs: Pairs) -> Array:
         """Whether each pair has no vector for its query or its document (bool, n)."""
         return np.isin(pairs.query_row, self.invalid_queries) | np.isin(pairs.document_row, self.invalid_documents)
+
+
+class KnownVectors:
+    """The vectors of an artifact by text: those of one side, without the rows that have none. 16 bytes a text.
+
+    Args:
+        vectors: The artifact.
+        pairs: The `pairs` artifact that it was made from.
+        side: `queries` or `documents`.
+    """
+
+    def __init__(self, vectors: Artifact, pairs: Artifact, side: str) -> None:
+        self._texts = Texts(pairs, side)
+        known = Vectors(vectors)
+        self._vectors: VectorRows = getattr(known, side)
+        starts = range(0, self._texts.num_rows, _TEXTS_PER_READ)
+        blocks = (np.arange(start, min(start + _TEXTS_PER_READ, self._texts.num_rows)) for start in starts)
+        digests = np.concatenate([np.zeros(0, np.uint64), *(_digests(self._texts.take(rows)) for rows in blocks)])
+        rows = np.setdiff1d(np.arange(len(digests)), getattr(known, f"invalid_{side}"))
+        self._rows = rows[np.argsort(digests[rows], kind="stable")]
+        self._digests = digests[self._rows]
+
+    def find(self, texts: list[str]) -> tuple[Array, Array]:
+        """Looks texts up.
+
+        Returns:
+            Whether each text is known (bool, N), and the vectors of those that are (float32).
+        """
+        digests = _digests(texts)
+        at = np.searchsorted(self._digests, digests)
+        candidates = np.flatnonzero(at < len(self._digests))
+        candidates = candidates[self._digests[at[candidates]] == digests[candidates]]
+
+        # Two texts may have one digest, so the texts themselves decide.
+        rows = self._rows[at[candidates]]
+        same = np.array([texts[i] == text for i, text in zip(candidates, self._texts.take(rows), strict=True)], bool)
+        is_known = np.zeros(len(texts), dtype=bool)
+        is_known[candidates[same]] = True
+        return is_known, self._vectors.take(rows[same])
+
+
+def _digests(texts: list[str]) -> Array:
+    joined = b"".join(blake2b(text.encode(), digest_size=8).digest() for text in texts)
+    return np.frombuffer(joined, dtype="<u8")
 
 
 @dataclass(frozen=True, kw_only=True)

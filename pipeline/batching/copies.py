@@ -15,7 +15,7 @@ the sentences of each candidate are compared. A text of code must agree exactly;
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
@@ -120,6 +120,37 @@ def no_copies(num_texts: int) -> Copies:
     nothing = np.empty(0, dtype=np.int64)
     joins = Joins(row=nothing, other_row=nothing, kind=nothing.astype(np.int8), overlap=nothing.astype(np.float32))
     return Copies(text_class=np.arange(num_texts), joins=joins)
+
+
+class KnownTexts:
+    """Texts that others are compared with: equal ones are found, and near-copies by their normal form or content.
+
+    The third relation of this module, sentences that were left out, is not looked for. Memory is about 150
+    bytes a text.
+    """
+
+    def __init__(self) -> None:
+        self._reader = Reader()
+        self._labels: dict[bytes, str] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._labels)
+
+    def add(self, texts: Iterable[str], label: str) -> None:
+        """Adds texts; of equal ones the label of the first is kept."""
+        for text in texts:
+            for digest in self._digests(text):
+                self._labels.setdefault(digest, label)
+
+    def find(self, text: str) -> str | None:
+        """The label of a known text that `text` is equal to or a near-copy of; None if there is none."""
+        return next((self._labels[digest] for digest in self._digests(text) if digest in self._labels), None)
+
+    def _digests(self, text: str) -> Iterator[bytes]:
+        reading = self._reader.read(text)
+        yield _digest(reading.words, 16)
+        if reading.content != reading.words:
+            yield _digest(reading.content, 16)
 
 
 class _Sentences:

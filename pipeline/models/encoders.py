@@ -26,7 +26,12 @@ _NO_LIMIT = 1_000_000  # tokenizers that have no limit of their own state a huge
 
 
 class Encoder(Protocol):
-    """Turns texts into vectors in two steps, so that some texts can be tokenised while others are encoded."""
+    """Turns texts into vectors in two steps, so that some texts can be tokenised while others are encoded.
+
+    `max_length` is the number of tokens at which texts are cut; 0: none is.
+    """
+
+    max_length: int
 
     def tokenize(self, texts: list[str]) -> Any: ...
 
@@ -93,8 +98,8 @@ class SentenceEncoder:
             raise ConfigError(
                 f"embed.max_length_tokens: {asked} is more than the {limit} tokens that '{spec.name}' can read"
             )
-        self._max_length = asked or limit
-        if self._max_length is None:
+        self.max_length = asked or limit or 0
+        if not self.max_length:
             raise ConfigError(f"model '{spec.name}' states no maximum length; set embed.max_length_tokens")
         if any(getattr(module, "include_prompt", True) is False for module in self._model):
             raise ConfigError(f"model '{spec.name}' leaves its prompt out of pooling, which is not supported")
@@ -105,7 +110,7 @@ class SentenceEncoder:
             return []
         stripped = [text.strip() for text in texts]
         tokens = self._tokenizer(
-            stripped, truncation=True, max_length=self._max_length, padding=False, return_attention_mask=False
+            stripped, truncation=True, max_length=self.max_length, padding=False, return_attention_mask=False
         )
         return list(tokens["input_ids"])
 
@@ -189,6 +194,8 @@ class LexicalEncoder:
     Args:
         corpus: Lists of texts, for the document frequencies.
     """
+
+    max_length = 0
 
     def __init__(self, corpus: Iterable[list[str]]) -> None:
         from sklearn.feature_extraction.text import HashingVectorizer

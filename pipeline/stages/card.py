@@ -7,6 +7,7 @@ from dataclasses import fields
 
 from hardbatch.pipeline.schemas import SHARDS_WITH_NEGATIVES
 from hardbatch.pipeline.stages.figures import CLUSTER_SIZES, OWN_RANKS, DomainSummary, Hardness, Summary
+from hardbatch.pipeline.stages.warnings import corpus_warnings
 
 _COLUMNS = {
     "batch_id": "number of the batch, unique in the artifact",
@@ -36,7 +37,7 @@ def data_card(corpus: str, key: str, licences: Mapping[str, str], summary: Summa
         for name, licence in licences.items()
     ]
     names = [name for name in SHARDS_WITH_NEGATIVES.names if with_negatives or name != "negatives"]
-    warnings = [f"- {line}" for name, domain in domains.items() for line in negatives_warnings(name, domain, summary)]
+    warnings = [f"- {line}" for line in corpus_warnings(summary)]
     return "\n".join(
         [
             f"# {corpus}: batches of {summary.batch_size} pairs",
@@ -122,35 +123,6 @@ def negatives_text(batch_size: int) -> list[str]:
         "of the negatives. Own rank: of a pair's own document for its query, by the surrogate, among",
         "consistency.pool documents: median, 95th percentile.",
     ]
-
-
-def negatives_warnings(name: str, domain: DomainSummary, summary: Summary) -> list[str]:
-    """What a person should know about the negatives of a domain; see docs/negatives.md.
-
-    Its queries may keep few or none, or most of its pairs may be left out as weak.
-    """
-    found, lines = domain.negatives, []
-    num_weak, num_pairs = domain.leftover.get("weak_pair", 0), domain.source.get("pairs", 0)
-    if 2 * num_weak > num_pairs:
-        lines.append(
-            f"warning: {name}: pack.weak_pair_rank leaves out {num_weak:,} of {num_pairs:,} pairs, more than half: "
-            "the surrogate ranks their own document beyond it for their query; set a higher rank, or another "
-            "embed.surrogate_model that knows these texts"
-        )
-    if found is not None and found.without:
-        lines.append(
-            f"warning: {name}: {found.without:,} of {found.queries:,} queries have no negative in their batch and "
-            "teach nothing; hardbatch inspect --sort negatives lists their batches"
-        )
-    if found is not None and found.mostly_masked_batches:
-        num_batches = domain.batches * summary.packings
-        lines.append(
-            f"warning: {name}: {found.mostly_masked_batches:,} of {num_batches:,} batches are mostly masked "
-            f"({_percent(found.same_answer_share)} of the masks are same answers, {_percent(found.likely_share)} "
-            "likely ones); "
-            "hardbatch inspect --sort mask-rate lists them"
-        )
-    return lines
 
 
 def packings_text(num_packings: int) -> list[str]:

@@ -1,12 +1,16 @@
 """embed: the distinct texts of a domain → a `vectors` artifact, float16, one row per text.
 
 A unit is `unit_rows` consecutive texts of one side. While a unit is computed, the next one is read and tokenised.
+A text that an earlier artifact of the domain has a vector of, made with the same settings, is not encoded again: the
+vector would be the same. So a source that grows by one file costs the new texts alone.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,9 +22,10 @@ import pyarrow.parquet as pq
 
 from hardbatch.pipeline import schemas
 from hardbatch.pipeline.arrays import Array
-from hardbatch.pipeline.artifacts.artifact import read_artifact
+from hardbatch.pipeline.artifacts.artifact import MANIFEST, read_artifact, verify_artifact
 from hardbatch.pipeline.artifacts.commit import ArtifactBuilder, write_unit
-from hardbatch.pipeline.artifacts.vectors import Texts, write_array
+from hardbatch.pipeline.artifacts.vectors import KnownVectors, Texts, write_array
+from hardbatch.pipeline.errors import IntegrityError
 from hardbatch.pipeline.models.encoders import Encoder, is_lexical, open_encoder
 from hardbatch.pipeline.models.resolve import ModelSpec
 from hardbatch.pipeline.step import Executor, Progress, StageResult, Step, Unit, run_pending
@@ -39,6 +44,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         path=builder.path,
         pairs_path=step.inputs["pairs"],
         spec=ModelSpec(**config, location=step.runtime["model"], runs_on=step.runtime["device"]),
+        known=_find_known(step),
     )
     pairs = read_artifact(step.inputs["pairs"])
     counts = pairs.manifest.counts
@@ -70,16 +76,46 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
     libraries = ["sentence-transformers", "torch", "transformers"]
     if is_lexical(work.spec):
         libraries = ["numpy", "scikit-learn", "scipy"]
+    cut = Counter[str]()
+    for group, unit_counts in made:
+        cut[f"{group}_cut"] += unit_counts.get("cut", 0)  # units of an older version do not count it
     return StageResult(
         units=[*names, "invalid"],
         counts={
             "dimension": made[-1][1]["dimension"] if made else 0,
             "zero_vector": reasons["zero_vector"],
             "nan_vector": reasons["nan_vector"],
+            "max_length_tokens": max((unit_counts.get("max_length_tokens", 0) for _, unit_counts in made), default=0),
             **{side: counts[side] for side in schemas.SIDES},
+            **{f"{side}_cut": cut[f"{side}_cut"] for side in schemas.SIDES},
         },
         produced_with={name: importlib.metadata.version(name) for name in libraries},
     )
+
+
+def _find_known(step: Step) -> tuple[Path, Path] | None:
+    """The newest artifact of the domain with vectors of the same settings, and the pairs that it was made from."""
+    found = []
+    for path in step.path.parent.glob(f"*/{MANIFEST}"):
+        try:
+            manifest = read_artifact(path.parent).manifest
+            pairs = step.inputs["pairs"].parent / manifest.inputs["pairs"]
+        except (IntegrityError, KeyError):
+            continue  # not of this version
+        if manifest.stage_version == step.stage_version and _same_settings(manifest.config, step.config):
+            found.append((path.stat().st_mtime_ns, path.parent, pairs))
+
+    # What is damaged, or lacks its pairs, is not worth a message: its vectors are made once more.
+    if not found:
+        return None
+    vectors, pairs = max(found)[1:]
+    return None if verify_artifact(vectors) or verify_artifact(pairs) else (vectors, pairs)
+
+
+def _same_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two configs give a text the same vector. The lexical encoder's depend on all texts of the domain."""
+    one, other = (json.dumps({**config, "unit_rows": 0}, sort_keys=True) for config in (first, second))
+    return one == other and first["name"] != "lexical"
 
 
 def _estimate_tokens(texts: Texts, start: int, stop: int, max_length: int | None) -> int:
@@ -97,6 +133,7 @@ class _Embedding:
     path: Path
     pairs_path: Path
     spec: ModelSpec
+    known: tuple[Path, Path] | None
 
     def open(self) -> _EmbeddingWorker:
         return _EmbeddingWorker(self)
@@ -107,6 +144,7 @@ class _EmbeddingWorker:
         self._work = work
         pairs = read_artifact(work.pairs_path)
         self._texts = {side: Texts(pairs, side) for side in schemas.SIDES}
+        self._known: tuple[str, KnownVectors] | None = None
         self._prompts = {"queries": work.spec.query_prompt, "documents": work.spec.document_prompt}
         # The lexical encoder takes its document frequencies from this domain, so it is loaded for each domain.
         if is_lexical(work.spec):
@@ -117,17 +155,52 @@ class _EmbeddingWorker:
         else:
             self._encoder = _cached_encoder(work.spec)
 
-    def prepare(self, unit: Unit) -> Any:
+    def prepare(self, unit: Unit) -> _Prepared:
         prompt = self._prompts[unit.group]
         texts = self._texts[unit.group].take(np.arange(unit.start, unit.stop))
-        return self._encoder.tokenize([prompt + text for text in texts] if prompt else texts)
+        known = None
+        if self._work.known is not None:
+            known = self._open_known(unit.group).find(texts)
+        return _Prepared(self._encoder.tokenize([prompt + text for text in texts] if prompt else texts), known)
 
-    def commit(self, unit: Unit, prepared: Any) -> None:
-        vectors = self._encoder.encode(prepared)
+    def commit(self, unit: Unit, prepared: _Prepared) -> None:
+        vectors = self._encode(prepared)
         invalid = _invalid_rows(vectors, unit.start)
         with write_unit(self._work.path, unit.name) as writer:
             write_array(writer.add_file(f"vectors/{unit.name}.npy", rows=len(vectors)), vectors.astype(np.float16))
-            writer.counts = {"dimension": vectors.shape[1], "invalid": invalid}
+            limit = self._encoder.max_length
+            writer.counts = {
+                "dimension": vectors.shape[1],
+                "invalid": invalid,
+                "max_length_tokens": limit,
+                "cut": sum(len(tokens) >= limit for tokens in prepared.tokens) if limit else 0,
+            }
+
+    def _encode(self, prepared: _Prepared) -> Array:
+        if prepared.known is None or not prepared.known[0].any():
+            return self._encoder.encode(prepared.tokens)
+        is_known, known = prepared.known
+        vectors = np.empty((len(is_known), known.shape[1]), dtype=np.float32)
+        vectors[is_known] = known
+        if not is_known.all():
+            vectors[~is_known] = self._encoder.encode([prepared.tokens[i] for i in np.flatnonzero(~is_known)])
+        return vectors
+
+    def _open_known(self, side: str) -> KnownVectors:
+        """The known vectors of a side. Units come a side at a time, so one is held."""
+        if self._known is None or self._known[0] != side:
+            assert self._work.known is not None
+            vectors, pairs = map(read_artifact, self._work.known)
+            self._known = (side, KnownVectors(vectors, pairs, side))
+        return self._known[1]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """The tokens of a unit's texts, and what `KnownVectors.find` says of them if there are known vectors."""
+
+    tokens: Any
+    known: tuple[Array, Array] | None
 
 
 @lru_cache(maxsize=2)

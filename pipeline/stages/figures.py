@@ -93,6 +93,7 @@ class DomainSummary:
         bounds: Hardness of random batches and of nearest neighbours, which shares are relative to.
         by_packing: Hardness of each packing; empty if there is only one.
         shared_batch_mates: What the packings have in common; None if no pair is in a batch of two of them.
+        hard_negatives: What became of the hard negatives in all slots; None if no domain has any.
     """
 
     batches: int
@@ -103,6 +104,7 @@ class DomainSummary:
     bounds: tuple[float, float] | None = None
     by_packing: tuple[Hardness, ...] = ()
     shared_batch_mates: float | None = None
+    hard_negatives: dict[str, int] | None = None
 
     def counts(self) -> dict[str, Any]:
         """The summary as manifests hold it: flat, without what does not apply to the domain."""
@@ -111,6 +113,8 @@ class DomainSummary:
             counts |= self.hardness.counts()
         if self.negatives is not None:
             counts["effective_negatives"] = self.negatives.counts()
+        if self.hard_negatives is not None:
+            counts["hard_negatives"] = self.hard_negatives
         if self.bounds is not None:
             counts |= dict(zip(("hardness_random", "hardness_knn"), self.bounds, strict=True))
         if self.by_packing:
@@ -122,7 +126,7 @@ class DomainSummary:
     def read(cls, counts: Mapping[str, Any]) -> DomainSummary:
         """The summary that `counts` made."""
         own = {"batches", "leftover", "effective_negatives", "hardness_random", "hardness_knn", "by_packing"}
-        own |= {"shared_batch_mates", *(field.name for field in fields(Hardness))}
+        own |= {"shared_batch_mates", "hard_negatives", *(field.name for field in fields(Hardness))}
         return cls(
             batches=counts["batches"],
             leftover=counts["leftover"],
@@ -132,6 +136,7 @@ class DomainSummary:
             bounds=(counts["hardness_random"], counts["hardness_knn"]) if "hardness_knn" in counts else None,
             by_packing=tuple(map(Hardness.read, counts.get("by_packing", ()))),
             shared_batch_mates=counts.get("shared_batch_mates"),
+            hard_negatives=counts.get("hard_negatives"),
         )
 
 

@@ -5,13 +5,15 @@ one unit per group of files; contaminated rows go to quarantine. Assembly joins 
 quarantine, a holdout is cut by connected components of shared texts, and the distinct texts of each side are numbered
 in order of first appearance.
 
-Nothing is lost: rows in = pairs + quarantined + held out. Staging holds some thousand rows in memory, assembly 700 to
-780 bytes for each pair (its hashes and numbers) and the texts of one file, never all texts.
+Nothing is lost: rows in = pairs + quarantined + held out, and a pair has the hard negatives of all rows that repeat
+it. Staging holds some thousand rows in memory, assembly 700 to 780 bytes for each pair (its hashes and numbers) and
+the texts of one file, never all texts.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import unicodedata
 from collections import Counter
@@ -26,11 +28,12 @@ import pyarrow.parquet as pq
 
 from hardbatch.pipeline import schemas
 from hardbatch.pipeline.artifacts.commit import ArtifactBuilder, write_unit
+from hardbatch.pipeline.batching.copies import KnownTexts
 from hardbatch.pipeline.config import Columns
 from hardbatch.pipeline.errors import InputError, QuarantineError
 from hardbatch.pipeline.sources.files import RawRow, SourceFile
 from hardbatch.pipeline.sources.rows import evaluation_texts, read_rows
-from hardbatch.pipeline.stages.assemble import STAGED_ROWS, assemble
+from hardbatch.pipeline.stages.assemble import STAGED_ROWS, RowCounts, assemble
 from hardbatch.pipeline.step import Executor, Progress, StageResult, Step, Unit, run_pending
 
 BROKEN_REASONS = (
@@ -39,6 +42,8 @@ BROKEN_REASONS = (
 _UNIT_BYTES = 64 * 2**20
 _DETAIL_CHARACTERS = 120
 _INVISIBLE = ("Cc", "Cf")  # control and format characters
+_ID = re.compile(r"(?=.*\d)[A-Za-z0-9._:/#-]+")  # with a digit and without a space
+_LONGEST_ID = 64  # characters, as a digest of SHA-256 has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +56,8 @@ class CleanRow:
     reason: str | None = None
     detail: str = ""
     num_cut: int = 0
-    num_negatives_dropped: int = 0
+    unusable_negatives: list[str] = field(default_factory=list)
+    """The reason for each hard negative that is not kept."""
 
 
 def clean_row(raw: RawRow, max_characters: int) -> CleanRow:
@@ -68,13 +74,14 @@ def clean_row(raw: RawRow, max_characters: int) -> CleanRow:
 
     # Hard negatives are optional: one that cannot be used is dropped, and the row stays.
     given = raw.negatives if isinstance(raw.negatives, list) else [] if raw.negatives is None else [raw.negatives]
-    negatives = [text for text in given if _fault(_cut(text, max_characters)) is None]
+    faults = [_fault(_cut(text, max_characters)) for text in given]
+    negatives = [text for text, fault in zip(given, faults, strict=True) if fault is None]
     return CleanRow(
         query=query,
         document=document,
         negatives=[_cut(text, max_characters) for text in negatives],
         num_cut=sum(len(text) > max_characters for text in (raw.query, raw.document, *negatives)),
-        num_negatives_dropped=len(given) - len(negatives),
+        unusable_negatives=[fault for fault in faults if fault is not None],
     )
 
 
@@ -108,9 +115,9 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
             decontaminate=tuple(Path(runtime["decontaminate"][name]) for name in config["decontaminate"]),
         )
         run_pending(builder, executor, work, units, progress, f"ingest {step.domain}")
-        counts = Counter[str]()
+        counts = RowCounts()
         for unit in units:
-            counts.update(builder.unit_record(unit.name).counts)
+            counts.add(builder.unit_record(unit.name).counts)
         quarantined = [builder.path / "staged" / f"{unit.name}.quarantine.parquet" for unit in units]
         _refuse_if_broken(step, counts, files, quarantined)
         assemble(
@@ -118,6 +125,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
             [builder.path / "staged" / f"{unit.name}.parquet" for unit in units],
             quarantined,
             counts,
+            file_names=[file.name for file in files],
             holdout=config["holdout"],
             holdout_seed=config["holdout_seed"],
         )
@@ -183,14 +191,16 @@ class _Staging:
 class _StagingWorker:
     def __init__(self, work: _Staging) -> None:
         self._work = work
-        texts = (text[: work.max_characters] for folder in work.decontaminate for text in evaluation_texts(folder))
-        self._contaminated = {_hash(text) for text in texts}
+        self._contaminated = KnownTexts()
+        for folder in work.decontaminate:
+            texts = (text[: work.max_characters] for text in evaluation_texts(folder))
+            self._contaminated.add(texts, folder.name)
 
     def prepare(self, unit: Unit) -> None:
         return None
 
     def commit(self, unit: Unit, prepared: None) -> None:
-        counts = Counter[str]()
+        counts = RowCounts()
         with write_unit(self._work.path, unit.name) as writer:
             staged = writer.add_file(f"staged/{unit.name}.parquet")
             quarantine = writer.add_file(f"staged/{unit.name}.quarantine.parquet")
@@ -201,42 +211,75 @@ class _StagingWorker:
                 for kept, dropped in _chunks(self._rows(unit, counts)):
                     staged_writer.write_table(pa.Table.from_pylist(kept, schemas.STAGED))
                     quarantine_writer.write_table(pa.Table.from_pylist(dropped, schemas.QUARANTINE))
-            writer.counts = dict(counts)
+            writer.counts = counts.record()
 
-    def _rows(self, unit: Unit, counts: Counter[str]) -> Iterator[tuple[dict[str, Any], bool]]:
+    def _rows(self, unit: Unit, counts: RowCounts) -> Iterator[tuple[dict[str, Any], bool]]:
         """(row, whether it is kept) for each source row: a row of STAGED if it is kept, else one of QUARANTINE."""
-        for row, raw in islice(self._source_rows(unit), self._work.limit):
-            counts["rows"] += 1
+        above = CleanRow()
+        for row, raw in islice(self._source_rows(unit, counts), self._work.limit):
+            counts.totals["rows"] += 1
+            counts.rows_by_file[str(row["source_file"])] += 1
             clean = clean_row(raw, self._work.max_characters)
-            reason = clean.reason
-            hashes = [_hash(text) for text in (clean.query, clean.document)] if reason is None else []
-            if self._contaminated.intersection(hashes):
-                reason = "contaminated"
-            if reason is None:
-                yield row | self._staged(clean, hashes, counts), True
-            else:
-                counts[reason] += 1
-                yield row | {"reason": reason, "detail": clean.detail.encode(errors="replace").decode()}, False
+            reason, detail = clean.reason, clean.detail
+            if reason is None and (found := self._contamination(clean.query, clean.document)):
+                reason, detail = "contaminated", found
+            if reason is not None:
+                counts.quarantined[reason] += 1
+                yield row | {"reason": reason, "detail": detail.encode(errors="replace").decode()}, False
+                continue
 
-    def _source_rows(self, unit: Unit) -> Iterator[tuple[dict[str, Any], RawRow]]:
+            if self._work.limit is not None and above.query:
+                _count_steps(counts.totals, above, clean)
+            above = clean
+            yield row | self._staged(clean, counts), True
+
+    def _source_rows(self, unit: Unit, counts: RowCounts) -> Iterator[tuple[dict[str, Any], RawRow]]:
         for number in range(unit.start, unit.stop):
+            counts.rows_by_file[str(number)] = 0
             for raw in read_rows(self._work.files[number], self._work.columns, self._work.path / "scratch"):
                 yield {"source_file": number, "source_row": raw.row}, raw
 
-    def _staged(self, clean: CleanRow, hashes: list[bytes], counts: Counter[str]) -> dict[str, Any]:
-        negatives = {text: _hash(text) for text in clean.negatives}
-        kept = [text for text in clean.negatives if negatives[text] not in self._contaminated]
-        counts["texts_cut"] += clean.num_cut
-        counts["negatives"] += len(kept)
-        counts["negatives_dropped"] += clean.num_negatives_dropped + len(clean.negatives) - len(kept)
+    def _contamination(self, query: str, document: str) -> str:
+        """Which text of a pair an evaluation has, and which evaluation; empty if none does."""
+        if not self._contaminated:
+            return ""
+        for name, text in (("query", query), ("document", document)):
+            if (folder := self._contaminated.find(text)) is not None:
+                return f"{name}: in {folder}"
+        return ""
+
+    def _staged(self, clean: CleanRow, counts: RowCounts) -> dict[str, Any]:
+        kept = clean.negatives
+        if self._contaminated:
+            kept = [text for text in kept if self._contaminated.find(text) is None]
+        counts.unusable_negatives.update(clean.unusable_negatives)
+        if len(kept) < len(clean.negatives):
+            counts.unusable_negatives["contaminated"] += len(clean.negatives) - len(kept)
+        counts.totals["texts_cut"] += clean.num_cut
+        counts.totals["negatives"] += len(kept)
+        counts.totals["query_ids"] += _looks_like_id(clean.query)
+        counts.totals["document_ids"] += _looks_like_id(clean.document)
         return {
             "query": clean.query,
             "document": clean.document,
             "negatives": kept,
-            "query_hash": hashes[0],
-            "document_hash": hashes[1],
-            "negative_hashes": [negatives[text] for text in kept],
+            "query_hash": _hash(clean.query),
+            "document_hash": _hash(clean.document),
+            "negative_hashes": [_hash(text) for text in kept],
         }
+
+
+def _count_steps(totals: Counter[str], above: CleanRow, clean: CleanRow) -> None:
+    """Counts whether the texts of a row come behind those of the row above it or before them."""
+    for side in ("query", "document"):
+        one, other = getattr(above, side), getattr(clean, side)
+        if one != other:
+            totals[f"{side}_rises" if one < other else f"{side}_falls"] += 1
+
+
+def _looks_like_id(text: str) -> bool:
+    """Whether a text is a number, a digest, a path or another key rather than language or code."""
+    return len(text) <= _LONGEST_ID and _ID.fullmatch(text) is not None
 
 
 def _chunks(rows: Iterator[tuple[dict[str, Any], bool]]) -> Iterator[tuple[list[Any], list[Any]]]:
@@ -252,15 +295,16 @@ def _hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def _refuse_if_broken(step: Step, counts: Counter[str], files: list[SourceFile], quarantined: list[Path]) -> None:
-    if counts["rows"] == 0:
+def _refuse_if_broken(step: Step, counts: RowCounts, files: list[SourceFile], quarantined: list[Path]) -> None:
+    num_rows = counts.totals["rows"]
+    if num_rows == 0:
         names = ", ".join(file.name for file in files[:5])
         raise InputError(f"dataset '{step.domain}': no rows in {names}; check the source, or remove the dataset")
-    broken = {reason: counts[reason] for reason in BROKEN_REASONS if counts[reason]}
+    broken = {reason: counts.quarantined[reason] for reason in BROKEN_REASONS if counts.quarantined[reason]}
     allowed = step.runtime["max_quarantined_fraction"]
-    if sum(broken.values()) > allowed * counts["rows"]:
+    if sum(broken.values()) > allowed * num_rows:
         raise QuarantineError(
-            f"dataset '{step.domain}': {sum(broken.values())} of {counts['rows']} rows are broken "
+            f"dataset '{step.domain}': {sum(broken.values())} of {num_rows} rows are broken "
             f"({', '.join(f'{reason} {count}' for reason, count in broken.items())}), "
             f"the limit is a fraction of {allowed}; the first: {_first_broken(files, quarantined)}; look at "
             f"{step.path / 'staged'}/*.quarantine.parquet, fix the source or raise ingest.max_quarantined_fraction"

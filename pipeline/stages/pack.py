@@ -19,6 +19,7 @@ from hardbatch.pipeline.artifacts.answers import Answers, load_answers
 from hardbatch.pipeline.artifacts.artifact import read_artifact
 from hardbatch.pipeline.artifacts.commit import ArtifactBuilder, write_unit
 from hardbatch.pipeline.artifacts.consistency import load_consistency
+from hardbatch.pipeline.artifacts.leaks import load_leaks
 from hardbatch.pipeline.artifacts.vectors import FoldedPoints, load_pairs, open_vectors
 from hardbatch.pipeline.batching.compose import compose
 from hardbatch.pipeline.batching.consistency import weak_pairs
@@ -31,7 +32,8 @@ from hardbatch.pipeline.step import Executor, Progress, StageResult, Step
 def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Progress) -> StageResult:
     """Builds the `batches` artifact of one domain.
 
-    Pairs that lack a vector of either model are left over, and weak pairs if `weak_pair_rank` is set.
+    Pairs that lack a vector of either model are left over, those with a text that another domain holds out, and
+    weak pairs if `weak_pair_rank` is set.
     """
     if not builder.committed("batches"):
         progress.start(f"pack {step.domain}", step.config["num_packings"])
@@ -39,14 +41,15 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         vectors = open_vectors(step.inputs["vectors"])
         invalid = vectors.invalid_pairs(pairs) | open_vectors(step.inputs["surrogate"]).invalid_pairs(pairs)
 
+        leaking = load_leaks(step.inputs.get("leaks")).pairs(pairs) & ~invalid
         weak = np.zeros(len(pairs), dtype=bool)
         if (limit := step.config["weak_pair_rank"]) is not None:
-            weak = weak_pairs(load_consistency(step.inputs["consistency"]).rank, limit) & ~invalid
+            weak = weak_pairs(load_consistency(step.inputs["consistency"]).rank, limit) & ~(invalid | leaking)
 
-        # Clusters have the pairs with a vector of the clustering model; weak pairs and those without a
-        # surrogate vector go now.
+        # Clusters have the pairs with a vector of the clustering model; the others that are left over go now.
+        left_over = {"invalid_vector": invalid, "held_out_elsewhere": leaking, "weak_pair": weak}
         table = pq.read_table(step.inputs["clusters"] / "clusters.parquet")
-        usable = ~(invalid | weak)[table["pair_id"].to_numpy()]
+        usable = ~(invalid | leaking | weak)[table["pair_id"].to_numpy()]
         pair_ids, labels = table["pair_id"].to_numpy()[usable], table["cluster_id"].to_numpy()[usable]
         cluster_of = np.full(len(pairs), -1, dtype=np.int32)
         cluster_of[pair_ids] = labels
@@ -63,8 +66,8 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
             rows.append(_rows(step.domain, number, pair_ids[batches], cluster_of))
             for reason, of_reason in rest.items():
                 left.append(_leftover(step.domain, number, pair_ids[of_reason], cluster_of, reason))
-            left.append(_leftover(step.domain, number, np.flatnonzero(invalid), cluster_of, "invalid_vector"))
-            left.append(_leftover(step.domain, number, np.flatnonzero(weak), cluster_of, "weak_pair"))
+            for reason, is_left in left_over.items():
+                left.append(_leftover(step.domain, number, np.flatnonzero(is_left), cluster_of, reason))
             progress.advance(1)
         _write(builder, rows, left, {"crowding_pairs": crowding})
         progress.finish()

@@ -18,6 +18,7 @@ from hardbatch.pipeline.arrays import Array
 from hardbatch.pipeline.artifacts.answers import load_answers
 from hardbatch.pipeline.artifacts.artifact import read_artifact
 from hardbatch.pipeline.artifacts.consistency import load_percentiles
+from hardbatch.pipeline.artifacts.leaks import load_leaks
 from hardbatch.pipeline.artifacts.vectors import Texts, load_pairs, open_vectors
 from hardbatch.pipeline.batching.consistency import floor_at
 from hardbatch.pipeline.batching.copies import find_copies
@@ -46,6 +47,7 @@ class OpenDomain:
         self.vectors = open_vectors(inputs[f"vectors/{name}"])
         self.surrogate = open_vectors(inputs[f"surrogate/{name}"])
         self.answers = load_answers(inputs[f"answers/{name}"], self.pairs).answers
+        self.leaking_documents = load_leaks(inputs.get(f"leaks/{name}")).documents
         self.floor = floor_at(load_percentiles(inputs[f"consistency/{name}"]), floor_quantile)
 
 

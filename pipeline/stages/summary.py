@@ -23,9 +23,15 @@ from hardbatch.pipeline.batching.hardness import Bounds
 from hardbatch.pipeline.batching.negatives import measure_spread
 from hardbatch.pipeline.errors import InputError
 from hardbatch.pipeline.stages.figures import CLUSTER_SIZES, OWN_RANKS, DomainSummary, Hardness, Negatives, Summary
+from hardbatch.pipeline.stages.warnings import no_vector_text, reasons_text
 from hardbatch.pipeline.step import Step
 
-_SOURCE_COUNTS = ("rows", "pairs", "held_out", "holdout_target", "quarantined", "texts_cut", "negatives_dropped")
+_SOURCE_COUNTS = (
+    "rows", "pairs", "held_out", "holdout_target", "quarantined", "texts_cut", "query_ids", "document_ids", "sorted_by",
+    "files", "files_read", "files_without_pairs", "such_files", "negatives", "negatives_dropped", "negatives_unusable",
+    "negatives_joined",
+)  # fmt: skip
+_ROLES = {"vectors": "embed.model", "surrogate": "embed.surrogate_model"}
 _BLOCK_BATCHES = 1_024
 
 
@@ -58,6 +64,7 @@ def summarise(
     packed: Mapping[str, Packed],
     queries_by_masked: Mapping[str, Array],
     query_texts: Mapping[str, int],
+    hard_negatives: Mapping[str, dict[str, int]],
 ) -> Summary:
     """Counts the corpus that `step` has written.
 
@@ -67,6 +74,7 @@ def summarise(
         packed: The counts of each domain's `batches`.
         queries_by_masked: By domain, the number of queries that have 0, 1, ..., B−1 masked slots.
         query_texts: By domain, the number of slots masked because their document is the text of the query.
+        hard_negatives: By domain, what became of the hard negatives; empty if there are none.
 
     Returns:
         The counts. A domain's batches and leftover are those of each packing, its hardness and its negatives
@@ -94,6 +102,7 @@ def summarise(
             bounds=None if bounds is None else (bounds.random, bounds.knn),
             by_packing=tuple(_hardness(rows, bounds) for rows in of_packing) if several else (),
             shared_batch_mates=_shared_batch_mates(step, domain, num_packings) if several else None,
+            hard_negatives=hard_negatives.get(domain),
         )
     return Summary(batch_size=step.config["batch_size"], batches=len(index), packings=num_packings, domains=domains)
 
@@ -103,12 +112,36 @@ def _counts(step: Step, name: str) -> dict[str, Any]:
 
 
 def _source_counts(step: Step, domain: str) -> dict[str, Any]:
-    pairs, clusters = _counts(step, f"pairs/{domain}"), _counts(step, f"clusters/{domain}")
+    pairs, clusters = read_artifact(step.inputs[f"pairs/{domain}"]).manifest, _counts(step, f"clusters/{domain}")
+    found = {name: pairs.counts[name] for name in _SOURCE_COUNTS if name in pairs.counts}
+    found["negatives_column"] = pairs.config.get("columns", {}).get("negatives")
+
+    # The first functions of a Python package are what a limit is there for.
+    if any(source["format"] != "python" for source in pairs.sources):
+        found["limit"] = pairs.config.get("limit")
+
     # Artifacts of older versions do not know the sizes of their clusters.
     sizes = {name: clusters[name] for name in ("clusters", *CLUSTER_SIZES) if name in clusters}
     ranks = _counts(step, f"consistency/{domain}")["rank_percentiles"]
     own_rank = {name: ranks[percentile] for name, percentile in OWN_RANKS.items() if ranks}
-    return {name: pairs[name] for name in _SOURCE_COUNTS} | sizes | own_rank
+    return found | sizes | own_rank | _model_counts(step, domain)
+
+
+def _model_counts(step: Step, domain: str) -> dict[str, Any]:
+    """What the models made of the texts: shares that reach their maximum length, and reasons for lacking vectors."""
+    cut, lacking = [], []
+    paths = {step.inputs[f"{name}/{domain}"]: role for name, role in reversed(_ROLES.items())}
+    for path, role in reversed(paths.items()):
+        manifest = read_artifact(path).manifest
+        counts = manifest.counts
+        model = f"{role} '{manifest.config.get('name')}'"
+        if limit := counts.get("max_length_tokens"):  # older artifacts and lexical vectors have none
+            shares = {side: round(counts[f"{side}_cut"] / max(1, counts[side]), 4) for side in schemas.SIDES}
+            cut.append({"model": model, "max_length_tokens": limit, **shares})
+        reasons = {name: counts[name] for name in ("zero_vector", "nan_vector") if counts.get(name)}
+        if reasons:
+            lacking.append({"model": model, "reasons": reasons})
+    return {"cut_for_models": cut, "no_vectors": lacking}
 
 
 def _hardness(rows: pa.Table, bounds: Bounds | None) -> Hardness:
@@ -212,14 +245,31 @@ def _pair_numbers(step: Step, domain: str, packing: int) -> Array:
 
 
 def refuse_empty(step: Step, packed: Mapping[str, Packed]) -> None:
-    """Raises InputError, which says that no domain fills a batch, and what to change."""
-    size = step.config["batch_size"]
-    left = {domain: sum(packed[domain].leftover.values()) for domain in step.config["domains"]}
-    found = ", ".join(f"{domain} {number}" for domain, number in left.items())
-    weak = sum(packed[domain].leftover.get("weak_pair", 0) for domain in step.config["domains"])
-    rank = f", raise pack.weak_pair_rank, which leaves out {weak} of these" if weak else ""
-    mix = " or set pack.remainder to mix" if schemas.MIXED_DOMAIN not in packed and sum(left.values()) >= size else ""
-    raise InputError(
-        f"no domain fills a batch of {size} pairs (pairs that came through: {found}); lower pack.batch_size{rank}, "
-        f"add data{',' + mix if mix else ''}"
+    """Raises InputError, which says that no domain fills a batch, why, and what to change."""
+    size, domains = step.config["batch_size"], step.config["domains"]
+    left = {domain: sum(packed[domain].leftover.values()) for domain in domains}
+    found = ", ".join(_came_through(step, domain, number) for domain, number in left.items())
+    invalid, elsewhere, weak = (
+        sum(packed[domain].leftover.get(reason, 0) for domain in domains)
+        for reason in ("invalid_vector", "held_out_elsewhere", "weak_pair")
     )
+    causes = []
+    if invalid:
+        models = {item["model"]: item for domain in domains for item in _model_counts(step, domain)["no_vectors"]}
+        causes.append(f"{invalid} of these cannot be used, as {no_vector_text(list(models.values()))}")
+    if elsewhere:
+        causes.append(f"{elsewhere} of these have a text that another domain holds out; lower its holdout")
+    if weak:
+        causes.append(f"raise pack.weak_pair_rank, which leaves out {weak} of these")
+    if invalid < sum(left.values()) or not invalid:
+        mix = schemas.MIXED_DOMAIN not in packed and sum(left.values()) >= size
+        causes.append(f"lower pack.batch_size, add data{', or set pack.remainder to mix' if mix else ''}")
+    raise InputError(f"no domain fills a batch of {size} pairs (pairs that came through: {found}); {'; '.join(causes)}")
+
+
+def _came_through(step: Step, domain: str, num_pairs: int) -> str:
+    """The pairs of a domain, or if there are none, what became of its rows."""
+    if num_pairs:
+        return f"{domain} {num_pairs}"
+    counts = _counts(step, f"pairs/{domain}")
+    return f"{domain} 0 of {counts['rows']} rows: {reasons_text(counts['quarantined'])}"

@@ -36,6 +36,7 @@ from hardbatch.pipeline.batching.negatives import BatchNegatives, count_negative
 from hardbatch.pipeline.stages.card import data_card
 from hardbatch.pipeline.stages.slots import OpenDomain, Packing, Slots, gather_slots, read_packing
 from hardbatch.pipeline.stages.summary import count_packings, read_packed, refuse_empty, summarise
+from hardbatch.pipeline.stages.warnings import corpus_warnings
 from hardbatch.pipeline.step import Executor, Progress, StageResult, Step, Unit, run_pending
 
 # Only texts are compressed: packed integers do not shrink further, and setting up zstd takes longer than reading them.
@@ -46,6 +47,7 @@ _INTEGERS = (
 )  # fmt: skip
 _NEGATIVE_COUNTS = (
     "negatives_kept", "negatives_removed_known", "negatives_removed_equivalent", "negatives_removed_no_vector",
+    "negatives_removed_held_out",
 )  # fmt: skip
 
 
@@ -86,14 +88,22 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
     query_texts = Counter[str]()
     for unit, of_unit in zip(units, counts, strict=True):
         query_texts[unit.group] += of_unit["masked_query_texts"]
-    summary = summarise(step, index, packed, _queries_by_masked(units, counts, work.batch_size), query_texts)
+    by_domain = {domain: _hard_negatives(domain, units, counts) for domain in packed if work.with_negatives}
+    queries_by_masked = _queries_by_masked(units, counts, work.batch_size)
+    summary = summarise(step, index, packed, queries_by_masked, query_texts, by_domain)
     negatives = {name: sum(of_unit[name] for of_unit in counts) for name in _NEGATIVE_COUNTS}
     with write_unit(builder.path, "index") as writer:
         pq.write_table(index, writer.add_file("index.parquet", rows=len(index)), compression="zstd")
         licences = {domain: dataset["licence"] for domain, dataset in datasets.items()}
         card = data_card(step.domain, step.key, licences, summary, work.with_negatives)
         writer.add_file("README.md").write_text(card, encoding="utf-8")
-    return StageResult(units=[*names, "index"], counts=summary.counts() | negatives)
+    return StageResult(units=[*names, "index"], counts=summary.counts() | negatives, warnings=corpus_warnings(summary))
+
+
+def _hard_negatives(domain: str, units: list[Unit], counts: list[dict[str, Any]]) -> dict[str, int]:
+    """What became of the hard negatives in the slots of a domain's batches."""
+    of_domain = [of_unit for unit, of_unit in zip(units, counts, strict=True) if unit.group == domain]
+    return {name: sum(of_unit[name] for of_unit in of_domain) for name in _NEGATIVE_COUNTS}
 
 
 def _queries_by_masked(units: list[Unit], counts: list[dict[str, Any]], batch_size: int) -> dict[str, Array]:
@@ -242,10 +252,17 @@ class _WritingWorker:
         return table, _BatchFigures(hardness=hardness, negatives=count_negatives(mask_BB, certain_BB))
 
     def _negatives(self, slots: Slots, slot: int, domain: OpenDomain, counts: Counter[str]) -> list[str]:
-        """The hard negatives of a slot, without those that answer its query for certain or are likely to."""
+        """The hard negatives of a slot, without those that answer its query, or are likely to.
+
+        Those that another domain holds out are left out too.
+        """
         rows = domain.pairs.negatives_of(slots.pair_id[slot])
         if len(rows) == 0:
             return []
+        is_held_out = np.isin(rows, domain.leaking_documents)
+        counts["negatives_removed_held_out"] += int(is_held_out.sum())
+        rows = rows[~is_held_out]
+
         has_vector = domain.surrogate.has_document[rows]
         counts["negatives_removed_no_vector"] += int((~has_vector).sum())
         rows = rows[has_vector]

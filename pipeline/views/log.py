@@ -46,6 +46,7 @@ def log_text(path: Path) -> str:
         f"{path}: {run.head.get('command', '')}, begun {run.head.get('time', '')}",
         table(header, [_row(step) for step in [*steps, total]], left=(0, 1, 7)),
         f"steps run: {sum(not step.failure for step in steps)}, reused: {run.num_reused}",
+        *(line for step in steps for line in step.warnings),
         _ending(run),
     ]
     if run.torn_lines:

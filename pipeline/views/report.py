@@ -15,10 +15,10 @@ from hardbatch.pipeline.stages.card import (
     markdown_table,
     negatives_rows,
     negatives_text,
-    negatives_warnings,
     packings_text,
 )
-from hardbatch.pipeline.stages.figures import DomainSummary, Summary
+from hardbatch.pipeline.stages.figures import Summary
+from hardbatch.pipeline.stages.warnings import REMOVED, corpus_warnings, reasons_text
 
 # How `batches_text` can sort: by which columns of the index, and whether their largest values come first.
 SORTS = {
@@ -39,17 +39,17 @@ def summary_text(shards: Path) -> str:
 
     header, rows = negatives_rows(summary.domains)
     negatives = ["", table(header, rows), *negatives_text(summary.batch_size)] if rows else []
-    warnings = [line for name, domain in summary.domains.items() for line in _warnings(name, domain, summary)]
     return "\n".join(
         [
             table(*_count_rows(summary)),
+            *_reasons_text(summary),
             "",
             table(*hardness_rows(summary.domains, summary.packings), left=(0, 1) if several else (0,)),
             "share: hardness of the batches; 0 for random ones, 1 if every pair had its nearest pairs beside it",
             *packings_text(summary.packings),
             *negatives,
             *_hard_negatives_text(artifact, summary),
-            *warnings,
+            *corpus_warnings(summary),
             "",
             f"{summary.batches:,} batches of {size}, {artifact.bytes / 2**20:.1f} MiB; to look at them:",
             f"  {command('hardbatch')} inspect {artifact.path}",
@@ -59,37 +59,34 @@ def summary_text(shards: Path) -> str:
     )
 
 
+def _reasons_text(summary: Summary) -> list[str]:
+    """A line for each domain that says why rows are in quarantine and pairs are left over; none if there are none."""
+    lines = []
+    for name, domain in summary.domains.items():
+        left = {reason: count for reason, count in domain.leftover.items() if reason != "mixed"}
+        parts = {"quarantined": domain.source.get("quarantined", {}), "left over": left}
+        texts = [f"{what}: {reasons_text(counts)}" for what, counts in parts.items() if any(counts.values())]
+        if texts:
+            lines.append(f"{name}: {'; '.join(texts)}")
+    return lines
+
+
 def _hard_negatives_text(artifact: Artifact, summary: Summary) -> list[str]:
     """A line about the hard negatives of the sources, if there are any."""
     counts = artifact.manifest.counts
-    removed = {name: counts[f"negatives_removed_{name}"] for name in ("known", "equivalent", "no_vector")}
-    dropped = sum(domain.source.get("negatives_dropped", 0) for domain in summary.domains.values())
+    sources = [domain.source for domain in summary.domains.values()]
+    dropped, joined = (
+        sum(source.get(name, 0) for source in sources) for name in ("negatives_dropped", "negatives_joined")
+    )
+    removed = {text: counts.get(f"negatives_removed_{name}", 0) for name, text in REMOVED.items()}
     if not counts["negatives_kept"] and not dropped and not any(removed.values()):
         return []
+    shown = ", ".join(f"{count:,} {text}" for text, count in removed.items())
     return [
         f"hard negatives{' of all packings' if summary.packings > 1 else ''}: {counts['negatives_kept']:,} kept; "
-        f"removed: {removed['known']:,} same answers, "
-        f"{removed['equivalent']:,} likely answers, {removed['no_vector']:,} without a vector, "
-        f"{dropped:,} unusable in the source"
+        f"removed: {shown}, {dropped:,} unusable in the source"
+        + (f"; {joined:,} come from rows that repeat a pair" if joined else "")
     ]
-
-
-def _warnings(name: str, domain: DomainSummary, summary: Summary) -> list[str]:
-    lines = negatives_warnings(name, domain, summary)
-    if name == MIXED_DOMAIN:
-        return lines
-    source = domain.source
-    if source["pairs"] == 0:
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in source["quarantined"].items())
-        lines.append(f"warning: {name}: no pair was left of {source['rows']:,} rows ({reasons})")
-    elif domain.batches == 0 and not domain.leftover.get("mixed"):
-        lines.append(f"warning: {name} has no full batch of {summary.batch_size}: its pairs are in the ledger")
-    if source["held_out"] < source["holdout_target"] / 2:
-        lines.append(
-            f"warning: {name}: {source['held_out']:,} of {source['holdout_target']:,} pairs could be held out: "
-            "shared texts, hard negatives included, tie the others together"
-        )
-    return lines
 
 
 def summary_markdown(shards: Path) -> str:
@@ -100,10 +97,11 @@ def summary_markdown(shards: Path) -> str:
     parts = [
         f"# {artifact.manifest.domain}",
         markdown_table(*_count_rows(summary)),
+        *_reasons_text(summary),
         markdown_table(*hardness_rows(summary.domains, summary.packings)),
         *packings_text(summary.packings),
         *([markdown_table(header, rows)] if rows else []),
-        *(line for name, domain in summary.domains.items() for line in _warnings(name, domain, summary)),
+        *corpus_warnings(summary),
         f"Shards: `{artifact.path}`\n",
     ]
     return "\n\n".join(parts)

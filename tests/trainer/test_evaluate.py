@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -24,10 +25,11 @@ import torch
 import torch.distributed as dist
 
 from hardbatch.pipeline.errors import InputError
+from hardbatch.pipeline.run import Plan
 from hardbatch.trainer import embed, evaluate, shelves
 from hardbatch.trainer import search as search_module
 from hardbatch.trainer.batch import Tokenizer, load_tokenizer
-from hardbatch.trainer.collection import Collection, load_collection
+from hardbatch.trainer.collection import Collection, load_collection, load_documents
 from hardbatch.trainer.context import ContextDocuments
 from hardbatch.trainer.embed import Embedder
 from hardbatch.trainer.evaluate import evaluate_retrieval
@@ -37,6 +39,7 @@ from hardbatch.trainer.loss import info_nce
 from hardbatch.trainer.search import search
 from tests.models import minilm_folder
 from tests.reliability import warm
+from tests.samples import make_rows
 from tests.trainer_models import tiny_encoder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,6 +136,42 @@ class TestCollection:
     def test_bad_input_is_named(self, tmp_path: Path, tables: dict[str, Any], told: str) -> None:
         with pytest.raises(InputError, match=told):
             load_collection(write_collection(tmp_path, **tables))
+
+    def test_a_holdout_is_searched_among_all_documents_of_its_domain(
+        self, run_corpus: Callable[..., Plan], write_jsonl: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        rows = [{"query": f"question {i}", "document": f"answer {i // 2}", "bad": [f"wrong {i}"]} for i in range(40)]
+        write_jsonl("x.jsonl", rows)
+        text = 'corpus = "c"\n[[dataset]]\nname = "n"\nsource = "x.jsonl"\nholdout = 0.2\ncolumns.negatives = "bad"\n'
+        pairs = run_corpus(text, stages=("pairs",)).steps[0].path
+        trained = pl.read_ipc(pairs / "texts" / "documents-00000.arrow")["text"].to_list()
+
+        collection = load_collection(pairs / "holdout")
+        assert collection.documents[: len(trained)] == trained == load_documents(pairs / "holdout")[: len(trained)]
+        assert len(trained) == 16 + 32 and len(set(collection.documents)) == len(collection.documents) == 16 + 32 + 4
+        assert "48 of them of training" in collection.source
+        found = zip(collection.query_rows, collection.document_rows, strict=True)
+        answers = {(collection.queries[query], collection.documents[document]) for query, document in found}
+        assert len(answers) == 8 and answers < {(row["query"], row["document"]) for row in rows}
+
+        for part in ("holdout", "texts"):
+            shutil.copytree(pairs / part, tmp_path / "moved" / part)
+        moved = load_collection(tmp_path / "moved" / "holdout")
+        assert (moved.name, moved.documents) == (f"{tmp_path.name}_holdout", collection.documents)
+
+    def test_a_holdout_without_the_training_documents_is_refused(
+        self, run_corpus: Callable[..., Plan], write_jsonl: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        write_jsonl("x.jsonl", make_rows(20))
+        text = 'corpus = "c"\n[[dataset]]\nname = "n"\nsource = "x.jsonl"\nholdout = 0.2\n'
+        pairs = run_corpus(text, stages=("pairs",)).steps[0].path
+        shutil.copytree(pairs / "holdout", tmp_path / "alone" / "holdout")
+        with pytest.raises(InputError, match=r"16 training documents, of which .*alone/texts has 0; copy the folder"):
+            load_collection(tmp_path / "alone" / "holdout")
+        (tmp_path / "alone" / "texts").mkdir()
+        (tmp_path / "alone" / "texts" / "documents-00000.arrow").write_bytes(b"garbage")
+        with pytest.raises(InputError, match="alone/texts: cannot be read as Arrow"):
+            load_collection(tmp_path / "alone" / "holdout")
 
     def test_files_that_are_absent_or_broken_are_named(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"nowhere: no such folder; give a folder with corpus\.parquet"):

@@ -412,9 +412,10 @@ def test_what_would_spoil_the_end_is_refused_at_the_start(flags, tmp_path, capsy
     assert code == 2 and "is not an export" in error
     write_jsonl("held.jsonl", rows(80))
     plan = run_corpus('corpus = "held"\n[[dataset]]\nname = "numbers"\nsource = "held.jsonl"\nholdout = 0.2\n')
-    holdout = next(plan.shards.parent.parent.glob("pairs/*/*/holdout"))
+    pairs = next(plan.shards.parent.parent.glob("pairs/*/*"))
     for name in ("a", "b"):
-        shutil.copytree(holdout, tmp_path / name / "same")
+        shutil.copytree(pairs / "holdout", tmp_path / name / "same")
+        shutil.copytree(pairs / "texts", tmp_path / name / "texts")
     both = f"{tmp_path / 'a' / 'same'},{tmp_path / 'b' / 'same'}"
     code, error = in_process({**flags, "--output": tmp_path / "other", "--eval": both}, capsys)
     assert code == 2 and "two folders are named same" in error

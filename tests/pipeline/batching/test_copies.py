@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.near_copies import COPIES, OPPOSITES, make_cases
-from hardbatch.pipeline.batching.copies import KINDS, find_copies
+from hardbatch.pipeline.batching.copies import KINDS, KnownTexts, find_copies
 
 LONG = (
     "The library opens in the morning on every day of the week. Visitors leave their coats in the hall. "
@@ -241,3 +241,28 @@ def test_hash_seed_and_blocks_change_nothing(seed):
     )  # fmt: skip
     assert ended.stdout.strip() == str(expected.text_class.tolist())
     assert len(set(expected.text_class.tolist())) < len(texts)
+
+
+# known texts
+
+
+def test_known_texts_are_found_with_their_near_copies() -> None:
+    known = KnownTexts()
+    assert not known and known.find("anything") is None
+    known.add(["What is the fee?", "def f(x):\n    return x"], "one")
+    known.add(["what is the fee", "Sorry, not found."], "two")
+    assert known
+    assert [known.find(text) for text in ("what  is the FEE", "What is fee", "sorry not found")] == [
+        "one", "one", "two",
+    ]  # fmt: skip
+    for other in ("What is the fee of 3?", "Sorry, found.", "def f(y):\n    return y", "fee"):
+        assert known.find(other) is None
+
+
+@given(st.lists(st.sampled_from(["The bus is late.", "the bus is late", "bus late", "A bus", "bus", "not a bus", "!"])))
+def test_known_texts_find_what_the_first_two_relations_join(texts: list[str]) -> None:
+    for text in texts[1:]:
+        known = KnownTexts()
+        known.add(texts[:1], "label")
+        first, second = find_copies([[texts[0], text]]).text_class
+        assert (known.find(text) == "label") == (first == second)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 
 import numpy as np
 import polars as pl
 import pytest
 
+from hardbatch.pipeline.artifacts import vectors as vectors_module
 from hardbatch.pipeline.artifacts.artifact import read_artifact
 from hardbatch.pipeline.artifacts.vectors import Texts, load_pairs, open_vectors
+from hardbatch.pipeline.models.encoders import SentenceEncoder
 from hardbatch.pipeline.run import plan_corpus, run_step
 from hardbatch.pipeline.schemas import SIDES
 from hardbatch.pipeline.stages import embed
@@ -236,3 +239,82 @@ def test_progress_counts_tokens_so_that_long_documents_weigh_more_than_short_que
     )  # a token has about 4 characters; 2 for the ends
     assert embed._estimate_tokens(Numbered(4_000), 0, 1_000, 48) == 48_000  # longer texts are cut at the maximum length
     assert embed._estimate_tokens(Numbered(0), 7, 8, 48) == 2
+
+
+# known texts
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The number of texts of each call of the encoder."""
+    numbers, inner = [], SentenceEncoder.encode
+
+    def record(encoder, tokens):
+        numbers.append(len(tokens))
+        return inner(encoder, tokens)
+
+    monkeypatch.setattr(SentenceEncoder, "encode", record)
+    return numbers
+
+
+def test_only_new_texts_are_encoded_and_the_bytes_are_the_same(embed_rows, rows, gtr, encoded):
+    settings = embedding(gtr, unit_rows=16)
+    more = [*rows(20, start=500), *rows(60), {"query": "one more", "document": rows(1)[0]["document"]}]
+    fresh = embed_rows(more, settings)
+    expected = bytes_of(fresh.path)
+    shutil.rmtree(fresh.path)
+
+    first = embed_rows(rows(60), settings)
+    encoded.clear()
+    grown = embed_rows(more, settings)
+    assert grown.path == fresh.path != first.path
+    assert sum(encoded) == 20 + 1 + 20  # queries, documents
+    assert bytes_of(grown.path) == expected
+
+
+@pytest.mark.parametrize(("change", "expected"), [("prompt", 62 + 2), ("damage", 62 + 2), ("pairs", 62 + 62)])
+def test_vectors_that_may_differ_are_not_reused(embed_rows, rows, gtr, encoded, change, expected):
+    """Of 31 queries and documents that are embedded with a prompt and, as the surrogate, without."""
+    first = embed_rows(rows(30), embedding(gtr, unit_rows=16, query_prompt="ask: "))
+    if change == "damage":
+        (file,) = (first.path / "vectors").glob("queries-0000001.npy")
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    if change == "pairs":
+        shutil.rmtree(first.inputs["pairs"])
+    encoded.clear()
+    prompt = "tell: " if change == "prompt" else "ask: "
+    embed_rows(rows(31), embedding(gtr, unit_rows=16, query_prompt=prompt))
+    assert sum(encoded) == expected
+
+
+def test_texts_without_a_vector_are_encoded_again(embed_rows, poisoned, rows, encoded):
+    bad = [{"query": "this is poison", "document": "fine"}]
+    embed_rows([*rows(20), *bad], embedding(poisoned, unit_rows=16))
+    encoded.clear()
+    step = embed_rows([*bad, *rows(20)], embedding(poisoned, unit_rows=16))
+    assert sum(encoded) == 1
+    assert read_artifact(step.path).manifest.counts["nan_vector"] == 1
+
+
+def test_texts_of_one_digest_are_told_apart(embed_rows, rows, gtr, encoded, monkeypatch):
+    embed_rows(rows(20), embedding(gtr, unit_rows=16))
+    encoded.clear()
+    monkeypatch.setattr(vectors_module, "_digests", lambda texts: np.array([len(text) for text in texts], np.uint64))
+    with_same = embed_rows(rows(25), embedding(gtr, unit_rows=16))
+    assert sum(encoded) > 10
+    found = [all_vectors(with_same.path, side) for side in SIDES]
+    monkeypatch.undo()
+    shutil.rmtree(with_same.path.parent)
+    again = embed_rows(rows(25), embedding(gtr, unit_rows=16))
+    assert all(np.array_equal(one, all_vectors(again.path, side)) for one, side in zip(found, SIDES, strict=True))
+
+
+def test_lexical_vectors_are_not_reused(embed_rows, rows):
+    """They depend on all texts of the domain."""
+    embed_rows(rows(20), embedding("lexical"))
+    grown = embed_rows(rows(40), embedding("lexical"))
+    found = all_vectors(grown.path, "queries")
+    shutil.rmtree(grown.path.parent)
+    assert np.array_equal(found, all_vectors(embed_rows(rows(40), embedding("lexical")).path, "queries"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hardbatch.pipeline import schemas
@@ -161,7 +161,7 @@ def test_a_clean_row_keeps_its_texts_or_has_a_reason(query: Any, document: Any, 
     if clean.reason is None:
         assert (clean.query, clean.document) == (query, document)
         assert clean.query.strip() and clean.document.strip() and query != document
-        assert len(given_) == len(clean.negatives) + clean.num_negatives_dropped
+        assert len(given_) == len(clean.negatives) + len(clean.unusable_negatives)
         assert [text for text in given_ if text in clean.negatives] == clean.negatives
         "".join([query, document, *clean.negatives]).encode()
     else:
@@ -196,10 +196,105 @@ def test_negatives_share_the_numbers_of_documents(ingest: Ingest) -> None:
     made.check_accounts(5)
     assert made.texts("documents") == ["d0", "n0", "d1", "one text", "d3", "d4"]
     assert [row["document_row"] for row in made.pairs] == [0, 2, 1, 4, 5]
-    assert [row["negative_rows"] for row in made.pairs] == [[1, 2, 1], [3], [], [], []]
-    assert (made.counts["negatives"], made.counts["negatives_dropped"]) == (4, 4)
+    assert [row["negative_rows"] for row in made.pairs] == [[1, 2], [3], [], [], []]
+    assert (made.counts["negatives"], made.counts["negatives_repeated"]) == (3, 1)
+    assert made.counts["negatives_unusable"] == {"empty": 1, "null": 1, "wrong_type": 2}
+    assert made.counts["negatives_dropped"] == 4
     pairs = load_pairs(made.artifact)
-    assert [pairs.negatives_of(i).tolist() for i in range(5)] == [[1, 2, 1], [3], [], [], []]
+    assert [pairs.negatives_of(i).tolist() for i in range(5)] == [[1, 2], [3], [], [], []]
+
+
+def test_rows_that_repeat_a_pair_give_it_their_negatives(ingest: Ingest) -> None:
+    rows: list[Row] = [
+        {"query": "q0", "document": "d0", "neg": ["n0"]},
+        {"query": "q1", "document": "d1", "neg": ["n1"]},
+        {"query": "q0", "document": "d0", "neg": ["n2", "n0", "d0"]},
+        {"query": "q1", "document": "d1", "neg": None},
+        {"query": "q0", "document": "d0", "neg": "d1"},
+        {"query": "q2", "document": "n2"},
+    ]
+    made = ingest({"x.jsonl": rows}, dataset=NEGATIVES)
+    made.check_accounts(6)
+    assert made.reasons == dict.fromkeys([2, 3, 4], "duplicate_pair")
+    documents = made.texts("documents")
+    assert documents == ["d0", "n0", "d1", "n1", "n2"]
+    assert [documents[row["document_row"]] for row in made.pairs] == ["d0", "d1", "n2"]
+    negatives = [[documents[row] for row in pair["negative_rows"]] for pair in made.pairs]
+    assert negatives == [["n0", "n2", "d1"], ["n1"], []]
+    counts = made.counts
+    assert (counts["negatives"], counts["negatives_joined"], counts["negatives_repeated"]) == (4, 2, 2)
+
+
+@settings(max_examples=60, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    drawn=st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 3), st.lists(st.integers(0, 6), max_size=3)),
+        min_size=2,
+        max_size=12,
+    )
+)
+def test_joined_negatives_are_those_found_by_hand(ingest: Ingest, drawn: list[tuple[int, int, list[int]]]) -> None:
+    rows = [{"query": f"q{q}", "document": f"d{d}", "neg": [f"d{n}" for n in some]} for q, d, some in drawn]
+    expected: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        known = expected.setdefault((row["query"], row["document"]), [])
+        known += [text for text in dict.fromkeys(row["neg"]) if text not in known and text != row["document"]]
+    made = ingest({"x.jsonl": rows}, dataset=NEGATIVES)
+    queries, documents = made.texts("queries"), made.texts("documents")
+    found = {
+        (queries[pair["query_row"]], documents[pair["document_row"]]): [
+            documents[row] for row in pair.get("negative_rows", [])
+        ]
+        for pair in made.pairs
+    }
+    assert found == expected
+    assert made.counts["negatives"] == sum(map(len, expected.values()))
+    given_ = sum(len(row["neg"]) for row in rows)
+    assert given_ == made.counts["negatives"] + made.counts.get("negatives_repeated", 0)
+
+
+# what a person should know
+
+
+def test_files_that_give_no_pair_are_counted(ingest: Ingest) -> None:
+    files: dict[str, list[Row] | bytes] = {
+        "a.jsonl": make(3), "b.jsonl": make(3), "c.jsonl": b"\n", "d.jsonl": make(2, 9),
+    }  # fmt: skip
+    counts = ingest(files).counts
+    assert (counts["files"], counts["files_read"], counts["files_without_pairs"]) == (4, 4, 2)
+    assert counts["such_files"] == ["b.jsonl", "c.jsonl"]
+    counts = ingest(files, dataset="limit = 2").counts  # what was not read is not counted
+    assert (counts["files"], counts["files_read"], counts["files_without_pairs"]) == (4, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        (lambda i: f"{i:03d} text", ["query"]),
+        (lambda i: f"{99 - i:03d} text", ["query"]),
+        (lambda i: f"{i // 4:03d} text", []),  # too few steps
+        (lambda i: f"{(i * 7) % 40:03d} text", []),
+    ],
+)
+def test_a_sorted_source_is_noticed_if_a_limit_cuts_it(
+    ingest: Ingest, order: Callable[[int], str], expected: list[str]
+) -> None:
+    rows = [{"query": order(i), "document": f"{(i * 11) % 50} it is"} for i in range(40)]
+    assert ingest({"x.jsonl": rows}, dataset="limit = 30").counts["sorted_by"] == expected
+    assert ingest({"x.jsonl": rows}).counts["sorted_by"] == []
+
+
+@pytest.mark.parametrize(
+    "text", ["q17", "MED-10", "3.5", "0b5c1f2e-9a77-4a3e-8f0e-1d2c3b4a5f60", "doc:12/3", "a1" * 32]
+)
+def test_texts_that_look_like_ids_are_counted(ingest: Ingest, text: str) -> None:
+    counts = ingest({"x.jsonl": [{"query": text, "document": f"about {text}"}]}).counts
+    assert (counts["query_ids"], counts["document_ids"]) == (1, 0)
+
+
+@pytest.mark.parametrize("text", ["hello", "what is 3", "ls -1", "價格2023", "f(x1)", "a1" * 33])
+def test_short_texts_do_not_look_like_ids(ingest: Ingest, text: str) -> None:
+    assert ingest({"x.jsonl": [{"query": text, "document": "d"}]}).counts["query_ids"] == 0
 
 
 def test_several_files_keep_their_numbers(ingest: Ingest) -> None:
@@ -334,6 +429,35 @@ def test_the_holdout_leaks_no_text(ingest: Ingest, rows: list[Row], dataset: str
     assert bool(held_out_texts(made)) == (len(rows) > 40)
 
 
+def test_near_copies_of_held_out_texts_leave_the_pairs(ingest: Ingest) -> None:
+    """Every text has a copy that differs by case: of documents among the queries, of queries among the negatives."""
+    rows: list[Row] = []
+    for i in range(30):
+        rows.append({"query": f"where is place {i} now", "document": f"It is beside place {i} still.", "neg": []})
+        rows.append({"query": f"IT IS BESIDE PLACE {i} STILL", "document": f"another place {i}", "neg": []})
+        rows.append(
+            {"query": f"which town {i}", "document": f"none {i}", "neg": [f"Where is place {i} now?", f"town {i}"]}
+        )
+    made = ingest({"x.jsonl": rows}, dataset=f"holdout = 0.2\n{NEGATIVES}")
+    made.check_accounts(90)
+
+    def forms(texts: Iterable[str]) -> set[str]:
+        return {text.casefold().rstrip(".?") for text in texts}
+
+    assert not forms(held_out_texts(made)) & forms(kept_texts(made))
+    held_out = forms(held_out_texts(made))
+    is_held_out = [row["query"] in held_out_texts(made) for row in rows]
+    copies = {
+        row
+        for row in range(90)
+        if not is_held_out[row] and forms([rows[row]["query"], rows[row]["document"]]) & held_out
+    }
+    assert copies and made.reasons == dict.fromkeys(copies, "held_out_copy")
+    removed = sum(not is_held_out[row] and bool(forms(rows[row]["neg"]) & held_out) for row in range(90))
+    lost_with_pair = sum(len(rows[row]["neg"]) for row in range(90) if is_held_out[row])
+    assert removed and made.counts["negatives_left_out"] == removed + lost_with_pair
+
+
 @pytest.mark.parametrize("fraction", [0.0, 0.001, 0.3, 0.999])
 def test_a_holdout_of_one_component_is_never_cut_apart(fraction: float) -> None:
     pairs = np.arange(50)
@@ -378,6 +502,23 @@ def test_texts_of_an_evaluation_are_quarantined(ingest: Ingest, evaluation: Call
     pq.write_table(pa.table({"text": ["d3"]}), folder / "corpus.parquet")  # a changed evaluation is another artifact
     reasons = ingest({"x.jsonl": rows}, settings=CLEAN).reasons
     assert {row for row, reason in reasons.items() if reason == "contaminated"} == {2, 3, 4}
+
+
+def test_near_copies_of_an_evaluation_are_quarantined(ingest: Ingest, evaluation: Callable[..., Path]) -> None:
+    evaluation(pa.table({"text": ["The capital is Paris."]}), pa.table({"text": ["what is the capital of France?"]}))
+    rows: list[Row] = [
+        {"query": "What is the capital of  France", "document": "x"},
+        {"query": "what is the capital of Spain", "document": "THE CAPITAL IS PARIS"},
+        {"query": "which town", "document": "The capital is not Paris.", "neg": ["the capital is paris", "n"]},
+    ]
+    made = ingest({"x.jsonl": rows}, settings=CLEAN, dataset=NEGATIVES)
+    made.check_accounts(3)
+    assert [(row["reason"], row["detail"]) for row in made.quarantine] == [
+        ("contaminated", "query: in eval"),
+        ("contaminated", "document: in eval"),
+    ]
+    assert made.texts("documents") == ["The capital is not Paris.", "n"]
+    assert made.counts["negatives_unusable"] == {"contaminated": 1}
 
 
 @pytest.mark.parametrize("folder", ["../eval", "/eval", "no_such"])

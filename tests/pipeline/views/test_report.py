@@ -18,8 +18,9 @@ import pytest
 from hardbatch.pipeline.artifacts.artifact import MANIFEST
 from hardbatch.pipeline.errors import ConfigError, InputError, IntegrityError
 from hardbatch.pipeline.run import Plan, plan_corpus, run_corpus, run_step
-from hardbatch.pipeline.stages.card import hardness_rows, negatives_rows, negatives_warnings
+from hardbatch.pipeline.stages.card import hardness_rows, negatives_rows
 from hardbatch.pipeline.stages.figures import DomainSummary, Negatives, Summary
+from hardbatch.pipeline.stages.warnings import domain_warnings
 from hardbatch.pipeline.views.batch import batch_text
 from hardbatch.pipeline.views.plan import explain_plan, plan_text
 from hardbatch.pipeline.views.report import batches_text, summary_markdown, summary_text, table
@@ -70,7 +71,7 @@ def test_a_domain_without_a_full_batch_is_warned_of_and_left_in_the_ledger(
         text += f'[[dataset]]\nname = "{name}"\nsource = "{name}.jsonl"\n'
     plan = run_corpus(text)
     (warning,) = [line for line in summary_text(plan.shards).splitlines() if "full batch" in line]
-    assert warning.startswith("warning: small has no full batch of 8")
+    assert warning.startswith("warning: small: no full batch of 8")
     ledger = {step.domain: step.path / "leftover.parquet" for step in plan.steps if step.stage == "batches"}
     assert sorted(pq.read_table(ledger["small"])["pair_id"].to_pylist()) == list(range(5))
     assert set(pq.read_table(ledger["small"])["reason"].to_pylist()) == {"remainder"}
@@ -159,13 +160,13 @@ def test_negatives_are_shown_and_warned_of_with_their_numbers() -> None:
     assert negatives_rows(summary.domains)[1] == [
         ["d", "511.5", "7", "1,234", "25%", "5%", "70%", "60%", "40", "3, 97"]
     ]
-    without, mostly = negatives_warnings("d", domain, summary)
+    without, mostly = domain_warnings("d", domain, summary)
     assert without.startswith("warning: d: 1,234 of 1,234,567 queries have no negative in their batch")
     assert mostly.startswith(
         "warning: d: 40 of 100 batches are mostly masked (25% of the masks are same answers, 70% likely"
     )
     none = replace(NEGATIVES, without=0, mostly_masked_batches=0)
-    assert negatives_warnings("d", replace(domain, negatives=none), summary) == []
+    assert domain_warnings("d", replace(domain, negatives=none), summary) == []
 
 
 @pytest.mark.parametrize("num_weak", [500, 501])
@@ -174,7 +175,7 @@ def test_a_rank_that_leaves_out_more_than_half_of_the_pairs_is_warned_of(num_wea
     domain = DomainSummary(batches=0, leftover=leftover, source={"pairs": 1_000})
     summary = Summary(batch_size=64, batches=0, packings=1, domains={"d": domain})
     expected = "warning: d: pack.weak_pair_rank leaves out 501 of 1,000 pairs, more than half: the surrogate ranks"
-    lines = negatives_warnings("d", domain, summary)
+    lines = domain_warnings("d", domain, summary)
     assert [line[: len(expected)] for line in lines] == ([expected] if num_weak > 500 else [])
 
 
