@@ -58,7 +58,7 @@ def _read_format(file: SourceFile, columns: Columns, scratch: Path) -> Iterator[
 
         yield from (RawRow(*row, None) for row in read_functions(Path(file.location)))
         return
-    with local_copy(file, scratch) as path:
+    with _local_copy(file, scratch) as path:
         try:
             size = path.stat().st_size
         except OSError as error:
@@ -119,7 +119,7 @@ def read_columns(path: Path, columns: Sequence[str], optional: Sequence[str] = (
 
 
 @contextmanager
-def local_copy(file: SourceFile, scratch: Path) -> Iterator[Path]:
+def _local_copy(file: SourceFile, scratch: Path) -> Iterator[Path]:
     if "://" not in file.location:
         yield Path(file.location)
         return

@@ -33,7 +33,7 @@ def read_jsonl(file: SourceFile, path: Path, columns: Columns) -> Iterator[RawRo
     row = -1
     checked = has_negatives = False
     keys = [json.dumps(name).encode() for name in (columns.query, columns.document)]
-    for number, line in enumerate(lines_of(file, path), start=1):
+    for number, line in enumerate(_lines(file, path), start=1):
         if not line.strip():
             continue
         row += 1
@@ -77,7 +77,7 @@ def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def lines_of(file: SourceFile, path: Path) -> Iterator[bytes]:
+def _lines(file: SourceFile, path: Path) -> Iterator[bytes]:
     """The lines of a text file without its byte order mark; raises InputError if they cannot be read."""
     number = 0
     try:
@@ -108,7 +108,7 @@ def read_csv(file: SourceFile, path: Path, columns: Columns, delimiter: str) -> 
         InputError: The file or its header is broken, a column is missing, or a quote is never closed.
     """
     csv.field_size_limit(_MAX_LINE_BYTES)
-    text = (line.decode("utf-8", errors="surrogateescape") for line in lines_of(file, path))
+    text = (line.decode("utf-8", errors="surrogateescape") for line in _lines(file, path))
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     try:
         header = next(reader, [])

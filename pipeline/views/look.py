@@ -19,8 +19,8 @@ from hardbatch.pipeline.artifacts.files import DigestCache
 from hardbatch.pipeline.config import Columns, Dataset, IngestConfig
 from hardbatch.pipeline.errors import InputError, first_line, printable
 from hardbatch.pipeline.sources.files import SourceFile, list_source_files
-from hardbatch.pipeline.sources.rows import local_copy, read_rows
-from hardbatch.pipeline.sources.text import lines_of
+from hardbatch.pipeline.sources.rows import _local_copy, read_rows
+from hardbatch.pipeline.sources.text import _lines
 from hardbatch.pipeline.stages.ingest import clean_row
 from hardbatch.pipeline.views.plan import size
 from hardbatch.pipeline.views.report import table
@@ -125,7 +125,7 @@ def _records(file: SourceFile, scratch: Path) -> Iterator[dict[str, Any]]:
         for raw in read_rows(file, Columns(), scratch):
             yield {"query": raw.query, "document": raw.document}
         return
-    with local_copy(file, scratch) as path:
+    with _local_copy(file, scratch) as path:
         if file.format == "parquet":
             import pyarrow as pa
             import pyarrow.parquet as pq
@@ -136,7 +136,7 @@ def _records(file: SourceFile, scratch: Path) -> Iterator[dict[str, Any]]:
             except (pa.ArrowException, OSError, ValueError) as error:
                 raise InputError(f"{file.name}: is not a readable Parquet file: {first_line(error)}") from None
         elif file.format == "jsonl":
-            for line in lines_of(file, path):
+            for line in _lines(file, path):
                 try:
                     record = json.loads(line)
                 except (ValueError, RecursionError):
@@ -144,7 +144,7 @@ def _records(file: SourceFile, scratch: Path) -> Iterator[dict[str, Any]]:
                 if isinstance(record, dict):
                     yield record
         else:
-            text = (line.decode("utf-8", errors="replace") for line in lines_of(file, path))
+            text = (line.decode("utf-8", errors="replace") for line in _lines(file, path))
             try:
                 yield from csv.DictReader(text, delimiter="\t" if file.format == "tsv" else ",")
             except csv.Error as error:
