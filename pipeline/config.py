@@ -473,7 +473,8 @@ def _fields_at(location: Sequence[str | int]) -> list[str]:
 
 def setting_names() -> list[str]:
     """All settings as dotted names, for example `pack.batch_size`; those of a dataset begin with `dataset.`."""
-    tables = [(), *((name,) for name in CorpusManifest.model_fields if name != "corpus"), ("dataset", "columns")]
+    tables = [(), *((name,) for name in CorpusManifest.model_fields if name != "corpus")]
+    tables += [("dataset", name) for name, field in Dataset.model_fields.items() if _is_table(field.annotation)]
     return [".".join([*table, field]) for table in tables for field in _fields_at(table)]
 
 
