@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -25,19 +27,34 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.states import Completed, Failed
 
 from hardbatch.flows import service
-from hardbatch.pipeline.errors import HardbatchError
+from hardbatch.pipeline.errors import ConfigError, HardbatchError
 from hardbatch.pipeline.reproducible import make_reproducible
 
 if TYPE_CHECKING:
     from hardbatch.pipeline.runlog import RunLog
     from hardbatch.pipeline.step import Step
 
+# What Prefect logs a failed task with, and what it logs the end of the flow's process with.
+TASK_LOGGER, ENGINE_LOGGERS = "prefect.task_runs", ("prefect.flow_runs", "prefect.engine", "prefect.flow_engine")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SERVER_START_TIMEOUT_S = 300
 GRACE_S = 20.0
 SERVER_GRACE_S = 5.0
+
+
+def _drop_traceback(record: logging.LogRecord) -> bool:
+    """Leave out the traceback of an error that the user can fix, and a log line that has no other use."""
+    if record.exc_info and isinstance(record.exc_info[1], HardbatchError):
+        record.exc_info = None
+        return record.name == TASK_LOGGER
+    return True
+
+
+for _name in (TASK_LOGGER, *ENGINE_LOGGERS):
+    logging.getLogger(_name).addFilter(_drop_traceback)
 
 
 @flow(name="cluster-corpus", persist_result=False)
@@ -58,29 +75,38 @@ def cluster_corpus(
         overrides: Settings that replace those of the manifest, as strings `stage.field=value`.
 
     Returns:
-        The folder of the shards.
+        The folder of the shards. The message of the run's state is `shards: FOLDER`.
 
     Raises:
-        HardbatchError: If the manifest or its data is wrong, or a stage fails; the message says what to do.
+        HardbatchError: If the manifest or its data is wrong, or a stage fails; the message says what to do, and is the
+            message of the run's state.
     """
+    # A state of our own has the plain message, which an exception would bury under a traceback. Prefect raises `data`.
+    try:
+        shards = _make_shards(Path(manifest), Path(workspace), Path(data_root) if data_root else None, overrides or ())
+    except HardbatchError as error:
+        get_run_logger().error("%s", error)
+        return Failed(message=str(error), data=error)  # type: ignore[return-value]
+    get_run_logger().info("shards: %s", shards)
+    return Completed(message=f"shards: {shards}", data=str(shards))  # type: ignore[return-value]
+
+
+def _make_shards(manifest: Path, workspace: Path, data_root: Path | None, overrides: Sequence[str]) -> Path:
+    """Run the steps of a manifest as tasks and publish their summary; return the folder of the shards."""
     from hardbatch.pipeline.run import plan_corpus
     from hardbatch.pipeline.runlog import open_run_log
     from hardbatch.pipeline.views.report import summary_markdown
 
-    plan = plan_corpus(
-        Path(manifest),
-        Path(workspace).absolute(),
-        data_root=Path(data_root) if data_root is not None else None,
-        overrides=overrides or (),
-    )
-    with open_run_log(plan.corpus, Path(manifest), overrides or ()) as log:
+    if not manifest.is_absolute() and not manifest.exists():
+        raise ConfigError(f"{manifest}: no such manifest below {Path.cwd()}, where this runs; give an absolute path")
+    plan = plan_corpus(manifest, workspace.absolute(), data_root=data_root, overrides=overrides)
+    with open_run_log(plan.corpus, manifest, overrides) as log:
         for step in plan.steps:
             run = complete_step.with_options(name=step.stage, task_run_name=f"{step.stage} of {step.domain}")
             run(step, log)
 
-    shards = str(plan.shards)
-    create_markdown_artifact(summary_markdown(plan.shards), key="cluster-corpus", description=shards)
-    return shards
+    create_markdown_artifact(summary_markdown(plan.shards), key="cluster-corpus", description=str(plan.shards))
+    return plan.shards
 
 
 def is_worth_retrying(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
@@ -138,7 +164,11 @@ def main(argv: list[str] | None = None) -> int:
     if options.pop("inside"):
         return _run_inside(options)
 
-    service.forget_if_dead()
+    running = service.find_service()
+    given = os.environ.get("PREFECT_API_URL")
+    if given and not service.answers(given.rstrip("/")):
+        print(f"error: PREFECT_API_URL is {given}, but no Prefect server answers there; unset it", file=sys.stderr)
+        return ConfigError.exit_code
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, for example, ignores SIGHUP
             signal.signal(number, _stop)
@@ -151,6 +181,8 @@ def main(argv: list[str] | None = None) -> int:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
     }
+    if running:  # Prefect would find it by itself only from the project's root
+        defaults |= {"PREFECT_API_URL": running.api_url}
     make_reproducible()
     environment = {**defaults, **os.environ}
     command = [sys.executable, "-m", "hardbatch.flows.cluster_corpus", "--inside", *arguments]

@@ -54,6 +54,11 @@ class Service:
     token: str
     pids: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def api_url(self) -> str:
+        """What `PREFECT_API_URL` must be for Prefect's commands to find the server from any folder."""
+        return f"{self.url}/api"
+
     def mark(self, role: str) -> str:
         return f"{self.token}-{role}"
 
@@ -64,7 +69,7 @@ class Service:
 def up() -> None:
     """Start server and worker and register the deployments of prefect.yaml, unless both are alive."""
     if (service := _read_record()) and service.is_alive("server") and service.is_alive("worker"):
-        print(f"already up: {service.url}")
+        print(f"already up: {service.url}\n{_how_to_use(service)}")
         return
 
     down()
@@ -75,17 +80,17 @@ def up() -> None:
 
     try:
         server = ["server", "start", "--host", "127.0.0.1", "--port", str(port), "--analytics-off"]
-        _start(service, "server", server, is_ready=lambda: _ask(f"{service.url}/api/health") is True)
+        _start(service, "server", server, is_ready=lambda: answers(service.api_url))
         worker = ["worker", "start", "--pool", "local", "--type", "process", "--install-policy", "never"]
         _start(service, "worker", [*worker, "--name", service.token], is_ready=lambda: _has_worker(service))
         _deploy(service)
 
-        settings = f"home = {json.dumps(str(HOME))}\n[api]\nurl = {json.dumps(service.url + '/api')}\n"
+        settings = f"home = {json.dumps(str(HOME))}\n[api]\nurl = {json.dumps(service.api_url)}\n"
         write_file_atomic(SETTINGS, (SETTINGS_MARK + settings).encode())
     except BaseException:
         down()
         raise
-    print(f"up: {service.url}")
+    print(f"up: {service.url}\n{_how_to_use(service)}")
 
 
 def down() -> bool:
@@ -113,11 +118,21 @@ def status() -> bool:
     return len(alive) == 2
 
 
-def forget_if_dead() -> None:
-    """Remove the settings that point to a server that died without `down`, for example at a reboot."""
+def find_service() -> Service | None:
+    """Return the service if its server is alive; otherwise remove the settings that point to it.
+
+    They are left by a server that died without `down`, for example at a reboot.
+    """
     service = _read_record()
     if service is None or not service.is_alive("server"):
         _remove_settings()
+        return None
+    return service
+
+
+def answers(api_url: str) -> bool:
+    """Return whether a Prefect server answers at an API's address."""
+    return _ask(f"{api_url}/health") is True
 
 
 def processes_marked(mark: str) -> set[int]:
@@ -214,10 +229,24 @@ def _environment(service: Service) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "NO_PROXY": ",".join([*filter(None, [os.environ.get("NO_PROXY")]), "127.0.0.1"]),
         "PREFECT_HOME": str(HOME),
-        "PREFECT_API_URL": f"{service.url}/api",
+        "PREFECT_API_URL": service.api_url,
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # So that `--watch` shows the lines of a run, with the message of a failed one and the folder of a finished one.
+        "PREFECT_SERVER_LOGS_STREAM_OUT_ENABLED": "true",
+        "PREFECT_SERVER_LOGS_STREAM_PUBLISHING_ENABLED": "true",
         "PREFECT_WORKER_QUERY_SECONDS": "2",
     }
+
+
+def _how_to_use(service: Service) -> str:
+    """Return lines that say how to ask for a run from another folder than the project's root."""
+    return "\n".join(
+        [
+            "to use Prefect's commands outside this folder, with absolute paths:",
+            f"export PREFECT_API_URL={service.api_url}",
+            f"to ask for a run from any folder: {sys.executable} -m hardbatch.flows.submit MANIFEST",
+        ]
+    )
 
 
 def _ask(url: str, body: object = None) -> Any:

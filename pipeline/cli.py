@@ -1,16 +1,21 @@
-"""The command line: `hardbatch run|plan|inspect|verify|demo`. Heavy imports come late, so that `--help` is quick."""
+"""The command line: `hardbatch look|run|plan|inspect|list|gc|verify|demo`.
+
+Heavy imports come late, so that `--help` is quick.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
 import io
+import json
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from hardbatch.pipeline.errors import ConfigError, HardbatchError, IntegrityError, LeavingError, printable
 from hardbatch.pipeline.reproducible import make_reproducible
@@ -25,7 +30,10 @@ _SORTS = ("mask-rate", "negatives", "hardness")  # as in `views.report.SORTS`, w
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code. An error that the user can fix is one line, never a traceback."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options, unknown = parser.parse_known_args(given)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_advice(given, unknown)}")
     if options.command is None:
         parser.print_help(sys.stderr)
         return 2
@@ -45,8 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, so that a full disk behind it is reported
         return code
     except HardbatchError as error:
-        print(f"hardbatch: {error}", file=sys.stderr)
-        return error.exit_code
+        return _fail(options, error)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # the reader of our output has left
         return 0
@@ -60,8 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         except OSError:
             sys.stdout = open(os.devnull, "w")  # drops what found no room; exiting would try to write it again
-        print(f"hardbatch: {user_error}", file=sys.stderr)
-        return user_error.exit_code
+        return _fail(options, user_error)
     except LeavingError as leaving:
         what = "interrupted" if leaving.signum == signal.SIGINT else "terminated"
         print(f"hardbatch: {what}; committed work stays, run the same command to continue", file=sys.stderr)
@@ -71,8 +77,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signal.signal(number, handler)
 
 
+def _fail(options: argparse.Namespace, error: HardbatchError) -> int:
+    """Shows an error that the user can fix, with --json as an object, and returns its exit code."""
+    print(f"hardbatch: {error}", file=sys.stderr)
+    if getattr(options, "json", False):
+        print(json.dumps({"error": str(error), "exit_code": error.exit_code}))
+    return error.exit_code
+
+
+def _advice(given: Sequence[str], unknown: Sequence[str]) -> str:
+    """Says how to write arguments that the parser does not know; `given` is the whole command line."""
+    from hardbatch.pipeline.advice import advice_on_key, advice_on_override
+
+    for number, word in enumerate(given):
+        if word == "--set" and number + 1 < len(given):
+            text = given[number + 1]
+            if advice := advice_on_override(text, given[number + 2 :]):
+                return advice
+    flag = next((word for word in unknown if word.startswith("--")), None)
+    if flag is None or given[:1] not in (["run"], ["plan"], ["demo"]):
+        return ""
+    from hardbatch.pipeline.config import setting_names
+
+    # A flag such as --batch-size is the name of a setting.
+    name = flag.removeprefix("--").partition("=")[0]
+    meant = advice_on_key(name, [], setting_names())
+    return f"{meant}; give settings as --set stage.field=value" if meant else ""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what to do about a manifest in the place of a command."""
+
+    def error(self, message: str) -> NoReturn:
+        if "argument COMMAND: invalid choice" in message and ".toml" in message:
+            message += "; to make the shards of a manifest: hardbatch run MANIFEST"
+        super().error(message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="hardbatch",
         description="Turns a corpus of (query, document) pairs into hard, false-negative-masked training batches.",
         epilog=f"settings: docs/manifests.md; files on disk: docs/artifacts.md\n{_EXIT_CODES}",
@@ -86,6 +129,11 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(command=command)
         return sub
+
+    look = add("look", _look, "show the columns and first rows of data, and propose what to write in a manifest")
+    look.add_argument("source", help="a file, a pattern in quotes or a URL, as a manifest names it")
+    look.add_argument("--format", default="auto", help="as in a manifest (default: by the file's name)")
+    look.add_argument("--data-root", type=Path, help="folder that the source is relative to (default: this one)")
 
     for name, command, text in (
         ("run", _run, "make the shards of a manifest; the last line printed is their folder"),
@@ -101,6 +149,8 @@ def _parser() -> argparse.ArgumentParser:
             "--data-root", type=Path, help="folder that local paths are relative to (default: the manifest's)"
         )
         _add_common(sub)
+        if name == "run":
+            sub.add_argument("--json", action="store_true", help="print one JSON object instead of the summary")
     inspect = add(
         "inspect", _inspect, "show the batches of a shards folder, or with --log how long the steps of a run took"
     )
@@ -122,6 +172,20 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="show the steps of a run log with seconds, rows, bytes and memory; for a workspace, its newest log",
     )
+    for name, command, text in (
+        ("list", _list, "list the artifacts of a workspace: size, age, and whether the latest run needs them"),
+        ("gc", _gc, "show the artifacts that no latest run needs, and with --delete delete them"),
+    ):
+        sub = add(name, command, text)
+        sub.add_argument(
+            "workspace",
+            type=Path,
+            nargs="?",
+            default=Path("workspace"),
+            help="a workspace, or the folder of one corpus in it (default: workspace)",
+        )
+        if name == "gc":
+            sub.add_argument("--delete", action="store_true", help="delete them; by default they are only shown")
     verify = add("verify", _verify, "check every byte of the artifacts at or below a folder against their digests")
     verify.add_argument("path", type=Path, help="a shards folder, any artifact, or a whole workspace")
     demo = add("demo", _demo, "make batches from docstrings of installed Python packages and show one")
@@ -148,7 +212,7 @@ def _add_common(sub: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="STAGE.FIELD=VALUE",
-        help="override a setting, for example pack.batch_size=256; may be repeated",
+        help="override a setting, for example pack.batch_size=256 or dataset.NAME.limit=1000; may be repeated",
     )
 
 
@@ -157,14 +221,41 @@ def _run(options: argparse.Namespace) -> int:
     from hardbatch.pipeline.run import plan_corpus, run_step
     from hardbatch.pipeline.runlog import open_run_log
     from hardbatch.pipeline.views.report import summary_text
+    from hardbatch.pipeline.views.result import run_result
 
     plan = plan_corpus(options.manifest, options.workspace, data_root=options.data_root, overrides=options.set)
     progress = choose_progress()
     with open_run_log(plan.corpus, options.manifest, options.set) as log:
         num_run = sum(run_step(step, progress, log) for step in plan.steps)
-    print(f"steps run: {num_run}, reused: {len(plan.steps) - num_run}", file=sys.stderr)
-    print(summary_text(plan.shards))
-    print(plan.shards)
+    num_reused = len(plan.steps) - num_run
+    print(f"steps run: {num_run}, reused: {num_reused}", file=sys.stderr)
+    if options.json:
+        log_path = log.path if log.is_begun else None
+        print(json.dumps(run_result(plan.shards, num_run=num_run, num_reused=num_reused, log=log_path)))
+    else:
+        print(summary_text(plan.shards))
+        print(plan.shards)
+    return 0
+
+
+def _look(options: argparse.Namespace) -> int:
+    from hardbatch.pipeline.views.look import look_text
+
+    print(look_text(options.source, options.data_root, format=options.format))
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    from hardbatch.pipeline.views.workspace import list_text
+
+    print(list_text(options.workspace))
+    return 0
+
+
+def _gc(options: argparse.Namespace) -> int:
+    from hardbatch.pipeline.views.workspace import collect_garbage
+
+    print(collect_garbage(options.workspace, delete=options.delete))
     return 0
 
 
@@ -218,7 +309,7 @@ def _demo(options: argparse.Namespace) -> int:
     from hardbatch.pipeline.run import plan_corpus
     from hardbatch.pipeline.views.batch import batch_text
 
-    options.data_root = None
+    options.data_root, options.json = None, False
     options.manifest = Path(str(files("hardbatch"))) / "data_manifests" / "demo.toml"
     code = _run(options)
     plan = plan_corpus(options.manifest, options.workspace, data_root=options.data_root, overrides=options.set)

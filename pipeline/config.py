@@ -6,7 +6,6 @@ describes them for users.
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from hardbatch.pipeline.advice import advice_on_key, advice_on_toml, advice_on_value, is_data_file
 from hardbatch.pipeline.errors import ConfigError
 from hardbatch.pipeline.schemas import MAX_BATCH_SIZE, MAX_BATCHES_PER_PART, MIXED_DOMAIN
 
@@ -313,24 +313,28 @@ class CorpusManifest(Table):
 
 
 def load_manifest(path: Path, overrides: Sequence[str] = ()) -> CorpusManifest:
-    """Reads and checks the manifest at `path`, with `stage.field=value` overrides on top.
+    """Reads and checks the manifest at `path`, with overrides on top.
+
+    Args:
+        path: The TOML file.
+        overrides: Strings `stage.field=value` or `dataset.NAME.field=value`.
 
     Raises:
         ConfigError: Names the file, the key, what was given and what is allowed; one line per mistake.
     """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = _parse(path, path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such manifest") from None
     except IsADirectoryError:
         raise ConfigError(f"{path}: is a folder; give the manifest's .toml file") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not UTF-8 text; a manifest is a TOML file") from None
+        raise _not_a_manifest(path, "is not UTF-8 text; a manifest is a TOML file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError, or absurdly long numbers or deep nesting
-        raise ConfigError(f"{path}: is not valid TOML: {error}") from None
+
     _refuse_model_paths(content, path)
+    _refuse_escapes(content, path)
     for override in overrides:
         _apply_override(content, override)
     try:
@@ -338,10 +342,23 @@ def load_manifest(path: Path, overrides: Sequence[str] = ()) -> CorpusManifest:
     except ValidationError as error:
         lines = []
         for item in error.errors(include_url=False):
-            key = ".".join(map(str, item["loc"]))
-            overridden = any(override.partition("=")[0].strip() == key for override in overrides)
+            overridden = any(_is_target(override, item["loc"], content) for override in overrides)
             lines.append(f"{'--set' if overridden else path}: {_explain(item, content)}")
         raise ConfigError(*lines) from None
+
+
+def _parse(path: Path, text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, or absurdly long numbers or deep nesting
+        what = f"is not valid TOML: {error}"
+        raise _not_a_manifest(path, what + advice_on_toml(text, str(error))) from None
+
+
+def _not_a_manifest(path: Path, what: str) -> ConfigError:
+    if is_data_file(path):
+        what = f"is a data file; give a manifest that names it: `hardbatch look {path}` proposes one"
+    return ConfigError(f"{path}: {what}")
 
 
 def _refuse_model_paths(content: dict[str, Any], path: Path) -> None:
@@ -356,24 +373,69 @@ def _refuse_model_paths(content: dict[str, Any], path: Path) -> None:
             )
 
 
+def _refuse_escapes(content: dict[str, Any], path: Path) -> None:
+    """Refuses sources with control characters: TOML reads the backslash of "data\\train.csv" as that of a tab."""
+    for dataset in _datasets(content):
+        sources = dataset.get("source")
+        for source in sources if isinstance(sources, list) else [sources]:
+            if isinstance(source, str) and any(char in source for char in "\t\b\f\r\n"):
+                raise ConfigError(
+                    f"{path}: source {source!a} has a control character: a backslash in double quotes begins an "
+                    "escape; write paths with /"
+                )
+
+
+def _datasets(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The datasets of a manifest that has not been checked yet."""
+    found = content.get("dataset")
+    return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
+
+
 def _apply_override(content: dict[str, Any], override: str) -> None:
     if not override.isprintable():
         raise ConfigError(f"--set {override!a}: has characters that cannot be printed; give stage.field=value as text")
     target, separator, text = override.partition("=")
     stage, dot, name = target.strip().partition(".")
-    if not separator or not dot or not name or "." in name:
-        raise ConfigError(f"--set {override}: expected stage.field=value, for example pack.batch_size=64")
-    stages = [key for key, field in CorpusManifest.model_fields.items() if _is_table(field.annotation)]
-    if stage not in stages:
-        raise ConfigError(f"--set {override}: no stage '{stage}'{_suggest(stage, stages)}; stages: {', '.join(stages)}")
+    if not separator or not dot or not name or ("." in name and stage != "dataset"):
+        meant = advice_on_key(target.strip(), [], setting_names()) if separator and not dot else ""
+        raise ConfigError(f"--set {override}: expected stage.field=value, for example pack.batch_size=64{meant}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
         value = text.strip()  # a bare word such as folded
-    table = content.setdefault(stage, {})
+    if stage == "dataset":
+        table, name = _table_of_dataset(content, override, name)
+    else:
+        stages = [key for key, field in CorpusManifest.model_fields.items() if _is_table(field.annotation)]
+        if stage not in stages:
+            meant = advice_on_key(stage, stages, [])
+            raise ConfigError(f"--set {override}: no stage '{stage}'{meant}; stages: {', '.join(stages)}")
+        table = content.setdefault(stage, {})
     if not isinstance(table, dict):
-        raise ConfigError(f"--set {override}: '{stage}' is not a table in the manifest")
+        raise ConfigError(f"--set {override}: '{target.strip().rpartition('.')[0]}' is not a table in the manifest")
     table[name] = value
+
+
+def _table_of_dataset(content: dict[str, Any], override: str, target: str) -> tuple[Any, str]:
+    """The table and the field that `dataset.NAME.field` or `dataset.NAME.columns.field` names; NAME may have dots."""
+    names = {str(item["name"]): item for item in _datasets(content) if "name" in item}
+    found = max((name for name in names if target.startswith(f"{name}.")), key=len, default=None)
+    if found is None:
+        example = f"dataset.{next(iter(names), 'NAME')}.{target.rpartition('.')[2]}={override.partition('=')[2]}"
+        raise ConfigError(
+            f"--set {override}: expected dataset.NAME.field=value, for example {example}; "
+            f"datasets: {', '.join(names) or 'none'}"
+        )
+    table, _, field = target.removeprefix(f"{found}.").rpartition(".")
+    return (names[found].setdefault(table, {}) if table else names[found]), field
+
+
+def _is_target(override: str, location: Sequence[str | int], content: dict[str, Any]) -> bool:
+    """Whether an override set the value at a location of the manifest."""
+    parts = [*location]
+    if len(parts) > 2 and parts[0] == "dataset" and isinstance(parts[1], int):
+        parts[1] = content["dataset"][parts[1]].get("name")
+    return override.partition("=")[0].strip() == ".".join(map(str, parts))
 
 
 def _explain(item: Any, content: dict[str, Any]) -> str:
@@ -383,7 +445,8 @@ def _explain(item: Any, content: dict[str, Any]) -> str:
         where += f" (dataset '{name['name']}')" if isinstance(name, dict) and "name" in name else ""
     if item["type"] == "extra_forbidden":
         allowed = _fields_at(item["loc"][:-1])
-        return f"{where}: unknown key{_suggest(str(item['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}"
+        meant = advice_on_key(str(item["loc"][-1]), allowed, setting_names())
+        return f"{where}: unknown key{meant}; allowed: {', '.join(allowed)}"
     if item["type"] == "missing":
         return f"{where}: is required"
     if item["type"] == "value_error":
@@ -392,7 +455,8 @@ def _explain(item: Any, content: dict[str, Any]) -> str:
         given = ascii(item["input"])
     except ValueError:  # an integer with thousands of digits
         given = "a number too long to print"
-    return f"{where}: {item['msg'][0].lower()}{item['msg'][1:]}, given {given[:80]}"
+    advice = advice_on_value(item["loc"], item["type"], item["input"])
+    return f"{where}: {item['msg'][0].lower()}{item['msg'][1:]}, given {given[:80]}{advice}"
 
 
 def _fields_at(location: Sequence[str | int]) -> list[str]:
@@ -407,10 +471,12 @@ def _fields_at(location: Sequence[str | int]) -> list[str]:
     return list(model.model_fields)
 
 
+def setting_names() -> list[str]:
+    """All settings as dotted names, for example `pack.batch_size`; those of a dataset begin with `dataset.`."""
+    tables = [(), *((name,) for name in CorpusManifest.model_fields if name != "corpus")]
+    tables += [("dataset", name) for name, field in Dataset.model_fields.items() if _is_table(field.annotation)]
+    return [".".join([*table, field]) for table in tables for field in _fields_at(table)]
+
+
 def _is_table(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
-def _suggest(word: str, allowed: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, allowed, n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""

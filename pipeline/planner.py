@@ -35,7 +35,7 @@ VERSIONS = {
     "hardness": 1,
     "consistency": 1,
     "batches": 5,
-    "shards": 5,
+    "shards": 6,
 }
 _ITERATIONS = {"folded": 10, "doubled": 100}
 

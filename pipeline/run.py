@@ -27,6 +27,7 @@ from hardbatch.pipeline.reproducible import make_reproducible
 from hardbatch.pipeline.runlog import RunLog, open_run_log
 from hardbatch.pipeline.schemas import MIXED_DOMAIN
 from hardbatch.pipeline.step import InlineExecutor, Progress, Stage, Step
+from hardbatch.pipeline.workspace import point_latest_at
 
 _STAGES = {  # stage → the module and function that make it, imported only when the stage runs
     "pairs": ("hardbatch.pipeline.stages.ingest", "build"),
@@ -135,7 +136,8 @@ def _as_assignments(overrides: Mapping[str, Any] | Sequence[str]) -> list[str]:
 def run_step(step: Step, progress: Progress | None = None, log: RunLog | None = None) -> bool:
     """Makes the artifact of a step, unless it is complete already.
 
-    Committed units of an earlier run are kept, and the step continues from them.
+    Committed units of an earlier run are kept, and the step continues from them. Complete shards become those that
+    the link `latest` of the corpus leads to.
 
     Returns:
         False if the artifact was complete and nothing was done.
@@ -144,7 +146,13 @@ def run_step(step: Step, progress: Progress | None = None, log: RunLog | None = 
         LockedError: Another process is making the artifact.
         NoSpaceError: The disk is full.
     """
-    log = log or RunLog()
+    worked = _complete(step, progress, log or RunLog())
+    if step.stage == "shards":
+        point_latest_at(step.path)
+    return worked
+
+
+def _complete(step: Step, progress: Progress | None, log: RunLog) -> bool:
     if find_artifact(step.path) is not None:
         clean_up_after_crash(step.path)
         log.reused(step)

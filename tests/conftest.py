@@ -117,7 +117,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, 
 def copied_run(finished_run: tuple[Path, Path, Path], tmp_path: Path) -> tuple[Path, Path, Path]:
     """The finished run, copied, to be changed."""
     manifest, _, shards = finished_run
-    folder = shutil.copytree(manifest.parent, tmp_path / "copy")
+    folder = shutil.copytree(manifest.parent, tmp_path / "copy", symlinks=True)
     return folder / manifest.name, folder / "workspace", folder / shards.relative_to(manifest.parent)
 
 

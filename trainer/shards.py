@@ -141,7 +141,7 @@ def open_shards(path: Path | str) -> Shards:
         IntegrityError: If the shards are incomplete or of a newer format, or if the manifest, the
             size of a file, the index or a footer is not what was written.
     """
-    artifact = _find(Path(path))
+    artifact = _find(Path(path).resolve() if Path(path).is_symlink() else Path(path))  # `latest` may move on
     index = read_index(artifact)
     config = artifact.manifest.config
     datasets = config["datasets"]

@@ -25,6 +25,22 @@ _COLUMNS = {
     "positive_slots": "other slots of the batch whose document answers this query for certain",
     "equivalent_slots": "these slots and those whose document is likely to answer it: not used as negatives",
 }
+# The configurations of `load_dataset` and of the hub's viewer. Without them both would take index.parquet, which has
+# other columns, for batches.
+_FRONT_MATTER = (
+    "---",
+    "configs:",
+    "- config_name: default",
+    "  data_files:",
+    "  - split: train",
+    "    path: data/*.parquet",
+    "- config_name: index",
+    "  data_files:",
+    "  - split: train",
+    "    path: index.parquet",
+    "---",
+    "",
+)
 
 
 def data_card(corpus: str, key: str, licences: Mapping[str, str], summary: Summary, with_negatives: bool) -> str:
@@ -40,6 +56,7 @@ def data_card(corpus: str, key: str, licences: Mapping[str, str], summary: Summa
     warnings = [f"- {line}" for line in corpus_warnings(summary)]
     return "\n".join(
         [
+            *_FRONT_MATTER,
             f"# {corpus}: batches of {summary.batch_size} pairs",
             "",
             f"{summary.batches:,} hard, false-negative-masked batches made by hardbatch, key `{key}`.",
@@ -48,6 +65,13 @@ def data_card(corpus: str, key: str, licences: Mapping[str, str], summary: Summa
             "```python",
             "import polars as pl",
             'pl.scan_parquet("data/*.parquet").filter(pl.col("batch_id") == 0).collect()',
+            "```",
+            "",
+            "or with `datasets`, a list of each column for every batch:",
+            "",
+            "```python",
+            "from datasets import load_dataset",
+            'load_dataset("FOLDER_OR_HUB_NAME", split="train", streaming=True).batch(by_column="batch_id")',
             "```",
             "",
             markdown_table(datasets_header, datasets),

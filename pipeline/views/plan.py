@@ -134,14 +134,14 @@ def _totals(planned: Sequence[PlannedStep]) -> list[str]:
     if to_run and known:
         at_least = "at least " if len(known) < len(to_run) else ""
         left = f"time {at_least}{duration(sum(each.seconds or 0.0 for each in known))}, "
-        left += f"to write {at_least}{_size(num_bytes)}"
+        left += f"to write {at_least}{size(num_bytes)}"
     elif to_run:
         left = "unknown, no earlier run to estimate from"
-    lines.append(f"left: {left}; free on the workspace's disk: {_size(free)}")
+    lines.append(f"left: {left}; free on the workspace's disk: {size(free)}")
 
     if num_bytes > free:
         lines.append(
-            f"warning: {_size(num_bytes)} to write do not fit on the disk of {workspace}, {_size(free)} are free: "
+            f"warning: {size(num_bytes)} to write do not fit on the disk of {workspace}, {size(free)} are free: "
             "free some, or choose another --workspace"
         )
     return lines
@@ -151,10 +151,11 @@ def _bytes(item: PlannedStep) -> str:
     """Exact bytes of an artifact that exists; rounded after ~ if they are estimated."""
     if item.reused:
         return f"{item.bytes:,}"
-    return "" if item.estimate.bytes is None else f"~ {_size(item.estimate.bytes)}"
+    return "" if item.estimate.bytes is None else f"~ {size(item.estimate.bytes)}"
 
 
-def _size(num_bytes: float) -> str:
+def size(num_bytes: float) -> str:
+    """Bytes as a person writes them, for example `2.5 MiB`."""
     for unit, length in (("KiB", 2**10), ("MiB", 2**20), ("GiB", 2**30)):
         if num_bytes < 1_000 * length:
             return f"{num_bytes / length:.1f} {unit}" if num_bytes else "0"

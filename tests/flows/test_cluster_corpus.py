@@ -26,9 +26,10 @@ from hardbatch.flows.cluster_corpus import (
     cluster_corpus,
     complete_step,
     is_worth_retrying,
+    main,
 )
 from hardbatch.flows.service import MARK, end
-from hardbatch.pipeline.errors import NoSpaceError
+from hardbatch.pipeline.errors import ConfigError, InputError, NoSpaceError
 from hardbatch.pipeline.runlog import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,6 +120,31 @@ def test_the_flow_writes_shards_and_a_summary(server: None, manifest: Path, tmp_
     assert len(artifacts) == 3
     assert shards in {artifact.description for artifact in artifacts}
     assert all("|" in str(artifact.data) for artifact in artifacts)
+
+
+def test_the_state_of_a_run_has_its_message(server: None, manifest: Path, tmp_path: Path) -> None:
+    models = ["pack.batch_size=8"]
+    done = cluster_corpus(str(manifest), str(tmp_path / "w"), overrides=models, return_state=True)
+    assert done.is_completed() and done.message == f"shards: {done.result()}"
+
+    failed = cluster_corpus(str(manifest), str(tmp_path / "w"), overrides=["pack.batch_size=65"], return_state=True)
+    assert failed.is_failed() and failed.message.startswith("no domain fills a batch of 65 pairs")
+    with pytest.raises(InputError, match="no domain fills a batch of 65"):
+        cluster_corpus(str(manifest), str(tmp_path / "w"), overrides=["pack.batch_size=65"])
+
+
+def test_a_relative_manifest_that_is_not_there_names_the_folder_of_the_run(server: None) -> None:
+    with pytest.raises(ConfigError, match=f"no such manifest below {Path.cwd()}, where this runs"):
+        cluster_corpus("none.toml")
+
+
+def test_a_server_that_does_not_answer_is_named_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")  # no server listens at the port of `discard`
+    assert main(["some.toml"]) == 2
+    err = capsys.readouterr().err
+    assert err == "error: PREFECT_API_URL is http://127.0.0.1:9/api, but no Prefect server answers there; unset it\n"
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="orphans are found through /proc")

@@ -81,9 +81,11 @@ def pids_in(root: Path) -> list[int]:
 def test_up_run_down(project: Path) -> None:
     port = free_port()
     first = service(project, "up", port)
-    assert (first.returncode, first.stdout) == (0, f"up: http://127.0.0.1:{port}\n"), first.stderr
+    lines = first.stdout.splitlines()
+    assert (first.returncode, lines[0]) == (0, f"up: http://127.0.0.1:{port}"), first.stderr
+    assert f"export PREFECT_API_URL=http://127.0.0.1:{port}/api" in lines
     before = pids_in(project)
-    assert service(project, "up", port).stdout == f"already up: http://127.0.0.1:{port}\n"
+    assert service(project, "up", port).stdout.splitlines() == [f"already {lines[0]}", *lines[1:]]
     assert pids_in(project) == before and len(before) >= 2
     assert service(project, "status", port).returncode == 0
 
@@ -92,13 +94,58 @@ def test_up_run_down(project: Path) -> None:
     result = run(project, prefect + line, {})
     log = (project / ".prefect" / "worker.log").read_text()
     assert result.returncode == 0, result.stdout + log
-    assert list((project / "workspace").glob("tiny/shards/*/data/part-00000.parquet")), log
+    (shards,) = (project / "workspace").glob("tiny/shards/*")
+    assert list(shards.glob("data/part-00000.parquet")), log
+    assert f"shards: {shards}" in unwrapped(result.stdout)
+
+    failed = run(project, [*prefect, *line[:-2], "manifest=none.toml", "--watch"], {})
+    assert failed.returncode == 1 and "Traceback" not in failed.stdout
+    assert f"none.toml: no such manifest below {project}, where this runs" in unwrapped(failed.stdout)
+
+    ask_from_another_folder(project, port)
 
     assert service(project, "down", port).stdout == "down\n"
     assert pids_in(project) == []
     assert not (project / "prefect.toml").exists()
     assert service(project, "status", port).returncode == 1
     assert service(project, "down", port).stdout == "was not up\n"
+
+
+def unwrapped(text: str) -> str:
+    """What Prefect prints, without the line breaks that it puts at the width of the terminal."""
+    return " ".join(text.split())
+
+
+def ask_from_another_folder(project: Path, port: int) -> None:
+    """Asks for runs from a folder of data, while the service is up: one that works, and some that cannot."""
+    folder = project.parent / "data"
+    folder.mkdir()
+    for name in ("pairs.jsonl", "tiny.toml"):
+        shutil.copy(project / name, folder)
+    api = {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+    for variables in ({}, api):
+        found = submit(folder, project, "tiny.toml", "--workspace", "made", "--set", "pack.seed=1", **variables)
+        assert found.returncode == 0, found.stderr
+        assert Path(found.stdout.splitlines()[-1]).parent == folder / "made" / "tiny" / "shards"
+
+    wrong = submit(folder, project, "tiny.toml", "--set", "pack.sed=1")
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert wrong.stderr.splitlines()[-1].startswith("error: --set: pack.sed: unknown key; did you mean 'seed'?")
+    elsewhere = submit(folder, project, "tiny.toml", PREFECT_API_URL=f"http://127.0.0.1:{free_port()}/api")
+    assert elsewhere.returncode == 2 and elsewhere.stderr.count("\n") == 1
+    assert f"unset PREFECT_API_URL: the service of {project} is at {api['PREFECT_API_URL']}" in elsewhere.stderr
+
+
+def submit(folder: Path, project: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Asks for a run from `folder`, with the package of the project."""
+    command = [sys.executable, "-m", "hardbatch.flows.submit", *words]
+    return run(folder, command, {"PYTHONPATH": str(project), **variables})
+
+
+def test_a_run_without_a_service_is_answered_with_how_to_start_it(project: Path) -> None:
+    found = submit(project.parent, project, "tiny.toml")
+    assert (found.returncode, found.stderr.count("\n")) == (2, 1)
+    assert f"start it with `make up` in {project}, or run without it: hardbatch run MANIFEST" in found.stderr
 
 
 def test_a_taken_port_is_refused(project: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -94,6 +95,53 @@ def test_a_run_prints_the_shards_last_and_a_second_one_changes_nothing(copied_ru
     assert snapshot(workspace) == before
 
 
+def test_json_prints_one_object_with_the_figures_of_the_run(finished_run: Finished, cli: Any) -> None:
+    manifest, workspace, shards = finished_run
+    code, out, _ = cli("run", manifest, "--workspace", workspace, "--json")
+    found = json.loads(out)
+    assert (code, out.count("\n")) == (0, 1)
+    assert (found["shards"], found["corpus"], found["steps_run"], found["steps_reused"]) == (str(shards), "small", 0, 8)
+    assert (found["batches"], found["batch_size"], found["packings"]) == (6, 8, 1)
+    assert (found["domains"]["numbers"]["rows"], found["warnings"], found["log"]) == (48, [], None)
+
+
+def test_json_has_the_warnings_and_the_log(small_manifest: Path, tmp_path: Path, cli: Any) -> None:
+    (tmp_path / "few.jsonl").write_text('{"query": "a", "document": "b"}\n')
+    small_manifest.write_text(small_manifest.read_text() + '[[dataset]]\nname = "few"\nsource = "few.jsonl"\n')
+    _, out, _ = cli("run", small_manifest, "--workspace", tmp_path / "w", "--json")
+    found = json.loads(out)
+    assert found["warnings"] == ["warning: few has no full batch of 8: its pairs are in the ledger"]
+    assert Path(found["log"]).parent == tmp_path / "w" / "small" / "logs"
+
+
+def test_json_reports_a_mistake_too(cli: Any) -> None:
+    code, out, err = cli("run", "none.toml", "--json")
+    assert (code, json.loads(out)) == (2, {"error": "none.toml: no such manifest", "exit_code": 2})
+    assert err == "hardbatch: none.toml: no such manifest\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (["run", "m.toml", "--set", "pack.seed", "7"], "arguments: 7; write --set pack.seed=7, without blanks"),
+        (["plan", "--set", "embed.model", "=", "x", "m.toml"], "; write --set embed.model=x, without blanks"),
+        (
+            ["run", "m.toml", "--batch-size", "8"],
+            "--batch-size 8; did you mean 'pack.batch_size'?; give settings as --set",
+        ),
+        (["run", "m.toml", "--max-length-tokens=8"], "did you mean 'embed.max_length_tokens'?"),
+        (["m.toml"], "; to make the shards of a manifest: hardbatch run MANIFEST"),
+        (["verify", "x", "y"], "error: unrecognized arguments: y"),
+    ],
+)
+def test_an_argument_of_another_form_is_answered_with_what_to_write(
+    cli: Any, arguments: list[str], advice: str
+) -> None:
+    code, _, err = cli(*arguments)
+    assert code == 2
+    assert advice in err.splitlines()[-1]
+
+
 # exit codes
 
 
@@ -126,6 +174,10 @@ def test_a_run_prints_the_shards_last_and_a_second_one_changes_nothing(copied_ru
         (["inspect", "SHARDS", "--sort", "slots"], 2),
         (["inspect", "--log", "none", "--batch", "1"], 2),
         (["inspect", "--log", "none", "--limit", "2"], 2),
+        (["list", "none"], 3),
+        (["list", "."], 3),
+        (["gc", "MANIFEST"], 3),
+        (["look", "none.csv"], 3),
         (["verify", "none"], 4),
         (["verify", "MANIFEST"], 4),
     ],

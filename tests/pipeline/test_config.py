@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from hardbatch.pipeline.config import CorpusManifest, load_manifest
+from hardbatch.pipeline.advice import advice_on_override
+from hardbatch.pipeline.config import Columns, CorpusManifest, load_manifest
 from hardbatch.pipeline.errors import ConfigError
 
 MINIMAL = 'corpus = "c"\n[[dataset]]\nname = "n"\nsource = "x.jsonl"\n'
@@ -216,7 +217,7 @@ def test_every_mistake_is_told_at_once(load: Load) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["pack", "pack.seed", "=", "pack=1", "pack.seed.x=1", "pack.=1", "corpus=c", "", "dataset.0.name=x"],
+    ["pack", "pack.seed", "=", "pack=1", "pack.seed.x=1", "pack.=1", "corpus=c", ""],
 )
 def test_an_override_of_another_form_is_refused(load: Load, override: str) -> None:
     message = refused(load, MINIMAL, override)
@@ -235,7 +236,7 @@ def test_an_override_that_cannot_be_used_is_refused(load: Load, override: str, m
     assert message in refused(load, MINIMAL, override)
 
 
-@pytest.mark.parametrize("override", ["packs.seed=1", ".seed=1", "dataset.name=x", "Pack.seed=1"])
+@pytest.mark.parametrize("override", ["packs.seed=1", ".seed=1", "Pack.seed=1"])
 def test_an_override_of_no_stage_is_refused(load: Load, override: str) -> None:
     message = refused(load, MINIMAL, override)
     assert (
@@ -246,6 +247,97 @@ def test_an_override_of_no_stage_is_refused(load: Load, override: str) -> None:
 
 def test_an_override_below_what_is_no_table_is_refused(load: Load) -> None:
     assert "'pack' is not a table" in refused(load, "pack = 3\n" + MINIMAL, "pack.seed=1")
+
+
+TWO = 'corpus = "c"\n[[dataset]]\nname = "a"\nsource = "x.csv"\n[[dataset]]\nname = "a.b"\nsource = "y.csv"\n'
+
+
+@pytest.mark.parametrize(
+    ("override", "number", "expected"),
+    [
+        ("dataset.a.limit=1000", 0, {"limit": 1000}),
+        ("dataset.a.b.limit = 7", 1, {"limit": 7}),  # the longest name that fits, as names may have dots
+        ("dataset.a.columns.query=question", 0, {"columns": Columns(query="question")}),
+        ('dataset.a.b.source=["z.csv"]', 1, {"source": ["z.csv"]}),
+    ],
+)
+def test_a_setting_of_one_dataset_is_overridden(
+    load: Load, override: str, number: int, expected: dict[str, Any]
+) -> None:
+    found, before = load(TWO, override).dataset, load(TWO).dataset
+    assert found[number] == before[number].model_copy(update=expected)
+    assert found[1 - number] == before[1 - number]
+
+
+@pytest.mark.parametrize("override", ["dataset.limit=5", "dataset.c.limit=5", "dataset.0.limit=5"])
+def test_an_override_of_no_dataset_names_those_there_are(load: Load, override: str) -> None:
+    message = refused(load, TWO, override)
+    assert message.startswith(f"--set {override}: expected dataset.NAME.field=value, for example dataset.a.limit=5; ")
+    assert message.endswith("datasets: a, a.b")
+
+
+def test_a_wrong_value_of_a_dataset_is_traced_to_its_override(load: Load) -> None:
+    assert refused(load, TWO, "dataset.a.b.limit=0").startswith("--set: dataset[1].limit (dataset 'a.b'): ")
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        (MINIMAL.replace("[[dataset]]", "[dataset]"), "every dataset begins with a line [[dataset]]"),
+        ('corpus = "c"\n[dataset.n]\nsource = "x.jsonl"\n', "every dataset begins with a line [[dataset]]"),
+        (MINIMAL.replace("dataset", "datasets"), "did you mean 'dataset'?"),
+        (MINIMAL.replace("corpus =", "name ="), "did you mean 'corpus'?"),
+        (MINIMAL.replace("source =", "path ="), "did you mean 'source'?"),
+        (MINIMAL.replace("source =", "data-files ="), "did you mean 'source'?"),
+        (MINIMAL + "max_rows = 3\n", "did you mean 'limit'?"),
+        (MINIMAL + 'query = "q"\n', "did you mean 'dataset.columns.query'?"),
+        ("batch_size = 8\n" + MINIMAL, "did you mean 'pack.batch_size'?"),
+        (MINIMAL + "[cluster]\nbatch_size = 8\n", "did you mean 'pack.batch_size'?"),
+        (MINIMAL + "[pack]\nbatch-size = 8\n", "did you mean 'batch_size'?"),
+        (MINIMAL + "[[pack]]\nbatch_size = 8\n", "write [pack] in single brackets"),
+        ("pack = 8\n" + MINIMAL, "write its settings below a line [pack]"),
+        (MINIMAL + 'columns = ["q", "d"]\n', "write columns = { query = "),
+        (MINIMAL + 'limit = "5"\n', "write it without quotes"),
+        (MINIMAL + "revision = 5\n", "write it in quotes"),
+        (MINIMAL.replace("x.jsonl", "data\\train.jsonl"), "write paths with /"),  # a tab to TOML
+        (MINIMAL.replace("x.jsonl", "data\\x.jsonl"), "write paths with /"),  # an escape that TOML does not know
+        (MINIMAL.replace('"x.jsonl"', "x.jsonl"), "the line is 'source = x.jsonl': write text in quotes: source = \"x"),
+        (MINIMAL + "[embed]\ntrust_remote_code = True\n", "write true and false in lower case"),
+        (MINIMAL + "limit = None\n", "leave the key out"),
+        (MINIMAL + "limit = 5 6\n", "the line is 'limit = 5 6'"),
+        ("corpus: c\ndataset:\n  - name: n\n", "this looks like YAML"),
+        ('{"corpus": "c"}', "this looks like JSON"),
+    ],
+)
+def test_a_mistake_that_people_make_is_answered_with_what_to_write(load: Load, text: str, advice: str) -> None:
+    assert advice in refused(load, text)
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.parquet", "pairs.CSV", "pairs.jsonl.gz"])
+def test_data_in_place_of_a_manifest_is_named_as_such(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b'{"query": "a"}\n' if "jsonl" in name else b"PAR1\xff")
+    with pytest.raises(ConfigError, match=r"is a data file; .*`hardbatch look .*pairs\..*` proposes one"):
+        load_manifest(tmp_path / name)
+
+
+def test_an_override_without_its_stage_is_completed(load: Load) -> None:
+    assert refused(load, MINIMAL, "batch_size=8").endswith("pack.batch_size=64; did you mean 'pack.batch_size'?")
+
+
+@pytest.mark.parametrize(
+    ("given_", "following", "advice"),
+    [
+        ("pack.seed", ["7", "--workspace", "w"], "; write --set pack.seed=7, without blanks"),
+        ("embed.model", ["=", "lexical"], "; write --set embed.model=lexical, without blanks"),
+        ("pack.seed=", ["7", "m.toml"], "; write --set pack.seed=7, without blanks"),
+        ("pack.seed", ["=7"], "; write --set pack.seed=7, without blanks"),
+        ("pack.seed=7", ["8"], ""),
+        ("pack.seed", ["--json"], ""),
+        ("pack.seed", [], ""),
+    ],
+)
+def test_an_override_that_the_shell_cut_is_joined(given_: str, following: list[str], advice: str) -> None:
+    assert advice_on_override(given_, following) == advice
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 import subprocess
 import sys
 import threading
@@ -10,10 +12,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch.utils.data as torch_data
 
 from hardbatch.pipeline.errors import ConfigError, IntegrityError
 from hardbatch.trainer.shards import Shards, TextBatch, open_shards
@@ -130,6 +134,142 @@ def test_pinning_is_left_to_the_batch(shards: Shards) -> None:
     for pin_memory in (False, True):
         stream = BatchStream(shards, tokenize=lambda batch: Pinnable(), pin_memory=pin_memory, stop=2)
         assert [batch.pinned for batch in stream] == [pin_memory] * 2
+
+
+# length, copies and torch's DataLoader
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4, 5, 6, 7, 11, 12, 13, 30])
+@pytest.mark.parametrize("position", [0, 1, 5, 6, 8])
+@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (5, 1)])
+def test_the_length_is_the_number_of_batches(
+    shards: Shards, stop: int, position: int, world_size: int, accumulate: int
+) -> None:
+    stream = BatchStream(shards, stop=stop, position=position, world_size=world_size, accumulate=accumulate)
+    assert len(stream) == len(list(stream.positions()))
+
+
+def test_an_endless_stream_has_no_length_but_advice(shards: Shards) -> None:
+    with pytest.raises(TypeError, match="give stop=6 for one epoch"):
+        len(BatchStream(shards))
+
+
+def test_a_copy_gives_the_same_batches(shards: Shards) -> None:
+    stream = BatchStream(shards, position=2, stop=N, seed=3, weights={"numbers": 1.0})
+    next(iter(stream))  # an iteration cannot be pickled, so a copy has none
+    copy = pickle.loads(pickle.dumps(stream))  # noqa: S301 -- our own bytes
+    assert [content(batch) for batch in copy] == take(shards, N - 2, position=2, seed=3)
+    copy.close()
+
+
+def positions_of(batches: list[TextBatch]) -> list[int]:
+    return [batch.position for batch in batches]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # this machine may have few cores
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 3, 9])
+def test_workers_of_a_loader_share_the_batches_in_their_order(shards: Shards, num_workers: int) -> None:
+    stream = BatchStream(shards, seed=1, stop=7, num_workers=1)
+    loader = torch_data.DataLoader(stream, batch_size=None, num_workers=num_workers)
+    for _ in range(2):
+        assert [content(batch) for batch in loader] == take(shards, 7, seed=1)
+    assert len(loader) == 7
+
+
+def test_workers_that_are_spawned_share_the_batches(shards: Shards) -> None:
+    stream = BatchStream(shards, stop=5, rank=1, world_size=2)
+    loader = torch_data.DataLoader(stream, batch_size=None, num_workers=2, multiprocessing_context="spawn")
+    assert positions_of(list(loader)) == [1, 3]
+
+
+class Wrapped(torch_data.IterableDataset):
+    """A dataset of one's own around an endless stream that is made in the worker."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __iter__(self) -> Iterator[int]:
+        return (batch.position for batch in islice(BatchStream(self.path), 4))
+
+
+def test_a_stream_inside_a_dataset_is_shared_too(shards: Shards) -> None:
+    loader = torch_data.DataLoader(Wrapped(shards.path), batch_size=None, num_workers=2)
+    assert list(loader) == list(range(8))
+
+
+# state
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 1), (1, 4), (2, 2)])
+@pytest.mark.parametrize("taken", range(8))
+def test_a_state_continues_with_the_next_batch(shards: Shards, world_size: int, accumulate: int, taken: int) -> None:
+    settings = {"stop": 3 * N, "world_size": world_size, "accumulate": accumulate}
+    stream = BatchStream(shards, **settings)
+    expected = [batch.position for batch in stream]
+    iteration = iter(stream)
+    assert [next(iteration).position for _ in range(min(taken, len(expected)))] == expected[:taken]
+    state = json.loads(json.dumps(stream.state_dict()))
+    stream.close()
+
+    other = BatchStream(shards, **settings)
+    other.load_state_dict(state)
+    assert other.state_dict() == state
+    assert [batch.position for batch in other] == expected[taken:]
+    assert [batch.position for batch in other] == expected  # only the first iteration continues
+
+
+def test_a_state_after_the_last_batch_leaves_nothing(shards: Shards) -> None:
+    stream = BatchStream(shards, stop=4)
+    list(stream)
+    other = BatchStream(shards, stop=4)
+    other.load_state_dict(stream.state_dict())
+    assert (list(other), len(list(other))) == ([], 4)
+
+
+def test_states_survive_a_break_out_of_the_loop(shards: Shards) -> None:
+    stream = BatchStream(shards)
+    for batch in stream:
+        if batch.position == 2:
+            break
+    assert (stream.state_dict()["position"], threads()) == (3, [])
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"shards": "0123456789abcdef"}])
+def test_a_state_of_something_else_is_refused(shards: Shards, change: dict[str, Any]) -> None:
+    stream = BatchStream(shards)
+    with pytest.raises(ConfigError, match=f"the state is of {next(iter(change))} "):
+        stream.load_state_dict(stream.state_dict() | change)
+
+
+@pytest.mark.parametrize("taken", [(0, 0), (1, 0), (1, 1), (2, 2), (4, 3)])
+def test_each_worker_continues_from_its_own_state(
+    shards: Shards, monkeypatch: pytest.MonkeyPatch, taken: tuple[int, int]
+) -> None:
+    """As torchdata's StatefulDataLoader has it: state, iterator and state again, in each worker for itself."""
+    found: list[int] = []
+    for worker, number in enumerate(taken):
+        monkeypatch.setattr(torch_data, "get_worker_info", lambda w=worker: SimpleNamespace(id=w, num_workers=2))
+        stream = BatchStream(shards, stop=7)
+        iteration = iter(stream)
+        found += [next(iteration).position for _ in range(number)]
+        state = stream.state_dict()
+        stream.close()
+
+        resumed = BatchStream(shards, stop=7)
+        resumed.load_state_dict(state)
+        iteration = iter(resumed)
+        assert resumed.state_dict() == state
+        found += [batch.position for batch in iteration]
+    assert sorted(found) == list(range(7))
+
+
+def test_a_state_loaded_before_workers_are_forked_is_shared_by_them(shards: Shards) -> None:
+    stream = BatchStream(shards, stop=N)
+    iteration = iter(stream)
+    next(iteration), next(iteration)
+    stream.close()
+    stream.load_state_dict(stream.state_dict())
+    assert positions_of(list(torch_data.DataLoader(stream, batch_size=None, num_workers=2))) == [2, 3, 4, 5]
 
 
 # refusals

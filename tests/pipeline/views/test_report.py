@@ -113,7 +113,7 @@ def test_surrogate_loss_and_sizes_of_clusters_are_told_where_they_are_known(fini
 @pytest.fixture(scope="module")
 def two_packings(finished_run: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of two packings, in a copy of the finished run."""
-    folder = shutil.copytree(finished_run[0].parent, tmp_path_factory.mktemp("two") / "copy")
+    folder = shutil.copytree(finished_run[0].parent, tmp_path_factory.mktemp("two") / "copy", symlinks=True)
     manifest, workspace = folder / finished_run[0].name, folder / "workspace"
     return run_corpus(manifest, workspace=workspace, overrides=["pack.num_packings=2"])
 
