@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hardbatch.pipeline.artifacts.files import DigestCache, content_key
-from hardbatch.pipeline.config import CorpusManifest, Dataset
+from hardbatch.pipeline.config import CorpusManifest, Dataset, Reading
 from hardbatch.pipeline.errors import ConfigError
 from hardbatch.pipeline.models.resolve import ModelSpec, resolve_model
 from hardbatch.pipeline.resolved import (
@@ -27,7 +27,7 @@ from hardbatch.pipeline.sources.files import list_source_files, local_path
 from hardbatch.pipeline.step import Step
 
 VERSIONS = {
-    "pairs": 2,
+    "pairs": 3,
     "answers": 2,
     "vectors": 1,
     "clusters": 4,
@@ -42,7 +42,10 @@ _ITERATIONS = {"folded": 10, "doubled": 100}
 class Planner:
     """Collects the steps of a corpus; each is added after its inputs, so that their keys are known."""
 
-    def __init__(self, settings: CorpusManifest, root: Path, data_root: Path, digests: DigestCache) -> None:
+    def __init__(
+        self, settings: CorpusManifest, root: Path, data_root: Path, digests: DigestCache, follow_links: bool = False
+    ) -> None:
+        self._follow_links = follow_links
         self._settings = settings
         self._pack = settings.pack.with_group_size()
         self._root = root
@@ -135,11 +138,10 @@ class Planner:
     def _pairs(self, dataset: Dataset) -> Path:
         """Adds the step that reads a dataset."""
         ingest = self._settings.ingest
-        files = list_source_files(dataset, self._data_root, self._digests)
+        files = list_source_files(dataset, self._data_root, self._digests, follow_links=self._follow_links)
         folders, digests = self._evaluation_folders()
         settings = PairsSettings(
-            columns=dataset.columns,
-            limit=dataset.limit,
+            **{name: getattr(dataset, name) for name in Reading.model_fields},
             holdout=dataset.holdout,
             holdout_seed=ingest.holdout_seed if dataset.holdout else None,
             max_characters=ingest.max_characters,

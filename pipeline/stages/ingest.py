@@ -26,8 +26,9 @@ import pyarrow.parquet as pq
 
 from hardbatch.pipeline import schemas
 from hardbatch.pipeline.artifacts.commit import ArtifactBuilder, write_unit
-from hardbatch.pipeline.config import Columns
+from hardbatch.pipeline.config import Reading
 from hardbatch.pipeline.errors import InputError, QuarantineError
+from hardbatch.pipeline.sources.columns import check_columns
 from hardbatch.pipeline.sources.files import RawRow, SourceFile
 from hardbatch.pipeline.sources.rows import evaluation_texts, read_rows
 from hardbatch.pipeline.stages.assemble import STAGED_ROWS, assemble
@@ -97,13 +98,13 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         )
         for source in step.sources
     ]
-    units = _staging_units(files, config["limit"])
+    reading = Reading(**{name: config[name] for name in Reading.model_fields})
+    units = _staging_units(files, reading.limit or reading.sample)
     if not builder.committed("assembled"):
         work = _Staging(
             path=builder.path,
             files=tuple(files),
-            columns=Columns(**config["columns"]),
-            limit=config["limit"],
+            reading=reading,
             max_characters=config["max_characters"],
             decontaminate=tuple(Path(runtime["decontaminate"][name]) for name in config["decontaminate"]),
         )
@@ -112,6 +113,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         for unit in units:
             counts.update(builder.unit_record(unit.name).counts)
         quarantined = [builder.path / "staged" / f"{unit.name}.quarantine.parquet" for unit in units]
+        check_columns(counts, reading, files)
         _refuse_if_broken(step, counts, files, quarantined)
         assemble(
             builder.path,
@@ -156,7 +158,7 @@ def _fault(value: Any) -> str | None:
 
 
 def _staging_units(files: list[SourceFile], limit: int | None) -> list[Unit]:
-    """Groups of files of about 64 MiB; a single group if there is a limit, which counts over all of them."""
+    """Groups of files of about 64 MiB; a single group if there is a limit or sample, which is of all of them."""
     units: list[Unit] = []
     start = size = 0
     for i, file in enumerate(files):
@@ -171,8 +173,7 @@ def _staging_units(files: list[SourceFile], limit: int | None) -> list[Unit]:
 class _Staging:
     path: Path
     files: tuple[SourceFile, ...]
-    columns: Columns
-    limit: int | None
+    reading: Reading
     max_characters: int
     decontaminate: tuple[Path, ...]
 
@@ -205,7 +206,7 @@ class _StagingWorker:
 
     def _rows(self, unit: Unit, counts: Counter[str]) -> Iterator[tuple[dict[str, Any], bool]]:
         """(row, whether it is kept) for each source row: a row of STAGED if it is kept, else one of QUARANTINE."""
-        for row, raw in islice(self._source_rows(unit), self._work.limit):
+        for row, raw in self._source_rows(unit, counts):
             counts["rows"] += 1
             clean = clean_row(raw, self._work.max_characters)
             reason = clean.reason
@@ -218,10 +219,10 @@ class _StagingWorker:
                 counts[reason] += 1
                 yield row | {"reason": reason, "detail": clean.detail.encode(errors="replace").decode()}, False
 
-    def _source_rows(self, unit: Unit) -> Iterator[tuple[dict[str, Any], RawRow]]:
-        for number in range(unit.start, unit.stop):
-            for raw in read_rows(self._work.files[number], self._work.columns, self._work.path / "scratch"):
-                yield {"source_file": number, "source_row": raw.row}, raw
+    def _source_rows(self, unit: Unit, counts: Counter[str]) -> Iterator[tuple[dict[str, Any], RawRow]]:
+        work, numbers = self._work, range(unit.start, unit.stop)
+        for number, raw in read_rows(work.files, numbers, work.reading, work.path / "scratch", counts):
+            yield {"source_file": number, "source_row": raw.row}, raw
 
     def _staged(self, clean: CleanRow, hashes: list[bytes], counts: Counter[str]) -> dict[str, Any]:
         negatives = {text: _hash(text) for text in clean.negatives}
