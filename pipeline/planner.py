@@ -8,9 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hardbatch.pipeline.artifacts.collection import corpus_files, queries_files
 from hardbatch.pipeline.artifacts.files import DigestCache, content_key
 from hardbatch.pipeline.config import CorpusManifest, Dataset, Reading
-from hardbatch.pipeline.errors import ConfigError
+from hardbatch.pipeline.errors import ConfigError, InputError
 from hardbatch.pipeline.models.resolve import ModelSpec, resolve_model
 from hardbatch.pipeline.resolved import (
     BatchesSettings,
@@ -165,13 +166,17 @@ class Planner:
         setting = "ingest.decontaminate"
         folders, digests = {}, {}
         for name in self._settings.ingest.decontaminate:
-            folder = local_path(name, self._data_root, setting)
-            if not (folder / "corpus.parquet").is_file() or not (folder / "queries.parquet").is_file():
-                raise ConfigError(f"{setting}: {folder} has no corpus.parquet and queries.parquet")
+            folder = local_path(name, self._data_root, setting, follow_links=self._follow_links)
             folders[name] = str(folder)
-            for part in ("corpus", "queries"):
-                path = local_path(f"{name}/{part}.parquet", self._data_root, setting)
-                digests[f"{name}/{part}"] = self._digests.digest(path)
+            try:
+                paths = [*corpus_files(folder), *queries_files(folder)]
+            except InputError as error:
+                raise ConfigError(f"{setting}: {error}") from None
+            for path in paths:
+                part = f"{name}/{path.relative_to(folder).as_posix()}"
+                digests[part] = self._digests.digest(
+                    local_path(part, self._data_root, setting, follow_links=self._follow_links)
+                )
         return folders, digests
 
     def _add(

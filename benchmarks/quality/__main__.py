@@ -60,7 +60,9 @@ def main() -> None:
     runs = Runs(family, options.workspace, data)
     arms = [arm for arm in GRIDS[options.grid] if any(part in arm.name for part in options.only)]
     if not arms:
-        parser.error(f"--only {' '.join(options.only)}: no such arm; arms: {'; '.join(arm.name for arm in GRIDS[options.grid])}")
+        parser.error(
+            f"--only {' '.join(options.only)}: no such arm; arms: {'; '.join(arm.name for arm in GRIDS[options.grid])}"
+        )
     if not options.table:
         for seed in range(options.seeds):
             for arm in arms:

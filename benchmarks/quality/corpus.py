@@ -69,7 +69,12 @@ def write_manifest(sample: Sample, data: Path, folder: Path) -> Path:
             pairs = pl.read_parquet(data / "train" / f"{domain}.parquet", columns=["query", "document"])
             drawn = pairs.sample(n=min(sample.num_pairs, len(pairs)), seed=0, shuffle=True)
             drawn.write_parquet(folder / f"{domain}.parquet")
-            lines += ["[[dataset]]", f'name = "{domain}"', f'source = "{domain}.parquet"', f"holdout = {sample.holdout}"]
+            lines += [
+                "[[dataset]]",
+                f'name = "{domain}"',
+                f'source = "{domain}.parquet"',
+                f"holdout = {sample.holdout}",
+            ]
         manifest.write_text("\n".join(lines) + "\n")
     return manifest
 

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hardbatch.pipeline.artifacts.collection import (
+    collection_of,
+    corpus_files,
+    is_collection,
+    qrels_files,
+    queries_files,
+    split_files,
+)
 from hardbatch.pipeline.artifacts.compressed import without_suffix
 from hardbatch.pipeline.artifacts.files import DigestCache, content_key, user_path
 from hardbatch.pipeline.config import Dataset
@@ -28,6 +37,7 @@ _FORMATS = {
 }
 _PROTOCOLS = ("hf", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hdfs", "webhdfs", "https", "http")
 _MAGIC = "*?["
+_SPLIT = "train"  # of a collection that has several
 
 # What Spark, Hadoop and Delta Lake leave beside the data.
 _MARKER = re.compile(r"_SUCCESS|_metadata|_common_metadata|_temporary|_delta_log|_(committed|started)_.*")
@@ -43,7 +53,7 @@ class SourceFile(NamedTuple):
     Attributes:
         name: What messages and keys call it.
         location: Its path or URL.
-        format: parquet, arrow, jsonl, csv, tsv or python.
+        format: parquet, arrow, jsonl, csv, tsv, python or collection.
         num_bytes: Its size.
         sha256: The digest of its bytes; for a remote file one of its name, size and version, unless it was given.
         modified_ns: When a local file was last changed, as of planning.
@@ -163,6 +173,13 @@ def _list_local(
     files = []
     for path in paths:
         checked(path)
+        judgements = _judgements(path) if dataset.format == "auto" else None
+        if judgements is not None:
+            for part in _collection_paths(judgements):
+                checked(part)
+            file = _collection_file(judgements.relative_to(root).as_posix(), judgements, digests)
+            files += [file] if file not in files else []  # a pattern may name each file of a split
+            continue
         for part in _folder_files(path, root, where) if path.is_dir() else [path]:
             checked(part)
             name = part.relative_to(root).as_posix()
@@ -174,6 +191,38 @@ def _list_local(
     if not files:
         raise InputError(f"{where}: all files of '{source}' are empty; check what wrote them")
     return files
+
+
+def _judgements(path: Path) -> Path | None:
+    """The first file of the judgements, if `path` is a collection or a file of its judgements."""
+    if path.is_dir() and is_collection(path):
+        return qrels_files(path, _SPLIT)[0]
+    return split_files(path)[1][0] if path.is_file() and collection_of(path) is not None else None
+
+
+def _collection_paths(judgements: Path) -> list[Path]:
+    folder, qrels = split_files(judgements)
+    return [*corpus_files(folder), *queries_files(folder), *qrels]
+
+
+def _collection_file(name: str, judgements: Path, digests: DigestCache) -> SourceFile:
+    """A split of a collection; its digest is of all files that are read, and names the texts by their ids."""
+    paths = _collection_paths(judgements)
+    joined = "".join(digests.digest(path) for path in paths)
+    digest = hashlib.sha256(joined.encode()).hexdigest()
+    num_bytes, modified_ns = _state(paths)
+    return SourceFile(name, str(judgements), "collection", num_bytes, digest, modified_ns)
+
+
+def state_of(file: SourceFile) -> tuple[int, int]:
+    """Size and time of the last change of a local file as they are now; raises OSError if it is gone."""
+    path = Path(file.location)
+    return _state(_collection_paths(path) if file.format == "collection" else [path])
+
+
+def _state(paths: list[Path]) -> tuple[int, int]:
+    stats = [path.stat() for path in paths]
+    return sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
 
 
 def _match(folder: Path, parts: tuple[str, ...], checked: Callable[[Path], Path]) -> Iterator[Path]:
@@ -220,9 +269,11 @@ def _folder_files(folder: Path, root: Path, where: str) -> list[Path]:
     name = folder.relative_to(root).as_posix()
     if (folder / "state.json").is_file():
         try:
-            files = [str(file["filename"]) for file in json.loads((folder / "state.json").read_bytes())["_data_files"]]
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            listed = json.loads((folder / "state.json").read_bytes()).get("_data_files")
+            files = [str(file["filename"]) for file in listed] if listed else []
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise InputError(f"{where}: '{name}/state.json' does not list data files: {first_line(error)}") from None
+        files = files or sorted(path.name for path in folder.glob("data-*.arrow"))
         if any(Path(file).name != file for file in files):
             raise InputError(f"{where}: '{name}/state.json' names files that are not in its folder; name them yourself")
         return [folder / file for file in files]

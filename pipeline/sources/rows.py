@@ -15,15 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from hardbatch.pipeline.artifacts.collection import TITLE, corpus_files, queries_files, read_batches
 from hardbatch.pipeline.artifacts.files import as_user_error, content_key, sha256_file
 from hardbatch.pipeline.config import Column, Reading
 from hardbatch.pipeline.errors import InputError, UnreachableError, first_line
 from hardbatch.pipeline.sources.columns import PairReader, Record, Table
-from hardbatch.pipeline.sources.files import RawRow, SourceFile
+from hardbatch.pipeline.sources.files import RawRow, SourceFile, state_of
 from hardbatch.pipeline.sources.where import Where
 
 _LFS_POINTER = b"version https://git-lfs"
-_MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow"}
+_MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow"}
 
 
 def read_rows(
@@ -112,6 +113,11 @@ def open_table(file: SourceFile, reading: Reading, scratch: Path) -> Iterator[Ta
         records = (Record(row, {"query": query, "document": document}) for row, query, document in functions)
         yield Table([("query", "text"), ("document", "text")], records)
         return
+    if file.format == "collection":
+        from hardbatch.pipeline.sources.collection import open_collection
+
+        yield open_collection(file, scratch)
+        return
     with _local_copy(file, scratch) as path:
         _refuse_other_kind(file, path)
         yield _open_format(file, path, reading)
@@ -139,56 +145,28 @@ def _refuse_if_changed(file: SourceFile) -> None:
     if file.modified_ns is None:
         return
     try:
-        stat = Path(file.location).stat()
-        changed = (stat.st_size, stat.st_mtime_ns) != (file.num_bytes, file.modified_ns)
-    except OSError:
+        changed = state_of(file) != (file.num_bytes, file.modified_ns)
+    except (OSError, InputError):
         changed = True
     if changed:
         raise InputError(f"{file.name}: was changed while it was read; run again once nothing writes to it")
 
 
 def evaluation_texts(folder: Path) -> Iterator[str]:
-    """The texts of an evaluation folder: its queries, and its documents both with and without their titles.
+    """The texts of a collection: its queries, and its documents both with and without their titles.
 
     Raises:
-        InputError: corpus.parquet or queries.parquet is not there, or has no column `text` of texts.
+        InputError: It has no documents or queries, or their column `text` does not hold texts.
     """
-    for name in ("corpus", "queries"):
-        for batch in read_columns(folder / f"{name}.parquet", ["text"], optional=["title"]):
+    for path in (*corpus_files(folder), *queries_files(folder)):
+        for batch in read_batches(path, {"text": ()}, TITLE):
+            if not _is_text(batch.schema.field("text").type):
+                raise InputError(f"{path}: column 'text' is {batch.schema.field('text').type}, expected text")
             for row in batch.to_pylist():
                 text = row["text"] or ""
                 yield text
                 if row.get("title"):
                     yield f"{row['title']} {text}"
-
-
-def read_columns(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Any]:
-    """Reads columns of texts from a table of an evaluation folder, a record batch at a time.
-
-    Args:
-        path: A Parquet file.
-        columns: Columns that it must have.
-        optional: Columns that are read if it has them.
-
-    Raises:
-        InputError: The file cannot be read, or a column is missing or holds something else than valid texts.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-        schema = file.schema_arrow
-        for name in columns:
-            if name not in schema.names:
-                raise InputError(f"{path}: no column '{name}'; it has: {', '.join(schema.names)}")
-            if not _is_text(schema.field(name).type):
-                raise InputError(f"{path}: column '{name}' is {schema.field(name).type}, expected text")
-        for batch in file.iter_batches(columns=[*columns, *(name for name in optional if name in schema.names)]):
-            batch.validate(full=True)  # else invalid UTF-8 is found only by whoever uses the texts
-            yield batch
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as Parquet: {first_line(error)}") from None
 
 
 @contextmanager

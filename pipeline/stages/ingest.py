@@ -36,6 +36,7 @@ from hardbatch.pipeline.step import Executor, Progress, StageResult, Step, Unit,
 
 BROKEN_REASONS = (
     "null", "wrong_type", "invalid_utf8", "nul_character", "empty", "broken_json", "broken_csv", "wrong_field_count",
+    "unknown_id",
 )  # fmt: skip
 _UNIT_BYTES = 64 * 2**20
 _DETAIL_CHARACTERS = 120

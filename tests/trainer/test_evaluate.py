@@ -102,7 +102,7 @@ class TestCollection:
         [
             (
                 {"corpus": {"doc_id": ["a", "b"], "body": ["x", "y"]}},
-                r"corpus\.parquet: no column 'text', it has doc_id",
+                r"corpus\.parquet: no column 'text'; it has: doc_id",
             ),
             ({"corpus": {"doc_id": ["a", "a"], "text": ["x", "y"]}}, r"corpus\.parquet: doc_id 'a' is in rows 0 and 1"),
             ({"corpus": {"doc_id": ["a", None], "text": ["x", "y"]}}, r"column 'doc_id' is null in row 1"),

@@ -464,7 +464,9 @@ def test_a_flipped_bit_of_a_parquet_file_is_an_input_error_or_harmless(root: Pat
 
 
 def test_a_negatives_key_that_no_row_has_is_refused(read: Read) -> None:
-    with pytest.raises(InputError, match=r"no column 'typo' for negatives; it has: query, document.*columns\.negatives"):
+    with pytest.raises(
+        InputError, match=r"no column 'typo' for negatives; it has: query, document.*columns\.negatives"
+    ):
         read("a.jsonl", LINES, {"negatives": "typo"})
 
 
