@@ -432,7 +432,8 @@ def _explain(item: Any, content: dict[str, Any]) -> str:
         where += f" (dataset '{name['name']}')" if isinstance(name, dict) and "name" in name else ""
     if item["type"] == "extra_forbidden":
         allowed = _fields_at(item["loc"][:-1])
-        return f"{where}: unknown key{_suggest(str(item['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}"
+        advice = '; to choose rows by a column: where = "label = 1"' if allowed == list(Columns.model_fields) else ""
+        return f"{where}: unknown key{_suggest(str(item['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}{advice}"
     if item["type"] == "missing":
         return f"{where}: is required"
     if item["type"] == "value_error":

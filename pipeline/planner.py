@@ -25,6 +25,7 @@ from hardbatch.pipeline.resolved import (
 )
 from hardbatch.pipeline.schemas import MIXED_DOMAIN
 from hardbatch.pipeline.sources.files import list_source_files, local_path
+from hardbatch.pipeline.sources.where import Where
 from hardbatch.pipeline.step import Step
 
 VERSIONS = {
@@ -140,6 +141,8 @@ class Planner:
         """Adds the step that reads a dataset."""
         ingest = self._settings.ingest
         files = list_source_files(dataset, self._data_root, self._digests, follow_links=self._follow_links)
+        if dataset.where is not None:
+            Where(dataset.where)  # refuses what is not a condition before anything is read
         folders, digests = self._evaluation_folders()
         settings = PairsSettings(
             **{name: getattr(dataset, name) for name in Reading.model_fields},

@@ -15,7 +15,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hardbatch.pipeline.config import Column, Columns, Reading
@@ -25,7 +25,8 @@ from hardbatch.pipeline.sources.files import RawRow, SourceFile
 _ROWS_TO_JUDGE = 10_000  # a column without one text in so many rows is refused before the file has been read
 _NAMES_SHOWN, _NAME_CHARACTERS = 20, 60
 _SEEN = "column "  # before the name of a column that occurs, in counts
-_ABSENT = object()
+ABSENT = object()
+"""The value of a column that a record does not have."""
 
 # A list that was written as text, as pandas and CSV writers do: ['a', 'b'], ["a"] or [{'text': 'a'}].
 _LIST_AS_TEXT = re.compile(r"\s*(?:array\()?\[\s*['\"].*['\"]\s*\](?:,.*\))?\s*", re.DOTALL)
@@ -53,7 +54,7 @@ class Table(NamedTuple):
     records: Iterator[Record]
 
 
-def look_up(values: Mapping[str, Any], name: str, default: Any = _ABSENT) -> Any:
+def look_up(values: Mapping[str, Any], name: str, default: Any = ABSENT) -> Any:
     """Finds the value of a column, or of a dotted path into nested objects and lists.
 
     A column whose name has dots is preferred to a path. A path passes through a list to each of its
@@ -69,7 +70,7 @@ def look_up(values: Mapping[str, Any], name: str, default: Any = _ABSENT) -> Any
         head = ".".join(parts[:length])
         if head in values:
             found = _descend(values[head], ".".join(parts[length:]))
-            return default if found is _ABSENT else found
+            return default if found is ABSENT else found
     return default
 
 
@@ -84,8 +85,8 @@ def _descend(value: Any, path: str) -> Any:
             item = value[int(first)] if int(first) < len(value) else None
             return _descend(item, rest) if rest else item
         found = [_descend(item, path) for item in value]
-        return [item for item in found if item is not _ABSENT]
-    return _ABSENT
+        return [item for item in found if item is not ABSENT]
+    return ABSENT
 
 
 def needed_columns(present: Sequence[str], wanted: Sequence[Column]) -> list[str]:
@@ -104,22 +105,31 @@ def _matches(name: str, want: str) -> bool:
     return name == want or ("*" in want and fnmatch.fnmatchcase(name, want))
 
 
-def check_columns(counts: Counter[str], reading: Reading, files: Sequence[SourceFile]) -> None:
+def note_seen(counts: Counter[str], names: Iterable[Column]) -> None:
+    """Adds the names of columns that occur to `counts`, for `check_columns`."""
+    counts.update(f"{_SEEN}{name}" for name in names)
+
+
+def check_columns(counts: Counter[str], reading: Reading, where: Sequence[str], files: Sequence[SourceFile]) -> None:
     """Refuses a column that the manifest names and no file of the dataset has.
 
     Args:
         counts: The counts of reading all files; the names of the columns that occur are taken out.
         reading: The settings that name the columns.
+        where: The columns of its condition.
         files: The files of the dataset, for the message.
 
     Raises:
         InputError: A column does not occur.
     """
     seen = {name.removeprefix(_SEEN) for name in list(counts) if name.startswith(_SEEN) and counts.pop(name)}
+    for name in where:
+        if counts["rows"] + counts["rows_filtered"] and name not in seen:
+            raise InputError(f"{files[0].name}: no row has '{name}'; fix where, or leave it out")
     for field in ("query", "document", "negatives"):
-        for name in reading.columns.names(field):
-            if counts["rows"] and str(name) not in seen:
-                raise InputError(f"{files[0].name}: no row has '{name}'; fix columns.{field}, or leave it out")
+        for given in reading.columns.names(field):
+            if counts["rows"] and str(given) not in seen:
+                raise InputError(f"{files[0].name}: no row has '{given}'; fix columns.{field}, or leave it out")
 
 
 class _Judged:
@@ -192,7 +202,7 @@ class PairReader:
         for field, names in self._names.items():
             for given, name in zip(self._given[field], names, strict=True):
                 if name in self._seen:
-                    counts[f"{_SEEN}{given}"] += 1
+                    note_seen(counts, [given])
 
     def _name(self, column: Column) -> str:
         if isinstance(column, str):
@@ -223,7 +233,7 @@ class PairReader:
             self._present = list(values)
         for names in self._names.values():
             for name in names:
-                if name not in self._seen and (look_up(values, name) is not _ABSENT or self._expand(name, values)):
+                if name not in self._seen and (look_up(values, name) is not ABSENT or self._expand(name, values)):
                     self._seen.add(name)
 
     def _refuse_absent(self) -> None:
@@ -263,7 +273,7 @@ class PairReader:
             texts = [text for name in names for text in _negatives_of(look_up(values, name))]
         else:
             found = [look_up(values, name) for name in names]
-            cells = [None if value is _ABSENT else value for value in found]
+            cells = [None if value is ABSENT else value for value in found]
             texts = _texts_of(cells[0]) if len(cells) == 1 else _joined(cells)
         self._note(field, record.row, texts)
         return texts
@@ -314,7 +324,7 @@ def _texts_of(value: Any) -> list[Any]:
 
 def _negatives_of(value: Any) -> list[Any]:
     """The texts of a cell of negatives. One that is empty has none, whereas in a list it counts as unusable."""
-    if value is _ABSENT or value is None or value == "":
+    if value is ABSENT or value is None or value == "":
         return []
     return _texts_of(value)
 

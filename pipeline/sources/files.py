@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -167,7 +168,7 @@ def _list_local(
         found = sorted(set(_match(root, _below(source, root, where).parts, checked)))
     except (ValueError, OSError) as error:
         raise ConfigError(f"{where}: {source!r} is not a usable path or pattern: {first_line(error)}") from None
-    paths = [path for path in found if not (is_pattern and path.is_dir())]
+    paths = [path for path in found if not is_pattern or (os.path.lexists(path) and not path.is_dir())]
     if not paths:
         raise InputError(f"{where}: no file matches '{source}' below {root}; --data-root names another folder")
     files = []
@@ -228,7 +229,7 @@ def _state(paths: list[Path]) -> tuple[int, int]:
 def _match(folder: Path, parts: tuple[str, ...], checked: Callable[[Path], Path]) -> Iterator[Path]:
     """The paths below `folder` that the parts of a path or pattern mean; `checked` sees each folder before it is read.
 
-    A path without signs is returned even if it does not exist.
+    Parts without signs are appended even if they do not exist.
     """
     if not parts:
         yield folder
@@ -238,14 +239,14 @@ def _match(folder: Path, parts: tuple[str, ...], checked: Callable[[Path], Path]
         yield from _match(folder, rest or ("*",), checked)
         for child in _visible(checked(folder)):
             if child.is_dir() and not child.is_symlink():
-                yield from (path for path in _match(child, parts, checked) if path.exists() or path.is_symlink())
+                yield from _match(child, parts, checked)
     elif (folder / part).exists() or not any(sign in part for sign in _MAGIC):
         yield from _match(folder / part, rest, checked)
     elif folder.is_dir():
         children = checked(folder).iterdir() if part.startswith((".", "_")) else _visible(checked(folder))
         for child in children:
             if fnmatch.fnmatchcase(child.name, part) and (not rest or child.is_dir()):
-                yield from (path for path in _match(child, rest, checked) if path.exists() or path.is_symlink())
+                yield from _match(child, rest, checked)
 
 
 def _visible(folder: Path) -> list[Path]:

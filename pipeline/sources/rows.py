@@ -19,7 +19,7 @@ from hardbatch.pipeline.artifacts.collection import TITLE, corpus_files, queries
 from hardbatch.pipeline.artifacts.files import as_user_error, content_key, sha256_file
 from hardbatch.pipeline.config import Column, Reading
 from hardbatch.pipeline.errors import InputError, UnreachableError, first_line
-from hardbatch.pipeline.sources.columns import PairReader, Record, Table
+from hardbatch.pipeline.sources.columns import PairReader, Record, Table, check_columns
 from hardbatch.pipeline.sources.files import RawRow, SourceFile, state_of
 from hardbatch.pipeline.sources.where import Where
 
@@ -93,6 +93,32 @@ def _read_file(
     _refuse_if_changed(file)
 
 
+def check_dataset(name: str, counts: Counter[str], reading: Reading, files: Sequence[SourceFile]) -> None:
+    """Refuses a dataset none of whose files has a column that `reading` names, or of which no row is read.
+
+    Args:
+        name: The dataset.
+        counts: The counts of reading all files: `rows`, and what `read_rows` added. The names of columns are taken out.
+        reading: How they were read.
+        files: The files.
+
+    Raises:
+        InputError: Names the column, or says why there are no rows.
+    """
+    check_columns(counts, reading, _where_columns(reading), files)
+    if counts["rows"] == 0:
+        names = ", ".join(file.name for file in files[:5])
+        if filtered := counts["rows_filtered"]:
+            raise InputError(
+                f"dataset '{name}': none of {filtered} rows in {names} meets where {reading.where!r}; fix it"
+            )
+        raise InputError(f"dataset '{name}': no rows in {names}; check the source, or remove the dataset")
+
+
+def _where_columns(reading: Reading) -> list[str]:
+    return Where(reading.where).columns if reading.where is not None else []
+
+
 @contextmanager
 def open_table(file: SourceFile, reading: Reading, scratch: Path) -> Iterator[Table]:
     """Opens a source file of any format.
@@ -130,7 +156,7 @@ def _open_format(file: SourceFile, path: Path, reading: Reading) -> Table:
     if file.format in ("parquet", "arrow"):
         from hardbatch.pipeline.sources import tables
 
-        wanted += Where(reading.where).columns if reading.where is not None else []
+        wanted += _where_columns(reading)
         return (tables.open_parquet if file.format == "parquet" else tables.open_arrow)(file, path, wanted)
 
     from hardbatch.pipeline.sources import text

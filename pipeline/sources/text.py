@@ -175,7 +175,8 @@ class _CsvRows:
                 return
             except csv.Error as error:
                 self._refuse_swallowed(row, first, error, len(names))
-                yield Record(row, None, "broken_csv", f"lines {first} to {self._reader.line_num}: {error}")
+                advice = "; a file without quoting needs csv = { quote = '' }" if "expected after" in str(error) else ""
+                yield Record(row, None, "broken_csv", f"lines {first} to {self._reader.line_num}: {error}{advice}")
             else:
                 if not fields:
                     continue  # a blank line is not a row

@@ -17,18 +17,21 @@ from itertools import islice, product
 from typing import Any
 
 from hardbatch.pipeline.errors import ConfigError, InputError, first_line
-from hardbatch.pipeline.sources.columns import Record, look_up
+from hardbatch.pipeline.sources.columns import ABSENT, Record, look_up, note_seen
 
 _BLOCK_ROWS = 1_024
 _NUMBER = re.compile(r"\s*[+-]?\d+(\.\d*)?([eE][+-]?\d+)?\s*")
 _TOKENS = re.compile(r"('(?:[^']|'')*'|\"[^\"]*\")|([A-Za-z_]\w*(?:\.\w+)+)|(\d+)\.\d+")
 
+# What an expression over several rows has in its tree, such as AVG(score): blocks of rows would change its result.
+_OVER_ROWS = ('"Agg":', '"Over":', '"Window":', '"expr":"Len"')
+
 # The types to try for each kind of value. The first with which the expression makes sense is taken.
 _TYPES = {
-    "null": ("String", "Float64", "Boolean"),
+    "null": ("String", "Float64", "Boolean", "List"),
     "bool": ("Boolean", "Float64", "String"),
     "int": ("Int64", "String", "Boolean"),
-    "float": ("Float64", "String"),
+    "float": ("Float64", "String", "Boolean"),
     "text": ("String", "Float64", "Boolean"),
     "nested": ("",),
 }
@@ -56,27 +59,30 @@ class Where:
         try:
             self._expression, self._probe = pl.sql_expr(quoted), pl.sql_expr(whole)
             names = self._expression.meta.root_names()
-            separable = self._expression.meta.is_row_separable()
+            tree = self._expression.meta.serialize(format="json")
         except pl.exceptions.PolarsError as error:
             raise ConfigError(f"where: {sql!r} is not a SQL condition: {first_line(error)}") from None
-        if not names or not separable:
+        if not names or any(key in tree for key in _OVER_ROWS):
             raise ConfigError(f'where: {sql!r} must be a condition on the columns of one row, such as "label = 1"')
         self.columns = list(dict.fromkeys(names))
         self._known: dict[tuple[str, ...], tuple[str, ...]] = {}
 
     def select(self, records: Iterator[Record], file: str, counts: Counter[str]) -> Iterator[Record]:
         """The records that meet the condition, and those that could not be read; counts the others."""
+        seen: set[str] = set()
         while block := list(islice(records, _BLOCK_ROWS)):
-            kept = self._met(block, file)
+            kept = self._met(block, file, seen)
             counts["rows_filtered"] += len(block) - sum(kept)
             yield from (record for record, keep in zip(block, kept, strict=True) if keep)
+        note_seen(counts, seen)
 
-    def _met(self, block: list[Record], file: str) -> list[bool]:
+    def _met(self, block: list[Record], file: str, seen: set[str]) -> list[bool]:
         kept = [record.values is None for record in block]
         groups: dict[tuple[str, ...], list[tuple[int, list[Any]]]] = defaultdict(list)
         for index, record in enumerate(block):
             if record.values is not None:
-                found = [look_up(record.values, name, None) for name in self.columns]
+                found = [look_up(record.values, name) for name in self.columns]
+                seen.update(name for name, value in zip(self.columns, found, strict=True) if value is not ABSENT)
                 read = [_read(value) for value in found]
                 groups[tuple(kind for kind, _ in read)].append((index, [value for _, value in read]))
         for kinds, rows in groups.items():
@@ -114,7 +120,7 @@ class Where:
 
 def _read(value: Any) -> tuple[str, Any]:
     """The kind of a value, and the value."""
-    if value is None:
+    if value is None or value is ABSENT:
         return "null", None
     if isinstance(value, bool):
         return "bool", value
@@ -144,5 +150,8 @@ def _cast(value: Any, type_: str) -> Any:
     if type_ == "String":
         return str(value).lower() if isinstance(value, bool) else str(value)
     if type_ == "Boolean":
-        return {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
+        if str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
+        number = _number(value)
+        return bool(number) if number in (0, 1) else None
     return _number(value)

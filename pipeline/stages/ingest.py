@@ -27,10 +27,9 @@ import pyarrow.parquet as pq
 from hardbatch.pipeline import schemas
 from hardbatch.pipeline.artifacts.commit import ArtifactBuilder, write_unit
 from hardbatch.pipeline.config import Reading
-from hardbatch.pipeline.errors import InputError, QuarantineError
-from hardbatch.pipeline.sources.columns import check_columns
+from hardbatch.pipeline.errors import QuarantineError
 from hardbatch.pipeline.sources.files import RawRow, SourceFile
-from hardbatch.pipeline.sources.rows import evaluation_texts, read_rows
+from hardbatch.pipeline.sources.rows import check_dataset, evaluation_texts, read_rows
 from hardbatch.pipeline.stages.assemble import STAGED_ROWS, assemble
 from hardbatch.pipeline.step import Executor, Progress, StageResult, Step, Unit, run_pending
 
@@ -114,7 +113,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         for unit in units:
             counts.update(builder.unit_record(unit.name).counts)
         quarantined = [builder.path / "staged" / f"{unit.name}.quarantine.parquet" for unit in units]
-        check_columns(counts, reading, files)
+        check_dataset(step.domain, counts, reading, files)
         _refuse_if_broken(step, counts, files, quarantined)
         assemble(
             builder.path,
@@ -255,9 +254,6 @@ def _hash(text: str) -> bytes:
 
 
 def _refuse_if_broken(step: Step, counts: Counter[str], files: list[SourceFile], quarantined: list[Path]) -> None:
-    if counts["rows"] == 0:
-        names = ", ".join(file.name for file in files[:5])
-        raise InputError(f"dataset '{step.domain}': no rows in {names}; check the source, or remove the dataset")
     broken = {reason: counts[reason] for reason in BROKEN_REASONS if counts[reason]}
     allowed = step.runtime["max_quarantined_fraction"]
     if sum(broken.values()) > allowed * counts["rows"]:
@@ -266,6 +262,7 @@ def _refuse_if_broken(step: Step, counts: Counter[str], files: list[SourceFile],
             f"({', '.join(f'{reason} {count}' for reason, count in broken.items())}), "
             f"the limit is a fraction of {allowed}; the first: {_first_broken(files, quarantined)}; look at "
             f"{step.path / 'staged'}/*.quarantine.parquet, fix the source or raise ingest.max_quarantined_fraction"
+            + ("; if its files are not UTF-8, set encoding, e.g. windows-1252" if "invalid_utf8" in broken else "")
         )
 
 
