@@ -35,6 +35,7 @@ QRELS = {"query_id": ("query-id",), "doc_id": ("corpus-id", "corpus_id"), "score
 _FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".tsv": "tsv", ".csv": "csv"}
 _QRELS_FOLDERS = ("qrels", "data", "default")
 _TREC = {3: ["query-id", "corpus-id", "score"], 4: ["query-id", "iteration", "corpus-id", "score"]}
+_TEXTS = ("text", "title")
 _BYTES_PER_READ = 2**24
 _FAILURES = (pa.ArrowException, ValueError, *BROKEN)
 
@@ -125,10 +126,19 @@ def read_batches(
             for batch in batches(list(names_of)):
                 chosen = batch.select(list(names_of)).rename_columns(list(names_of.values()))
                 chosen.validate(full=True)  # else invalid UTF-8 is found only by whoever uses the texts
+                for field in chosen.schema:
+                    if field.name in _TEXTS and not (_is_text(field.type) or pa.types.is_null(field.type)):
+                        raise InputError(f"{path}: column '{field.name}' is {field.type}, expected text")
                 yield chosen
     except _FAILURES as error:
         kind = {"parquet": "Parquet", "jsonl": "JSON Lines"}.get(format_, format_.upper())
         raise InputError(f"{path}: cannot be read as {kind}: {first_line(error)}") from None
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def _part_files(folder: Path, part: str) -> list[Path]:
@@ -202,7 +212,8 @@ def _open_jsonl(stream: Any, path: Path, wanted: set[str]) -> Any:
 
     def batches(names_read: list[str]) -> Iterator[pa.RecordBatch]:
         # The types of the first row are those of all: pyarrow infers them for each block by itself.
-        fields = [(name, pa.int64() if isinstance(first.get(name), int) else pa.large_utf8()) for name in names_read]
+        numbers = [name for name in names_read if isinstance(first.get(name), int) and name not in _TEXTS]
+        fields = [(name, pa.int64() if name in numbers else pa.large_utf8()) for name in names_read]
         options = pa.json.ParseOptions(explicit_schema=pa.schema(fields), unexpected_field_behavior="ignore")
         for lines in iter(lambda: stream.readlines(_BYTES_PER_READ), []):
             block = b"".join(lines).removeprefix(b"\xef\xbb\xbf")

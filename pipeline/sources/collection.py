@@ -93,18 +93,15 @@ def _texts_of(
         with pa.OSFile(str(copy), "wb") as sink, pa.ipc.new_file(sink, _TEXTS) as writer:
             for path in paths:
                 for batch in read_batches(path, columns, TITLE):
-                    writer.write(_wanted_texts(batch, id_name, wanted, path))
+                    writer.write(_wanted_texts(batch, id_name, wanted))
         with pa.memory_map(str(copy)) as source:
             yield pa.ipc.open_file(source).read_all()
     finally:
         copy.unlink(missing_ok=True)
 
 
-def _wanted_texts(batch: pa.RecordBatch, id_name: str, wanted: pa.Array, path: Path) -> pa.RecordBatch:
+def _wanted_texts(batch: pa.RecordBatch, id_name: str, wanted: pa.Array) -> pa.RecordBatch:
     ids = batch[id_name].cast(pa.large_utf8())
     title = batch["title"] if "title" in batch.schema.names else pa.nulls(batch.num_rows)
-    try:
-        columns = [ids, title.cast(pa.large_utf8()), batch["text"].cast(pa.large_utf8())]
-    except pa.ArrowException as error:
-        raise InputError(f"{path}: its titles or texts are not text: {first_line(error)}") from None
+    columns = [ids, title.cast(pa.large_utf8()), batch["text"].cast(pa.large_utf8())]
     return pa.record_batch(columns, schema=_TEXTS).filter(pc.is_in(ids, value_set=wanted))

@@ -186,8 +186,6 @@ def evaluation_texts(folder: Path) -> Iterator[str]:
     """
     for path in (*corpus_files(folder), *queries_files(folder)):
         for batch in read_batches(path, {"text": ()}, TITLE):
-            if not _is_text(batch.schema.field("text").type):
-                raise InputError(f"{path}: column 'text' is {batch.schema.field('text').type}, expected text")
             for row in batch.to_pylist():
                 text = row["text"] or ""
                 yield text
@@ -237,11 +235,3 @@ def _refuse_other_kind(file: SourceFile, path: Path) -> None:
                 f"{file.name}: is {'an' if kind == 'Arrow' else 'a'} {kind} file, read as {file.format}; "
                 f"rename it to .{format_}, or fix `format`"
             )
-
-
-def _is_text(kind: Any) -> bool:
-    import pyarrow as pa
-
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
