@@ -79,6 +79,26 @@ class Dialect(Table):
     header: bool = Field(True, description="the first line names the columns; else they are column_1, column_2, ...")
 
 
+class Source(Table):
+    """A dataset's name, and where its files are."""
+
+    name: Name = Field(description="the domain's name")
+    source: str | Annotated[list[str], Field(min_length=1)] = Field(
+        description="paths, globs, folders of a known layout, fsspec URLs, or python:PACKAGE"
+    )
+    format: Literal["auto", "parquet", "arrow", "jsonl", "csv", "tsv"] = Field(
+        "auto", description="auto: by the file name; text files may be compressed (gzip, zstd, bzip2, xz)"
+    )
+    revision: str | None = Field(None, description="revision of the source, which replaces {revision} in its URL")
+    sha256: dict[str, Digest] = Field({}, description="expected digest of each file, by file name")
+
+    @property
+    def sources(self) -> list[str]:
+        """The sources as a list, with `{revision}` filled in."""
+        sources = [self.source] if isinstance(self.source, str) else self.source
+        return [source.replace("{revision}", self.revision or "main") for source in sources]
+
+
 class Reading(Table):
     """How the rows of a dataset are read: which columns, and which rows."""
 
@@ -102,32 +122,17 @@ class Reading(Table):
         return encoding
 
 
-class Dataset(Reading):
+class Dataset(Reading, Source):
     """One dataset, which is one domain. Clusters and batches never mix domains unless asked to."""
 
-    name: Name = Field(description="the domain's name")
-    source: str | Annotated[list[str], Field(min_length=1)] = Field(
-        description="paths, globs, folders of a known layout, fsspec URLs, or python:PACKAGE"
-    )
-    format: Literal["auto", "parquet", "arrow", "jsonl", "csv", "tsv"] = Field(
-        "auto", description="auto: by the file name; text files may be compressed (gzip, zstd, bzip2, xz)"
-    )
     query_prompt: str = Field("", description="text put before every query in training, e.g. 'search_query: '")
     document_prompt: str = Field("", description="text put before every document in training")
     licence: str = Field("", description="licence that the data card states")
-    revision: str | None = Field(None, description="revision of the source, which replaces {revision} in its URL")
-    sha256: dict[str, Digest] = Field({}, description="expected digest of each file, by file name")
     num_pairs: int | None = Field(None, ge=1, description="number of pairs in the source, if known; used by `plan`")
     weight: float = Field(
         1.0, ge=0.0, description="how often an epoch of training reads its batches; fractions are allowed"
     )
     holdout: Fraction = Field(0.0, description="fraction of the pairs to hold out for evaluation")
-
-    @property
-    def sources(self) -> list[str]:
-        """The sources as a list, with `{revision}` filled in."""
-        sources = [self.source] if isinstance(self.source, str) else self.source
-        return [source.replace("{revision}", self.revision or "main") for source in sources]
 
 
 class IngestConfig(Table):
@@ -139,7 +144,7 @@ class IngestConfig(Table):
     )
     holdout_seed: int = Field(0, ge=0, description="seed for drawing the texts that are held out")
     decontaminate: list[str] = Field(
-        [], description="folders with corpus.parquet and queries.parquet whose texts are quarantined"
+        [], description="collections (corpus and queries, as for --eval) whose texts are quarantined"
     )
 
 

@@ -207,7 +207,7 @@ def main(arguments: Sequence[str]) -> int:
         type=user_path,
         required=True,
         metavar="DIR",
-        help="folder of corpus.parquet, queries.parquet and qrels.parquet; may be repeated",
+        help="folder of corpus, queries and qrels, as Parquet or in the layout of BEIR or MTEB; may be repeated",
     )
     add("--seed", type=int, default=0, help="draws the context of a corpus; default: 0")
     add("--texts-per-chunk", type=int, default=TEXTS_PER_CHUNK, help="texts in one forward pass")

@@ -173,7 +173,7 @@ def main(arguments: Sequence[str]) -> int:
         "--context-from",
         type=user_path,
         metavar="DIR",
-        help="folder of shards, or folder with a corpus.parquet, to draw the default context from; "
+        help="folder of shards, or folder with a corpus, to draw the default context from; "
         "default: the documents that training drew from its shards",
     )
     add("--seed", type=int, default=0, help="draws from --context-from; default: 0")

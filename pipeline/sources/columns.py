@@ -25,6 +25,7 @@ from hardbatch.pipeline.sources.files import RawRow, SourceFile
 _ROWS_TO_JUDGE = 10_000  # a column without one text in so many rows is refused before the file has been read
 _NAMES_SHOWN, _NAME_CHARACTERS = 20, 60
 _SEEN = "column "  # before the name of a column that occurs, in counts
+_READABLE = ""  # stands among these names if a row could be read
 ABSENT = object()
 """The value of a column that a record does not have."""
 
@@ -128,7 +129,7 @@ def check_columns(counts: Counter[str], reading: Reading, where: Sequence[str], 
             raise InputError(f"{files[0].name}: no row has '{name}'; fix where, or leave it out")
     for field in ("query", "document", "negatives"):
         for given in reading.columns.names(field):
-            if counts["rows"] and str(given) not in seen:
+            if _READABLE in seen and str(given) not in seen:
                 raise InputError(f"{files[0].name}: no row has '{given}'; fix columns.{field}, or leave it out")
 
 
@@ -199,6 +200,7 @@ class PairReader:
     def finish(self, counts: Counter[str]) -> None:
         """Judges the columns of the whole file, and adds the names of those that occur to `counts`."""
         self._judge()
+        note_seen(counts, [_READABLE] if self._num_rows else [])
         for field, names in self._names.items():
             for given, name in zip(self._given[field], names, strict=True):
                 if name in self._seen:
