@@ -31,6 +31,7 @@ ABSENT = object()
 
 # A list that was written as text, as pandas and CSV writers do: ['a', 'b'], ["a"] or [{'text': 'a'}].
 _LIST_AS_TEXT = re.compile(r"\s*(?:array\()?\[\s*['\"].*['\"]\s*\](?:,.*\))?\s*", re.DOTALL)
+_MAY_BE_LIST = "[a \t\n"  # how such a text begins
 _OBJECTS_AS_TEXT = re.compile(r"\s*\[\s*(?:\{.*\}\s*)?\]\s*", re.DOTALL)
 
 
@@ -78,7 +79,7 @@ def look_up(values: Mapping[str, Any], name: str, default: Any = ABSENT) -> Any:
 def _descend(value: Any, path: str) -> Any:
     if value is None:
         return None
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return look_up(value, path)
     if isinstance(value, list):
         first, _, rest = path.partition(".")
@@ -179,12 +180,14 @@ class PairReader:
         self._num_rows = 0
         if present is not None:
             self._check_present()
+        self._unseen = [name for names in self._names.values() for name in names if name not in self._seen]
 
     def rows(self, record: Record) -> list[RawRow]:
         """The pairs of a record: each of its queries with each of its documents, at least one row."""
         if record.problem is not None or record.values is None:
             return [RawRow(record.row, None, None, None, record.problem, record.detail)]
-        self._note_keys(record.values)
+        if self._unseen:
+            self._note_keys(record.values)
         queries = self._texts("query", record)
         documents = self._texts("document", record)
         negatives = self._texts("negatives", record) if self._names["negatives"] else None
@@ -233,10 +236,10 @@ class PairReader:
     def _note_keys(self, values: Mapping[str, Any]) -> None:
         if not self._present:
             self._present = list(values)
-        for names in self._names.values():
-            for name in names:
-                if name not in self._seen and (look_up(values, name) is not ABSENT or self._expand(name, values)):
-                    self._seen.add(name)
+        for name in self._unseen:
+            if look_up(values, name) is not ABSENT or self._expand(name, values):
+                self._seen.add(name)
+        self._unseen = [name for name in self._unseen if name not in self._seen]
 
     def _refuse_absent(self) -> None:
         """Raises InputError for a field without any column, and in a dataset's only file for any column."""
@@ -270,7 +273,9 @@ class PairReader:
         """The texts of a field; what is not a text comes out as it is."""
         values = record.values or {}
         names = self._names[field]
-        if field == "negatives":
+        if len(names) == 1 and isinstance(text := values.get(names[0]), str) and text:
+            texts = [text]  # as most are
+        elif field == "negatives":
             names = [key for name in names for key in self._expand(name, values) or [name]]
             texts = [text for name in names for text in _negatives_of(look_up(values, name))]
         else:
@@ -285,7 +290,7 @@ class PairReader:
         for text in texts:
             if isinstance(text, str):
                 judged.num_texts += 1
-                if text[:6].lstrip()[:1] in ("[", "a") and _is_list_as_text(text, field):
+                if text[:1] in _MAY_BE_LIST and _is_list_as_text(text, field):
                     judged.num_lists += 1
                     judged.list_as_text = judged.list_as_text or (row, text)
             elif text is not None and judged.unusable is None and not _is_broken_text(text):
@@ -319,7 +324,7 @@ def _texts_of(value: Any) -> list[Any]:
     """The texts of a cell; a value that is not one comes out as it is."""
     if isinstance(value, list | tuple):
         return [text for item in value for text in _texts_of(item)]
-    if isinstance(value, Mapping) and "text" in value:
+    if isinstance(value, dict) and "text" in value:
         return _joined([value.get("title"), value["text"]])
     return [value]
 
@@ -361,7 +366,7 @@ def _is_broken_text(value: Any) -> bool:
 
 
 def _kind(value: Any) -> str:
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return "an object"
     if isinstance(value, tuple):
         return "lists of different lengths"
@@ -369,7 +374,7 @@ def _kind(value: Any) -> str:
 
 
 def _advice(name: str, value: Any) -> str:
-    if not isinstance(value, Mapping):
+    if not isinstance(value, dict):
         return ""
     keys = ", ".join(str(key)[:_NAME_CHARACTERS] for key in list(value)[:_NAMES_SHOWN])
     return f". Name the key that holds the text, for example '{name}.{next(iter(value), 'text')}'; it has: {keys}"
