@@ -171,7 +171,10 @@ FORMATS = [
     file(
         "a web page for a file",
         b"<!DOCTYPE html>\n<html><body>404</body></html>\n",
-        "pairs.jsonl: line 1 begins with [: it is a JSON array",
+        "pairs.jsonl row 0",
+        "broken_json",
+        allowed=0.1,
+        code=7,
     ),
 ]
 
