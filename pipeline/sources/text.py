@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from hardbatch.pipeline.sources.files import SourceFile
 
 _MAX_LINE_BYTES = 2**28  # of a line or a quoted field, which is held in memory; far longer than any text
 _UTF_8 = ("utf-8", "utf8", "utf_8", "utf-8-sig")
+_MIN_ARRAY_READ = 2**16
+_BETWEEN_ITEMS = ", \t\r\n"
 _MIN_LINES_SWALLOWED = 5  # prose has commas, so a few lines of it may look like rows
 
 
 def open_jsonl(file: SourceFile, path: Path, wanted: Sequence[Column], encoding: str) -> Table:
-    """Opens JSON Lines; a record that cannot be read has a problem, which names the line.
+    """Opens JSON Lines, or an array of objects; a record that cannot be read has a problem, which names the line.
 
     Args:
         file: The source, for messages.
@@ -31,7 +34,7 @@ def open_jsonl(file: SourceFile, path: Path, wanted: Sequence[Column], encoding:
         encoding: The encoding of the file.
 
     Raises:
-        InputError: The file is broken, or not JSON Lines.
+        InputError: The file is broken.
     """
     keys = {str(name).split(".")[0] for name in wanted} | {str(name) for name in wanted}
     return Table(None, _json_records(file, _lines(file, path, encoding), [json.dumps(key).encode() for key in keys]))
@@ -44,10 +47,8 @@ def _json_records(file: SourceFile, lines: Iterator[bytes], keys: list[bytes]) -
             continue
         row += 1
         if row == 0 and line.lstrip()[:1] == b"[":
-            raise InputError(
-                f"{file.name}: line {number} begins with [: it is a JSON array, not JSON Lines with an object on "
-                f"each line; convert it: jq -c '.[]' FILE > FILE.jsonl"
-            )
+            yield from _array_records(file, chain([line.lstrip()[1:]], lines))
+            return
         problem = ""
         values: Any = None
         try:
@@ -69,6 +70,38 @@ def _json_records(file: SourceFile, lines: Iterator[bytes], keys: list[bytes]) -
         if not problem and not isinstance(values, dict):
             problem = "no JSON object but another value"
         yield Record(row, None, "broken_json", f"line {number}: {problem}") if problem else Record(row, values)
+
+
+def _array_records(file: SourceFile, lines: Iterator[bytes]) -> Iterator[Record]:
+    """The records of a JSON array, after its opening bracket; a few of them are in memory at a time."""
+    decoder = json.JSONDecoder()
+    text, start, row = "", 0, 0
+    while True:
+        while start < len(text) and text[start] in _BETWEEN_ITEMS:
+            start += 1
+        if text[start : start + 1] == "]":
+            return
+        try:
+            values, start = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError) as error:
+            # The item may go on. Twice as much is read each time, as it is parsed from its start again.
+            more = list(_lines_of(lines, max(len(text) - start, _MIN_ARRAY_READ)))
+            if not more or len(text) - start > _MAX_LINE_BYTES:
+                raise InputError(f"{file.name}: broken JSON array after row {row}: {first_line(error)}") from None
+            text, start = text[start:] + b"".join(more).decode("utf-8", errors="surrogateescape"), 0
+            continue
+        is_object = isinstance(values, dict)
+        yield Record(row, values) if is_object else Record(row, None, "broken_json", f"no JSON object: {values!r:.40}")
+        row += 1
+
+
+def _lines_of(lines: Iterator[bytes], size: int) -> Iterator[bytes]:
+    """Lines of `size` bytes together, or a little more."""
+    for line in lines:
+        yield line
+        size -= len(line)
+        if size <= 0:
+            return
 
 
 def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -257,7 +257,7 @@ def _write_holdout(
 
 def _final_counts(counts: Counter[str], fate: Array, num_queries: int, num_documents: int) -> dict[str, Any]:
     """The counts of the artifact; what staging counted and is not a total is a reason of quarantine."""
-    totals = ("rows", "texts_cut", "negatives", "negatives_dropped", "holdout_target")
+    totals = ("rows", "rows_filtered", "texts_cut", "negatives", "negatives_dropped", "holdout_target")
     quarantined = {reason: count for reason, count in sorted(counts.items()) if reason not in totals and count}
     num_kept, num_held_out = int((fate == _KEPT).sum()), int((fate == _HELD_OUT).sum())
     assert counts["rows"] == num_kept + num_held_out + sum(quarantined.values()), "a row is unaccounted for"

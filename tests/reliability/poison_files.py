@@ -156,10 +156,11 @@ FORMATS = [
         "CSV with CR alone", CSV.replace(b"\n", b"\r"), "pairs.csv: its header line cannot be read", source="pairs.csv"
     ),
     file("CSV with a column twice", b"query,document,query\na,b,c\n", "occurs 2 times", source="pairs.csv"),
+    good("a JSON array over many lines", json.dumps(pairs(), indent=1).encode()),
     file(
-        "a JSON array over many lines",
-        json.dumps(pairs(), indent=1).encode(),
-        "pairs.jsonl: line 1 begins with [: it is a JSON array",
+        "a JSON array that is cut off",
+        json.dumps(pairs(), indent=1).encode()[:-2],
+        f"pairs.jsonl: broken JSON array after row {GOOD}",
     ),
     file(
         "a Git LFS pointer",

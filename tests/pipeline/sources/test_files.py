@@ -196,6 +196,17 @@ def test_a_remote_file_is_read_its_digest_checked_and_its_copy_removed(root: Pat
     assert list((root.parent / "scratch").iterdir()) == []
 
 
+def test_remote_patterns_leave_out_hidden_names_and_take_names_literally(
+    list_files: List, memory: fsspec.AbstractFileSystem
+) -> None:
+    names = ("._a.jsonl", ".cache/x/c.jsonl", "_temporary/0/d.jsonl", "b[1].jsonl", "b1.jsonl")
+    memory.pipe({f"/bucket/{name}": LINES for name in names})
+    found = [Path(file.name).name for file in list_files("memory://bucket/**/*.jsonl")]
+    assert found == ["a.jsonl", "b.jsonl", "b1.jsonl", "b[1].jsonl"]
+    assert [Path(file.name).name for file in list_files("memory://bucket/b[1].jsonl")] == ["b[1].jsonl"]
+    assert [Path(file.name).name for file in list_files("memory://bucket/._*.jsonl")] == ["._a.jsonl"]
+
+
 @pytest.mark.usefixtures("memory")
 @pytest.mark.parametrize(
     ("source", "error"),
@@ -310,9 +321,19 @@ def test_odd_lines_of_json(read: Read) -> None:
 
 
 @pytest.mark.parametrize("indent", [None, 1])
-def test_a_json_array_is_refused(read: Read, indent: int | None) -> None:
-    with pytest.raises(InputError, match=r"a\.json: line 1 begins with \[: it is a JSON array.*jq"):
-        read("a.json", json.dumps(PAIRS, indent=indent).encode())
+@pytest.mark.parametrize("size", [1, 50, 10_000])
+def test_a_json_array_is_read_item_by_item(
+    read: Read, monkeypatch: pytest.MonkeyPatch, indent: int | None, size: int
+) -> None:
+    monkeypatch.setattr("hardbatch.pipeline.sources.text._MIN_ARRAY_READ", size)
+    content = json.dumps([*PAIRS, 5], indent=indent).encode()
+    rows = read("a.json", content)
+    assert texts(rows)[:-1] == GOOD and [row.row for row in rows] == list(range(7))
+    assert (rows[-1].problem, rows[-1].detail) == ("broken_json", "no JSON object: 5")
+    assert read("b.json", b"\n [ ] \n") == []
+    for cut in (content[:-1], content[: len(content) // 2], content.replace(b"q3", b'"')):
+        with pytest.raises(InputError, match=r"a\.json: broken JSON array after row \d"):
+            read("a.json", cut)
 
 
 def test_negatives_of_json_are_optional(read: Read) -> None:
