@@ -149,7 +149,7 @@ class PairReader:
     Args:
         file: The file, for messages.
         columns: The columns of the manifest.
-        where: Further columns, of the condition on rows.
+        where: Columns of the condition on rows, which a table must have too.
         present: Name and type of the file's columns, if it says them.
         is_only: Whether it is the dataset's only file, so that it must have every column.
 
@@ -172,14 +172,13 @@ class PairReader:
         self._present = [name for name, _ in present or []]
         given = {field: columns.names(field) for field in ("query", "document", "negatives")}
         self._names = {field: [self._name(name) for name in names] for field, names in given.items()}
-        self._given: dict[str, list[Column]] = {**given, "where": list(where)}
-        self._names["where"] = list(where)
+        self._given = given
         self._is_only = is_only
         self._seen: set[str] = set()
         self._judged = {field: _Judged() for field in given}
         self._num_rows = 0
         if present is not None:
-            self._check_present()
+            self._check_present(where)
         self._unseen = [name for names in self._names.values() for name in names if name not in self._seen]
 
     def rows(self, record: Record) -> list[RawRow]:
@@ -193,7 +192,7 @@ class PairReader:
         negatives = self._texts("negatives", record) if self._names["negatives"] else None
         self._num_rows += 1
         if self._num_rows == _ROWS_TO_JUDGE:
-            self._judge()
+            self._judge(is_whole=False)
         return [
             RawRow(record.row, query, document, negatives)
             for query in queries or [None]
@@ -202,7 +201,7 @@ class PairReader:
 
     def finish(self, counts: Counter[str]) -> None:
         """Judges the columns of the whole file, and adds the names of those that occur to `counts`."""
-        self._judge()
+        self._judge(is_whole=True)
         note_seen(counts, [_READABLE] if self._num_rows else [])
         for field, names in self._names.items():
             for given, name in zip(self._given[field], names, strict=True):
@@ -218,9 +217,12 @@ class PairReader:
             raise InputError(f"{self._file.name}: no column {column}; it has {len(self._present)} columns")
         return self._present[column - 1]
 
-    def _check_present(self) -> None:
+    def _check_present(self, where: Sequence[str]) -> None:
         self._seen = {name for names in self._names.values() for name in names if self._may_have(name)}
-        self._refuse_absent()
+        self._refuse_absent(is_whole=True)
+        for name in where:
+            if self._is_only and not self._may_have(name):
+                raise self._no_column("where", name)
         for field, names in self._names.items():
             for name in names:
                 if self._present.count(name) > 1:
@@ -241,11 +243,12 @@ class PairReader:
                 self._seen.add(name)
         self._unseen = [name for name in self._unseen if name not in self._seen]
 
-    def _refuse_absent(self) -> None:
-        """Raises InputError for a field without any column, and in a dataset's only file for any column."""
+    def _refuse_absent(self, *, is_whole: bool) -> None:
+        """Raises InputError if a query or document has no column; in the only file, whole, for any absent column."""
         for field, names in self._names.items():
             absent = [name for name in names if name not in self._seen]
-            if absent and (self._is_only or (len(absent) == len(names) and field in ("query", "document"))):
+            is_lost = len(absent) == len(names) and field != "negatives"
+            if absent and (is_lost or (is_whole and self._is_only)):
                 raise self._no_column(field, absent[0])
 
     def _no_column(self, field: str, name: str) -> InputError:
@@ -296,11 +299,11 @@ class PairReader:
             elif text is not None and judged.unusable is None and not _is_broken_text(text):
                 judged.unusable = (row, text)
 
-    def _judge(self) -> None:
-        """Raises InputError if a column of the file cannot be what the manifest says."""
+    def _judge(self, *, is_whole: bool) -> None:
+        """Raises InputError if a column of the file, or of its first part, cannot be what the manifest says."""
         if self._num_rows == 0:
             return
-        self._refuse_absent()
+        self._refuse_absent(is_whole=is_whole)
         for field, judged in self._judged.items():
             name = ", ".join(self._names[field])
             if judged.unusable is not None and judged.num_texts == 0:

@@ -63,7 +63,7 @@ def _sampled(groups: Iterator[Any], total: int, size: int, seed: int) -> Iterato
     """Draws `size` of `total` groups; they keep their order. Holds their numbers alone, so it needs `total`."""
     drawn = np.zeros(total, bool)
     drawn[np.random.default_rng(seed).choice(total, min(size, total), replace=False)] = True
-    return (group for group, is_drawn in zip(groups, drawn, strict=True) if is_drawn)
+    return (group for place, group in enumerate(groups) if place < total and drawn[place])
 
 
 def _read_groups(

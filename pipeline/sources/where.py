@@ -72,9 +72,9 @@ class Where:
         seen: set[str] = set()
         while block := list(islice(records, _BLOCK_ROWS)):
             kept = self._met(block, file, seen)
+            note_seen(counts, sorted(seen))  # now, as a limit may end the reading at any row
             counts["rows_filtered"] += len(block) - sum(kept)
             yield from (record for record, keep in zip(block, kept, strict=True) if keep)
-        note_seen(counts, seen)
 
     def _met(self, block: list[Record], file: str, seen: set[str]) -> list[bool]:
         kept = [record.values is None for record in block]

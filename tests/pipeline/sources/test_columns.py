@@ -127,6 +127,19 @@ def test_a_key_that_no_row_has_is_refused_before_all_are_read(root: Path, monkey
         read_dataset(root)
 
 
+def test_columns_that_come_late_are_columns(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hardbatch.pipeline.sources.columns._ROWS_TO_JUDGE", 10)
+    rows: list[dict[str, Any]] = [{"query": "q", "text": "d"}] * 20 + [
+        {"query": "q", "text": "d", "title": "T", "neg": ["n"], "is_spam": True}
+    ]
+    write_as(root / "x.jsonl", rows)
+    columns = {"document": ["title", "text"], "negatives": "neg"}
+    read = read_dataset(root, columns=columns)
+    assert [row.document for row in read] == ["d"] * 20 + ["T d"] and read[-1].negatives == ["n"]
+    assert len(read_dataset(root, columns={"document": "text"}, where="is_spam IS NULL")) == 20
+    assert len(read_dataset(root, columns={"document": "text"}, where="query = 'q'", limit=2)) == 2
+
+
 @FORMATS
 def test_one_file_of_several_may_lack_the_negatives_but_not_all(root: Path, format_: str) -> None:
     write_as(root / f"a.{format_}", [{"query": "q", "document": "d"}])
