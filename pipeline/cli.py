@@ -15,10 +15,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
+from hardbatch.pipeline.artifacts.files import user_path
 from hardbatch.pipeline.errors import ConfigError, HardbatchError, IntegrityError, LeavingError, printable
 from hardbatch.pipeline.reproducible import make_reproducible
+
+if TYPE_CHECKING:
+    from hardbatch.pipeline.run import Plan
 
 _EXIT_CODES = """exit codes: 0 done, 1 disk failure, 2 usage or settings, 3 bad input, 4 integrity, 5 locked by
 another process, 6 no space, 7 too many broken rows, 130 and 143 interrupted"""
@@ -133,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     look = add("look", _look, "show the columns and first rows of data, and propose what to write in a manifest")
     look.add_argument("source", help="a file, a pattern in quotes or a URL, as a manifest names it")
     look.add_argument("--format", default="auto", help="as in a manifest (default: by the file's name)")
-    look.add_argument("--data-root", type=Path, help="folder that the source is relative to (default: this one)")
+    look.add_argument("--data-root", type=user_path, help="folder that the source is relative to (default: this one)")
 
     for name, command, text in (
         ("run", _run, "make the shards of a manifest; the last line printed is their folder"),
@@ -144,9 +148,12 @@ def _parser() -> argparse.ArgumentParser:
         ),
     ):
         sub = add(name, command, text)
-        sub.add_argument("manifest", type=Path, help="TOML file that names the datasets; see data_manifests/")
+        sub.add_argument("manifest", type=user_path, help="TOML file that names the datasets; see data_manifests/")
         sub.add_argument(
-            "--data-root", type=Path, help="folder that local paths are relative to (default: the manifest's)"
+            "--data-root", type=user_path, help="folder that local paths are relative to (default: the manifest's)"
+        )
+        sub.add_argument(
+            "--follow-links", action="store_true", help="read files that links below the data root lead to, anywhere"
         )
         _add_common(sub)
         if name == "run":
@@ -154,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = add(
         "inspect", _inspect, "show the batches of a shards folder, or with --log how long the steps of a run took"
     )
-    inspect.add_argument("shards", type=Path, nargs="?", help="folder that `hardbatch run` printed")
+    inspect.add_argument("shards", type=user_path, nargs="?", help="folder that `hardbatch run` printed")
     inspect.add_argument(
         "--batch", type=int, metavar="N", help="show the pairs of batch N, which documents are masked, and why"
     )
@@ -168,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument(
         "--log",
-        type=Path,
+        type=user_path,
         metavar="FILE",
         help="show the steps of a run log with seconds, rows, bytes and memory; for a workspace, its newest log",
     )
@@ -179,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = add(name, command, text)
         sub.add_argument(
             "workspace",
-            type=Path,
+            type=user_path,
             nargs="?",
             default=Path("workspace"),
             help="a workspace, or the folder of one corpus in it (default: workspace)",
@@ -187,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "gc":
             sub.add_argument("--delete", action="store_true", help="delete them; by default they are only shown")
     verify = add("verify", _verify, "check every byte of the artifacts at or below a folder against their digests")
-    verify.add_argument("path", type=Path, help="a shards folder, any artifact, or a whole workspace")
+    verify.add_argument("path", type=user_path, help="a shards folder, any artifact, or a whole workspace")
     demo = add("demo", _demo, "make batches from docstrings of installed Python packages and show one")
     _add_common(demo)
     return parser
@@ -203,7 +210,7 @@ def _positive(text: str) -> int:
 def _add_common(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--workspace",
-        type=Path,
+        type=user_path,
         default=Path("workspace"),
         help="folder that artifacts are written to (default: workspace)",
     )
@@ -216,14 +223,26 @@ def _add_common(sub: argparse.ArgumentParser) -> None:
     )
 
 
+def _plan_of(options: argparse.Namespace) -> Plan:
+    from hardbatch.pipeline.run import plan_corpus
+
+    return plan_corpus(
+        options.manifest,
+        options.workspace,
+        data_root=options.data_root,
+        overrides=options.set,
+        follow_links=options.follow_links,
+    )
+
+
 def _run(options: argparse.Namespace) -> int:
     from hardbatch.pipeline.progress import choose_progress
-    from hardbatch.pipeline.run import plan_corpus, run_step
+    from hardbatch.pipeline.run import run_step
     from hardbatch.pipeline.runlog import open_run_log
     from hardbatch.pipeline.views.report import summary_text
     from hardbatch.pipeline.views.result import run_result
 
-    plan = plan_corpus(options.manifest, options.workspace, data_root=options.data_root, overrides=options.set)
+    plan = _plan_of(options)
     progress = choose_progress()
     with open_run_log(plan.corpus, options.manifest, options.set) as log:
         num_run = sum(run_step(step, progress, log) for step in plan.steps)
@@ -260,10 +279,9 @@ def _gc(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from hardbatch.pipeline.run import plan_corpus
     from hardbatch.pipeline.views.plan import plan_text
 
-    plan = plan_corpus(options.manifest, options.workspace, data_root=options.data_root, overrides=options.set)
+    plan = _plan_of(options)
     print(plan_text(plan.steps, plan.shards))
     return 0
 
@@ -306,13 +324,12 @@ def _verify(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from importlib.resources import files
 
-    from hardbatch.pipeline.run import plan_corpus
     from hardbatch.pipeline.views.batch import batch_text
 
-    options.data_root, options.json = None, False
+    options.data_root, options.follow_links, options.json = None, False, False
     options.manifest = Path(str(files("hardbatch"))) / "data_manifests" / "demo.toml"
     code = _run(options)
-    plan = plan_corpus(options.manifest, options.workspace, data_root=options.data_root, overrides=options.set)
+    plan = _plan_of(options)
     example = batch_text(plan.shards, _typical_batch(plan.shards), num_slots=_DEMO_SLOTS)
     print(f"\nOne batch as text:\n{example}")
     print(plan.shards)

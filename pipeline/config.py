@@ -36,49 +36,103 @@ class Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Columns(Table):
-    """The columns (or JSON keys) of the source that hold query, document and negatives."""
+Column = str | Annotated[int, Field(ge=1)]
+SeveralColumns = Annotated[list[Column], Field(min_length=1)]
 
-    query: str = "query"
-    document: str = "document"
-    negatives: str | None = Field(None, description="column with hard negatives: a list of texts, or one text")
+
+class Columns(Table):
+    """The columns of the source that hold query, document and negatives.
+
+    A column is given by its name, by a dotted path into nested values, or in delimited text by its
+    number from 1. A cell may hold several texts; `sources/columns.py` describes how they are read.
+    """
+
+    query: Column | SeveralColumns = Field("query", description="a list of columns is joined with spaces")
+    document: Column | SeveralColumns = Field("document", description="a list of columns is joined with spaces")
+    negatives: Column | SeveralColumns | None = Field(
+        None,
+        description="column with hard negatives, one text or a list of texts; a list of columns, each with its own",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Columns:
-        names = [name for name in (self.query, self.document, self.negatives) if name is not None]
-        if len(set(names)) < len(names):
-            raise ValueError(f"query, document and negatives must be different columns, given {', '.join(names)}")
+        given = [tuple(self.names(field)) for field in ("query", "document", "negatives")]
+        if given[0] == given[1] or given[2] in given[:2]:
+            names = ", ".join(str(name) for names in given for name in names)
+            raise ValueError(f"query, document and negatives must be different columns, given {names}")
         return self
 
+    def names(self, field: str) -> list[Column]:
+        """The columns of `field`, which is query, document or negatives; none if it is not mapped."""
+        given: Column | list[Column] | None = getattr(self, field)
+        return given if isinstance(given, list) else [] if given is None else [given]
 
-class Dataset(Table):
-    """One dataset, which is one domain. Clusters and batches never mix domains unless asked to."""
+
+class Dialect(Table):
+    """How delimited text (CSV, TSV) is written."""
+
+    delimiter: str | None = Field(
+        None, min_length=1, max_length=1, description="what separates two fields; default: comma in csv, tab in tsv"
+    )
+    quote: str = Field('"', max_length=1, description="what encloses a field; empty: nothing does")
+    escape: str | None = Field(None, min_length=1, max_length=1, description="what escapes a quote or a delimiter")
+    header: bool = Field(True, description="the first line names the columns; else they are column_1, column_2, ...")
+
+
+class Source(Table):
+    """A dataset's name, and where its files are."""
 
     name: Name = Field(description="the domain's name")
     source: str | Annotated[list[str], Field(min_length=1)] = Field(
-        description="paths, globs, fsspec URLs, or python:PACKAGE"
+        description="paths, globs, folders of a known layout, fsspec URLs, or python:PACKAGE"
     )
-    format: Literal["auto", "parquet", "jsonl", "csv", "tsv"] = Field(
-        "auto", description="auto: by the file name; text formats may be compressed (.gz, .zst)"
+    format: Literal["auto", "parquet", "arrow", "jsonl", "csv", "tsv"] = Field(
+        "auto", description="auto: by the file name; text files may be compressed (gzip, zstd, bzip2, xz)"
     )
-    columns: Columns = Field(Columns(), description="columns that hold query, document and (optionally) negatives")
-    query_prompt: str = Field("", description="text put before every query in training, e.g. 'search_query: '")
-    document_prompt: str = Field("", description="text put before every document in training")
-    licence: str = Field("", description="licence that the data card states")
     revision: str | None = Field(None, description="revision of the source, which replaces {revision} in its URL")
     sha256: dict[str, Digest] = Field({}, description="expected digest of each file, by file name")
-    limit: int | None = Field(None, ge=1, description="read only this many rows from the start")
-    num_pairs: int | None = Field(None, ge=1, description="number of pairs in the source, if known; used by `plan`")
-    weight: float = Field(
-        1.0, ge=0.0, description="how often an epoch of training reads its batches; fractions are allowed"
-    )
-    holdout: Fraction = Field(0.0, description="fraction of the pairs to hold out for evaluation")
 
     @property
     def sources(self) -> list[str]:
         """The sources as a list, with `{revision}` filled in."""
         sources = [self.source] if isinstance(self.source, str) else self.source
         return [source.replace("{revision}", self.revision or "main") for source in sources]
+
+
+class Reading(Table):
+    """How the rows of a dataset are read: which columns, and which rows."""
+
+    columns: Columns = Field(Columns(), description="columns that hold query, document and (optionally) negatives")
+    where: str | None = Field(
+        None, description="SQL condition that a row must meet, e.g. \"label = 1 AND lang = 'en'\""
+    )
+    limit: int | None = Field(None, ge=1, description="read only this many rows from the start")
+    sample: int | None = Field(None, ge=1, description="draw this many of the rows at random; they keep their order")
+    sample_seed: int = Field(0, ge=0, description="seed of the draw")
+    encoding: str = Field("utf-8", description="encoding of text files, e.g. windows-1252 or utf-16")
+    csv: Dialect = Field(Dialect(), description="how CSV and TSV files are written")
+
+    @field_validator("encoding")
+    @classmethod
+    def _is_known(cls, encoding: str) -> str:
+        try:
+            "".encode(encoding)
+        except (LookupError, ValueError):  # unknown, not of texts, or with a NUL in its name
+            raise ValueError(f"'{encoding}' is not an encoding that Python knows, such as windows-1252") from None
+        return encoding
+
+
+class Dataset(Reading, Source):
+    """One dataset, which is one domain. Clusters and batches never mix domains unless asked to."""
+
+    query_prompt: str = Field("", description="text put before every query in training, e.g. 'search_query: '")
+    document_prompt: str = Field("", description="text put before every document in training")
+    licence: str = Field("", description="licence that the data card states")
+    num_pairs: int | None = Field(None, ge=1, description="number of pairs in the source, if known; used by `plan`")
+    weight: float = Field(
+        1.0, ge=0.0, description="how often an epoch of training reads its batches; fractions are allowed"
+    )
+    holdout: Fraction = Field(0.0, description="fraction of the pairs to hold out for evaluation")
 
 
 class IngestConfig(Table):
@@ -90,7 +144,7 @@ class IngestConfig(Table):
     )
     holdout_seed: int = Field(0, ge=0, description="seed for drawing the texts that are held out")
     decontaminate: list[str] = Field(
-        [], description="folders with corpus.parquet and queries.parquet whose texts are quarantined"
+        [], description="collections (corpus and queries, as for --eval) whose texts are quarantined"
     )
 
 
@@ -323,7 +377,8 @@ def load_manifest(path: Path, overrides: Sequence[str] = ()) -> CorpusManifest:
         ConfigError: Names the file, the key, what was given and what is allowed; one line per mistake.
     """
     try:
-        content = _parse(path, path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")  # Notepad writes a byte order mark
+        content = _parse(path, text)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such manifest") from None
     except IsADirectoryError:
@@ -446,7 +501,8 @@ def _explain(item: Any, content: dict[str, Any]) -> str:
     if item["type"] == "extra_forbidden":
         allowed = _fields_at(item["loc"][:-1])
         meant = advice_on_key(str(item["loc"][-1]), allowed, setting_names())
-        return f"{where}: unknown key{meant}; allowed: {', '.join(allowed)}"
+        advice = '; to choose rows by a column: where = "label = 1"' if allowed == list(Columns.model_fields) else ""
+        return f"{where}: unknown key{meant}; allowed: {', '.join(allowed)}{advice}"
     if item["type"] == "missing":
         return f"{where}: is required"
     if item["type"] == "value_error":

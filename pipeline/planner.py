@@ -8,9 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hardbatch.pipeline.artifacts.collection import corpus_files, queries_files
 from hardbatch.pipeline.artifacts.files import DigestCache, content_key
-from hardbatch.pipeline.config import CorpusManifest, Dataset
-from hardbatch.pipeline.errors import ConfigError
+from hardbatch.pipeline.config import CorpusManifest, Dataset, Reading
+from hardbatch.pipeline.errors import ConfigError, InputError
 from hardbatch.pipeline.models.resolve import ModelSpec, resolve_model
 from hardbatch.pipeline.resolved import (
     BatchesSettings,
@@ -24,6 +25,7 @@ from hardbatch.pipeline.resolved import (
 )
 from hardbatch.pipeline.schemas import MIXED_DOMAIN
 from hardbatch.pipeline.sources.files import list_source_files, local_path
+from hardbatch.pipeline.sources.where import Where
 from hardbatch.pipeline.step import Step
 
 VERSIONS = {
@@ -43,7 +45,10 @@ _ITERATIONS = {"folded": 10, "doubled": 100}
 class Planner:
     """Collects the steps of a corpus; each is added after its inputs, so that their keys are known."""
 
-    def __init__(self, settings: CorpusManifest, root: Path, data_root: Path, digests: DigestCache) -> None:
+    def __init__(
+        self, settings: CorpusManifest, root: Path, data_root: Path, digests: DigestCache, follow_links: bool = False
+    ) -> None:
+        self._follow_links = follow_links
         self._settings = settings
         self._pack = settings.pack.with_group_size()
         self._root = root
@@ -142,11 +147,12 @@ class Planner:
     def _pairs(self, dataset: Dataset) -> Path:
         """Adds the step that reads a dataset."""
         ingest = self._settings.ingest
-        files = list_source_files(dataset, self._data_root, self._digests)
+        files = list_source_files(dataset, self._data_root, self._digests, follow_links=self._follow_links)
+        if dataset.where is not None:
+            Where(dataset.where)  # refuses what is not a condition before anything is read
         folders, digests = self._evaluation_folders()
         settings = PairsSettings(
-            columns=dataset.columns,
-            limit=dataset.limit,
+            **{name: getattr(dataset, name) for name in Reading.model_fields},
             holdout=dataset.holdout,
             holdout_seed=ingest.holdout_seed if dataset.holdout else None,
             max_characters=ingest.max_characters,
@@ -170,13 +176,17 @@ class Planner:
         setting = "ingest.decontaminate"
         folders, digests = {}, {}
         for name in self._settings.ingest.decontaminate:
-            folder = local_path(name, self._data_root, setting)
-            if not (folder / "corpus.parquet").is_file() or not (folder / "queries.parquet").is_file():
-                raise ConfigError(f"{setting}: {folder} has no corpus.parquet and queries.parquet")
+            folder = local_path(name, self._data_root, setting, follow_links=self._follow_links)
             folders[name] = str(folder)
-            for part in ("corpus", "queries"):
-                path = local_path(f"{name}/{part}.parquet", self._data_root, setting)
-                digests[f"{name}/{part}"] = self._digests.digest(path)
+            try:
+                paths = [*corpus_files(folder), *queries_files(folder)]
+            except InputError as error:
+                raise ConfigError(f"{setting}: {error}") from None
+            for path in paths:
+                part = f"{name}/{path.relative_to(folder).as_posix()}"
+                digests[part] = self._digests.digest(
+                    local_path(part, self._data_root, setting, follow_links=self._follow_links)
+                )
         return folders, digests
 
     def _add(

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from hardbatch.pipeline.config import ClusterConfig, Columns, HardnessConfig, PackConfig, Table, WriteConfig
+from hardbatch.pipeline.config import ClusterConfig, HardnessConfig, PackConfig, Reading, Table, WriteConfig
 
 
-class PairsSettings(Table):
+class PairsSettings(Reading):
     """Which rows are read, and what is cut, quarantined and held out."""
 
-    columns: Columns
-    limit: int | None
     holdout: float
     holdout_seed: int | None
     max_characters: int

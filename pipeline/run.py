@@ -19,7 +19,7 @@ from typing import Any
 
 from hardbatch.pipeline.artifacts.artifact import diagnose_damage, find_artifact
 from hardbatch.pipeline.artifacts.commit import clean_up_after_crash, open_builder
-from hardbatch.pipeline.artifacts.files import DIGESTS, DigestCache, as_user_error, sweep_caches
+from hardbatch.pipeline.artifacts.files import DIGESTS, DigestCache, as_user_error, sweep_caches, user_path
 from hardbatch.pipeline.config import load_manifest
 from hardbatch.pipeline.errors import ConfigError
 from hardbatch.pipeline.planner import Planner
@@ -61,7 +61,12 @@ class Plan:
 
 
 def plan_corpus(
-    manifest: Path, workspace: Path, *, data_root: Path | None = None, overrides: Sequence[str] = ()
+    manifest: Path,
+    workspace: Path,
+    *,
+    data_root: Path | None = None,
+    overrides: Sequence[str] = (),
+    follow_links: bool = False,
 ) -> Plan:
     """Plans the steps from a manifest to its shards, and runs none of them.
 
@@ -72,19 +77,20 @@ def plan_corpus(
         workspace: The folder that artifacts are written to.
         data_root: The folder that local paths start from; by default the manifest's own.
         overrides: Strings `stage.field=value` that replace settings of the manifest.
+        follow_links: Whether links may lead out of the data root.
 
     Raises:
         ConfigError, InputError: The manifest, a setting or a source is wrong; the message says which.
     """
     make_reproducible()
-    settings = load_manifest(manifest, overrides)
-    root = data_root or manifest.parent
+    settings = load_manifest(user_path(manifest), overrides)
+    workspace, root = user_path(workspace), user_path(data_root or manifest.parent)
     if not root.is_dir():
         raise ConfigError(f"--data-root {root}: no such folder")
     _require_writable(workspace)
     sweep_caches(workspace)
     digests = DigestCache(workspace / DIGESTS)
-    steps = Planner(settings, workspace / settings.corpus, root, digests).steps()
+    steps = Planner(settings, workspace / settings.corpus, root, digests, follow_links).steps()
     digests.save()
     return Plan(steps=tuple(steps))
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from hardbatch.pipeline.artifacts.artifact import MANIFEST, verify_artifact
 from hardbatch.pipeline.artifacts.commit import open_builder, write_unit
 from hardbatch.pipeline.artifacts.faults import fault_point
-from hardbatch.pipeline.artifacts.files import as_user_error
+from hardbatch.pipeline.artifacts.files import as_user_error, user_path
 from hardbatch.pipeline.errors import ConfigError, IntegrityError, NoSpaceError
 from hardbatch.trainer.config import setting_defaults
 from hardbatch.trainer.model import Encoder
@@ -129,7 +129,7 @@ def find_checkpoint(output: Path, resume: str) -> tuple[Path | None, list[str]]:
         IntegrityError: The named checkpoint is damaged, or all of them are.
     """
     if resume not in ("never", "auto"):
-        path = Path(resume)
+        path = user_path(resume)
         if not (path / MANIFEST).is_file():
             raise ConfigError(f"--resume {resume}: no checkpoint there (no {MANIFEST}); give auto or its folder")
         faults = verify_artifact(path)

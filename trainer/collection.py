@@ -1,17 +1,16 @@
-"""Retrieval test collections: folders of corpus.parquet, queries.parquet and qrels.parquet.
+"""Retrieval test collections: documents, queries and judgements, as `artifacts/collection.py` finds them.
 
     corpus   doc_id, text, title (optional)     queries   query_id, text     qrels   query_id, doc_id, score
 
-The text of a document that has a title is title + " " + text. Ids are strings or integers.
-
-The holdout folders of `hardbatch run` are collections. Their corpus.parquet has the held-out documents
-alone; the training documents, among which these are searched as well, are read from the folder `texts`
-beside it.
+The text of a document that has a title is title + " " + text. Ids are strings or integers. Folders of
+BEIR and MTEB are collections too, and so are the holdout folders of `hardbatch run`. The
+corpus.parquet of a holdout has the held-out documents alone; the training documents, among which these
+are searched as well, are read from the folder `texts` beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,25 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from hardbatch.pipeline.artifacts.collection import (
+    DOCUMENTS,
+    HELP,
+    QRELS,
+    QUERIES,
+    TITLE,
+    corpus_files,
+    qrels_files,
+    queries_files,
+    read_batches,
+)
 from hardbatch.pipeline.errors import InputError
 from hardbatch.trainer.shelves import KeptShelves
 
-CORPUS = "corpus.parquet"
+Names = Mapping[str, Sequence[str]]
 TRAINING_DOCUMENTS = b"training_documents"  # how many there are, in the metadata of a holdout's corpus
-_HELP = "give a folder with corpus.parquet, queries.parquet and qrels.parquet"
+_SPLIT = "test"  # of several splits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +61,9 @@ class Collection:
 
 def load_documents(folder: Path) -> list[str]:
     """The documents of the collection in `folder`. Raises InputError as `load_collection` does."""
-    path = folder / CORPUS
-    corpus = _read(path, ("text",), optional=("title",))
-    return _training_documents(corpus, folder) + _documents(corpus, path)[0]
+    paths = corpus_files(folder)
+    corpus = _read(paths, {"text": ()}, TITLE)
+    return _training_documents(corpus, folder) + _documents(corpus, _shown(paths))[0]
 
 
 def load_collection(folder: Path) -> Collection:
@@ -64,11 +73,10 @@ def load_collection(folder: Path) -> Collection:
         InputError: A file is missing or wrong; the message names it, and the column, row or id.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; {_HELP}")
-    corpus_path, queries_path, qrels_path = (folder / f"{name}.parquet" for name in ("corpus", "queries", "qrels"))
-    corpus = _read(corpus_path, ("doc_id", "text"), optional=("title",))
-    queries = _read(queries_path, ("query_id", "text"))
-    qrels = _read(qrels_path, ("query_id", "doc_id", "score"))
+        raise InputError(f"{folder}: no such folder; {HELP}")
+    found = [corpus_files(folder), queries_files(folder), qrels_files(folder, _SPLIT)]
+    corpus_path, queries_path, qrels_path = map(_shown, found)
+    corpus, queries, qrels = _read(found[0], DOCUMENTS, TITLE), _read(found[1], QUERIES), _read(found[2], QRELS)
     document_row_of = _rows_by_id(_strings(corpus, "doc_id", corpus_path), "doc_id", corpus_path)
     query_row_of = _rows_by_id(_strings(queries, "query_id", queries_path), "query_id", queries_path)
     query_rows = _look_up(qrels, "query_id", query_row_of, qrels_path, queries_path)
@@ -76,7 +84,7 @@ def load_collection(folder: Path) -> Collection:
     scores = _scores(qrels, qrels_path)
     _refuse_repeated(query_rows * len(document_row_of) + document_rows, qrels_path)
     if not (scores > 0).any():
-        raise InputError(f"{qrels_path}: no score is above 0, so there is nothing to find; {_HELP}")
+        raise InputError(f"{qrels_path}: no score is above 0, so there is nothing to find; {HELP}")
     documents, columns = _documents(corpus, corpus_path)
     training = _training_documents(corpus, folder)
     source = f"{columns} of {corpus_path}"
@@ -117,21 +125,16 @@ def _name_of(folder: Path) -> str:
     return f"{folder.parent.parent.name}_holdout" if folder.name == "holdout" else folder.name
 
 
-def _read(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> pa.Table:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; {_HELP}")
-    try:
-        file = pq.ParquetFile(path)
-        present = file.schema_arrow.names
-        for name in columns:
-            if name not in present:
-                raise InputError(f"{path}: no column '{name}', it has {', '.join(present)}")
-        table = file.read([*columns, *(name for name in optional if name in present)])
-        table.validate(full=True)  # among others, that strings are valid UTF-8
-        return table
-    except (OSError, pa.ArrowException) as error:
-        reason = (str(error).splitlines() or [""])[0][:160]
-        raise InputError(f"{path}: cannot be read as Parquet: {reason}") from None
+def _shown(paths: list[Path]) -> Path:
+    """What messages call the files of a part: the file, or their folder."""
+    return paths[0] if len(paths) == 1 else paths[0].parent
+
+
+def _read(paths: list[Path], columns: Names, optional: Names | None = None) -> pa.Table:
+    batches = [batch for path in paths for batch in read_batches(path, columns, optional)]
+    if not batches:
+        raise InputError(f"{_shown(paths)}: it has no rows; {HELP}")
+    return pa.concat_tables(map(pa.table, batches), promote_options="default")
 
 
 def _strings(table: pa.Table, column: str, path: Path) -> list[str]:
@@ -159,7 +162,7 @@ def _documents(corpus: pa.Table, path: Path) -> tuple[list[str], str]:
 
 def _rows_by_id(ids: Sequence[str], column: str, path: Path) -> dict[str, int]:
     if not ids:
-        raise InputError(f"{path}: it has no rows; {_HELP}")
+        raise InputError(f"{path}: it has no rows; {HELP}")
     rows: dict[str, int] = {}
     for row, identifier in enumerate(ids):
         first = rows.setdefault(identifier, row)

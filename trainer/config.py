@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from hardbatch.pipeline.artifacts.files import user_path
 from hardbatch.pipeline.errors import ConfigError
 
 
@@ -85,7 +86,7 @@ class _Choice:
 
 
 def _paths(text: str) -> tuple[Path, ...]:
-    return tuple(Path(part.strip()) for part in text.split(",") if part.strip())
+    return tuple(user_path(part.strip()) for part in text.split(",") if part.strip())
 
 
 def _switch(text: str) -> bool:
@@ -105,8 +106,8 @@ class TrainConfig:
     Defaults follow the paper's small setting if it gives one (Section 5).
     """
 
-    shards: Path = _setting("folder of shards: the last line that `hardbatch run` prints", Path)
-    output: Path = _setting("folder for checkpoints, logs and the export", Path)
+    shards: Path = _setting("folder of shards: the last line that `hardbatch run` prints", user_path)
+    output: Path = _setting("folder for checkpoints, logs and the export", user_path)
 
     architecture: Literal["contextual", "biencoder"] = _setting(
         "whether there is a first stage: contextual has one, biencoder has none",
@@ -170,7 +171,9 @@ class TrainConfig:
     resume: str = _setting(
         "never; auto: from the newest checkpoint of --output, if any; or the folder of a checkpoint", str, "never"
     )
-    init_from: Path | None = _setting("folder of an export or a checkpoint whose weights to start from", Path, None)
+    init_from: Path | None = _setting(
+        "folder of an export or a checkpoint whose weights to start from", user_path, None
+    )
     device: Literal["auto", "cpu", "cuda"] = _setting("auto, cpu or cuda", _Choice(("auto", "cpu", "cuda")), "auto")
     timeout_s: int = _setting("seconds that a rank waits for the others before it fails", _Whole(1), 1_800)
     workers: int = _setting("background threads that read and tokenise", _Whole(1), 1)

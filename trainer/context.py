@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from hardbatch.pipeline.artifacts.collection import is_collection
 from hardbatch.pipeline.errors import IntegrityError
-from hardbatch.trainer.collection import CORPUS, load_documents
+from hardbatch.trainer.collection import load_documents
 from hardbatch.trainer.draws import derive_seed
 from hardbatch.trainer.shards import Shards, open_shards
 
@@ -36,7 +37,7 @@ def draw_from_folder(folder: Path, size: int, *, seed: int) -> ContextDocuments:
         InputError: The corpus cannot be read.
         IntegrityError: The shards are damaged.
     """
-    if not (folder / CORPUS).is_file():
+    if not is_collection(folder) and not (folder / "corpus.parquet").is_file():
         return draw_from_shards(open_shards(folder), size, seed=seed)
     corpus = load_documents(folder)
     rows = _draw(len(corpus), size, seed)

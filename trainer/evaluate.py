@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hardbatch.pipeline.artifacts.files import user_path
 from hardbatch.pipeline.errors import ConfigError
 from hardbatch.pipeline.models.locate import locate_model, require_safetensors
 from hardbatch.trainer.collection import Collection, load_collection
@@ -212,10 +213,10 @@ def main(arguments: Sequence[str]) -> int:
         "--collection",
         "--eval",
         action="append",
-        type=Path,
+        type=user_path,
         required=True,
         metavar="DIR",
-        help="folder of corpus.parquet, queries.parquet and qrels.parquet; may be repeated",
+        help="folder of corpus, queries and qrels, as Parquet or in the layout of BEIR or MTEB; may be repeated",
     )
     add("--seed", type=int, default=0, help="draws the context of a corpus; default: 0")
     add("--texts-per-chunk", type=int, default=TEXTS_PER_CHUNK, help="texts in one forward pass")

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from hardbatch.pipeline.artifacts.artifact import MANIFEST, verify_artifact
 from hardbatch.pipeline.artifacts.faults import fault_point
-from hardbatch.pipeline.artifacts.files import as_user_error, fsync_path, temporary_name
+from hardbatch.pipeline.artifacts.files import as_user_error, fsync_path, temporary_name, user_path
 from hardbatch.pipeline.artifacts.lock import lock
 from hardbatch.pipeline.errors import ConfigError, HardbatchError, IntegrityError, NoSpaceError
 from hardbatch.trainer.batch import Tokenizer, load_tokenizer
@@ -165,15 +165,15 @@ def main(arguments: Sequence[str]) -> int:
         description="Exports a checkpoint for sentence-transformers.",
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="folder of a checkpoint")
-    add("--output", type=Path, required=True, help="folder to write: new, or an earlier export")
+    add("--checkpoint", type=user_path, required=True, help="folder of a checkpoint")
+    add("--output", type=user_path, required=True, help="folder to write: new, or an earlier export")
     add("--query-prompt", help="text before a query; default: as in training")
     add("--document-prompt", help="text before a document; default: as in training")
     add(
         "--context-from",
-        type=Path,
+        type=user_path,
         metavar="DIR",
-        help="folder of shards, or folder with a corpus.parquet, to draw the default context from; "
+        help="folder of shards, or folder with a corpus, to draw the default context from; "
         "default: the documents that training drew from its shards",
     )
     add("--seed", type=int, default=0, help="draws from --context-from; default: 0")

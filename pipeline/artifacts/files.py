@@ -174,6 +174,14 @@ def as_user_error(error: OSError) -> HardbatchError | None:
     return None
 
 
+def user_path(path: str | Path) -> Path:
+    """A path that a user gave, with the home folder in place of ~, which a shell leaves alone after `--option=`."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # the home of a user that does not exist
+        return Path(path)
+
+
 def temporary_name(path: Path) -> Path:
     """A hidden name beside `path` that ends in `.tmp`."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")

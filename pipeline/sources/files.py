@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import fnmatch
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hardbatch.pipeline.artifacts.files import DigestCache, content_key
-from hardbatch.pipeline.config import Columns, Dataset
+from hardbatch.pipeline.artifacts.collection import (
+    collection_of,
+    corpus_files,
+    is_collection,
+    qrels_files,
+    queries_files,
+    split_files,
+)
+from hardbatch.pipeline.artifacts.compressed import without_suffix
+from hardbatch.pipeline.artifacts.files import DigestCache, content_key, user_path
+from hardbatch.pipeline.config import Dataset
 from hardbatch.pipeline.errors import ConfigError, InputError, UnreachableError, first_line
 
 _FORMATS = {
@@ -14,11 +29,19 @@ _FORMATS = {
     ".pq": "parquet",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".ipc": "arrow",
     ".csv": "csv",
     ".tsv": "tsv",
 }
-_NAME_CHARACTERS = 60
 _PROTOCOLS = ("hf", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hdfs", "webhdfs", "https", "http")
+_MAGIC = "*?["
+_SPLIT = "train"  # of a collection that has several
+
+# What Spark, Hadoop and Delta Lake leave beside the data.
+_MARKER = re.compile(r"_SUCCESS|_metadata|_common_metadata|_temporary|_delta_log|_(committed|started)_.*")
 _VERSION_FIELDS = (  # what the filesystems call the version of a file
     "ETag", "etag", "sha256", "blob_id", "last_commit", "md5Hash", "Content-MD5", "Digest", "generation",
     "LastModified", "Last-Modified", "last_modified", "updated", "mtime",
@@ -31,7 +54,7 @@ class SourceFile(NamedTuple):
     Attributes:
         name: What messages and keys call it.
         location: Its path or URL.
-        format: parquet, jsonl, csv, tsv or python.
+        format: parquet, arrow, jsonl, csv, tsv, python or collection.
         num_bytes: Its size.
         sha256: The digest of its bytes; for a remote file one of its name, size and version, unless it was given.
         modified_ns: When a local file was last changed, as of planning.
@@ -46,7 +69,10 @@ class SourceFile(NamedTuple):
 
 
 class RawRow(NamedTuple):
-    """One row as the source has it; `problem` (a reason code) and `detail` say why it could not be read."""
+    """A pair as the source has it; `problem` (a reason code) and `detail` say why it could not be read.
+
+    `negatives` is a list, or None if none are mapped. A row of the source may be several pairs.
+    """
 
     row: int
     query: Any
@@ -56,13 +82,19 @@ class RawRow(NamedTuple):
     detail: str = ""
 
 
-def list_source_files(dataset: Dataset, root: Path, digests: DigestCache) -> list[SourceFile]:
+def list_source_files(
+    dataset: Dataset, root: Path, digests: DigestCache, *, follow_links: bool = False
+) -> list[SourceFile]:
     """Lists the files of a dataset, in the order of the manifest and of their names.
+
+    A pattern is matched as in a shell: `*` does not match hidden names, and `**` means any folders. A
+    name that exists is taken literally, whatever signs it has.
 
     Args:
         dataset: The dataset of the manifest.
         root: The folder that local paths are relative to, and must stay below.
         digests: Digests of local files; new ones are added.
+        follow_links: Whether links may lead out of `root`.
 
     Raises:
         ConfigError: A path leads out of `root`, or the format of a file is unknown.
@@ -76,55 +108,182 @@ def list_source_files(dataset: Dataset, root: Path, digests: DigestCache) -> lis
         elif "://" in source or "::" in source:
             files += _list_remote(source, dataset)
         else:
-            files += _list_local(source, dataset, root, digests)
+            files += _list_local(source, dataset, root, digests, follow_links)
     _check_digests(dataset, files)
     return files
 
 
-def local_path(source: str, root: Path, where: str) -> Path:
+def local_path(source: str, root: Path, where: str, *, follow_links: bool = False) -> Path:
     """Resolves a local path; `where` is how a message starts.
 
     Raises:
-        ConfigError: `source` is absolute or leads out of `root`, directly or through a link.
+        ConfigError: `source` leads out of `root`, directly or through a link. Links of a snapshot in the
+            hub's cache may lead to the blobs of the same repository.
     """
-    path = Path(source)
-    if path.is_absolute():
-        raise ConfigError(f"{where}: path '{source}' is absolute; give it relative to {root}, or set --data-root")
-    if ".." in path.parts:
-        raise ConfigError(f"{where}: path '{source}' leads out of {root}; give a path below it, or set --data-root")
+    path = _below(source, root, where)
     try:
-        inside = (root / path).resolve().is_relative_to(root.resolve())
+        resolved = (root / path).resolve()
         (root / path).exists()
     except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a NUL, a name too long
         raise ConfigError(f"{where}: {source!r} is not a usable path: {first_line(error)}") from None
-    if not inside:
-        raise ConfigError(f"{where}: path '{source}' leads out of {root} through a link; copy the file below it")
+    if not follow_links and not any(map(resolved.is_relative_to, (root.resolve(), *_hub_blobs(root)))):
+        raise ConfigError(
+            f"{where}: path '{source}' leads out of {root} through a link; to allow that: --follow-links, or set "
+            "--data-root to a folder above both"
+        )
     return root / path
 
 
-def _list_local(source: str, dataset: Dataset, root: Path, digests: DigestCache) -> list[SourceFile]:
+def _below(source: str, root: Path, where: str) -> Path:
+    """`source` relative to `root`; ~ is the home folder, and an absolute path may be one below `root`."""
+    path = user_path(source)
+    if ".." in path.parts:
+        raise ConfigError(f"{where}: path '{source}' leads out of {root}; give a path below it, or set --data-root")
+    if not path.is_absolute():
+        return path
+    if not path.is_relative_to(root.absolute()):
+        raise ConfigError(
+            f"{where}: path '{source}' is absolute and not below {root}; give it relative to that folder, or set "
+            "--data-root"
+        )
+    return path.relative_to(root.absolute())
+
+
+def _hub_blobs(root: Path) -> list[Path]:
+    """The blobs that the links of a snapshot lead to, if `root` is one: REPOSITORY/snapshots/COMMIT/..."""
+    resolved = root.resolve()
+    return [folder.parent / "blobs" for folder in resolved.parents if folder.name == "snapshots" and folder != resolved]
+
+
+def _list_local(
+    source: str, dataset: Dataset, root: Path, digests: DigestCache, follow_links: bool
+) -> list[SourceFile]:
     where = f"dataset '{dataset.name}'"
-    if any(char in source for char in "*?["):
-        # The folders in front of the pattern are checked before it is looked up; what it finds is checked below.
-        local_path(source.split("*")[0].split("?")[0].split("[")[0] or ".", root, where)
-        try:
-            paths = [path for path in sorted(root.glob(source)) if not path.is_dir()]
-        except (ValueError, OSError, NotImplementedError) as error:
-            raise ConfigError(f"{where}: '{source}' is not a usable pattern: {first_line(error)}") from None
-        if not paths:
-            raise InputError(f"{where}: no file matches '{source}' below {root}; --data-root names another folder")
-    else:
-        paths = [local_path(source, root, where)]
+
+    def checked(path: Path) -> Path:
+        return local_path(path.relative_to(root).as_posix(), root, where, follow_links=follow_links)
+
+    is_pattern = any(sign in source for sign in _MAGIC)
+    try:
+        found = sorted(set(_match(root, _below(source, root, where).parts, checked)))
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{where}: {source!r} is not a usable path or pattern: {first_line(error)}") from None
+    paths = [path for path in found if not is_pattern or (os.path.lexists(path) and not path.is_dir())]
+    if not paths:
+        raise InputError(f"{where}: no file matches '{source}' below {root}; --data-root names another folder")
     files = []
     for path in paths:
-        name = path.relative_to(root).as_posix()
-        local_path(name, root, where)
-        if path.is_dir():
-            raise InputError(f"{where}: '{name}' is a folder; name its files, for example '{name}/*.parquet'")
-        if not path.exists():
-            raise InputError(f"{where}: no file '{name}' below {root}; --data-root names another folder")
-        files.append(_local_file(name, path, _format_of(name, dataset), digests))
+        checked(path)
+        judgements = _judgements(path) if dataset.format == "auto" else None
+        if judgements is not None:
+            for part in _collection_paths(judgements):
+                checked(part)
+            file = _collection_file(judgements.relative_to(root).as_posix(), judgements, digests)
+            files += [file] if file not in files else []  # a pattern may name each file of a split
+            continue
+        for part in _folder_files(path, root, where) if path.is_dir() else [path]:
+            checked(part)
+            name = part.relative_to(root).as_posix()
+            if not part.exists():
+                link = ": it is a link to a file that is not there; fetch that" if part.is_symlink() else ""
+                raise InputError(f"{where}: no file '{name}' below {root}{link}; --data-root names another folder")
+            if part.stat().st_size > 0 or not _is_written_by_spark(part, root):
+                files.append(_local_file(name, part, _format_of(name, dataset), digests))
+    if not files:
+        raise InputError(f"{where}: all files of '{source}' are empty; check what wrote them")
     return files
+
+
+def _judgements(path: Path) -> Path | None:
+    """The first file of the judgements, if `path` is a collection or a file of its judgements."""
+    if path.is_dir() and is_collection(path):
+        return qrels_files(path, _SPLIT)[0]
+    return split_files(path)[1][0] if path.is_file() and collection_of(path) is not None else None
+
+
+def _collection_paths(judgements: Path) -> list[Path]:
+    folder, qrels = split_files(judgements)
+    return [*corpus_files(folder), *queries_files(folder), *qrels]
+
+
+def _collection_file(name: str, judgements: Path, digests: DigestCache) -> SourceFile:
+    """A split of a collection; its digest is of all files that are read, and names the texts by their ids."""
+    paths = _collection_paths(judgements)
+    joined = "".join(digests.digest(path) for path in paths)
+    digest = hashlib.sha256(joined.encode()).hexdigest()
+    num_bytes, modified_ns = _state(paths)
+    return SourceFile(name, str(judgements), "collection", num_bytes, digest, modified_ns)
+
+
+def state_of(file: SourceFile) -> tuple[int, int]:
+    """Size and time of the last change of a local file as they are now; raises OSError if it is gone."""
+    path = Path(file.location)
+    return _state(_collection_paths(path) if file.format == "collection" else [path])
+
+
+def _state(paths: list[Path]) -> tuple[int, int]:
+    stats = [path.stat() for path in paths]
+    return sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
+
+
+def _match(folder: Path, parts: tuple[str, ...], checked: Callable[[Path], Path]) -> Iterator[Path]:
+    """The paths below `folder` that the parts of a path or pattern mean; `checked` sees each folder before it is read.
+
+    Parts without signs are appended even if they do not exist.
+    """
+    if not parts:
+        yield folder
+        return
+    part, rest = parts[0], parts[1:]
+    if part == "**":
+        yield from _match(folder, rest or ("*",), checked)
+        for child in _visible(checked(folder)):
+            if child.is_dir() and not child.is_symlink():
+                yield from _match(child, parts, checked)
+    elif (folder / part).exists() or not any(sign in part for sign in _MAGIC):
+        yield from _match(folder / part, rest, checked)
+    elif folder.is_dir():
+        children = checked(folder).iterdir() if part.startswith((".", "_")) else _visible(checked(folder))
+        for child in children:
+            if fnmatch.fnmatchcase(child.name, part) and (not rest or child.is_dir()):
+                yield from _match(child, rest, checked)
+
+
+def _visible(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if not _is_hidden(path.name)] if folder.is_dir() else []
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or _MARKER.fullmatch(name) is not None
+
+
+def _is_written_by_spark(path: Path, root: Path) -> bool:
+    """Whether Spark or Hadoop wrote the file: its writers leave empty files, one for each part without rows."""
+    return any((folder / "_SUCCESS").exists() for folder in path.parents if folder.is_relative_to(root))
+
+
+def _folder_files(folder: Path, root: Path, where: str) -> list[Path]:
+    """The data files of a folder that says itself which these are.
+
+    These are the folders of `Dataset.save_to_disk`, and what Spark and Hadoop have completed.
+    """
+    name = folder.relative_to(root).as_posix()
+    if (folder / "state.json").is_file():
+        try:
+            listed = json.loads((folder / "state.json").read_bytes()).get("_data_files")
+            files = [str(file["filename"]) for file in listed] if listed else []
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise InputError(f"{where}: '{name}/state.json' does not list data files: {first_line(error)}") from None
+        files = files or sorted(path.name for path in folder.glob("data-*.arrow"))
+        if any(Path(file).name != file for file in files):
+            raise InputError(f"{where}: '{name}/state.json' names files that are not in its folder; name them yourself")
+        return [folder / file for file in files]
+    if (folder / "_SUCCESS").exists():
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        return [path for path in paths if not any(map(_is_hidden, path.relative_to(folder).parts))]
+    splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
+    advice = f"one of its splits: {', '.join(splits)}" if splits else f"its files, for example '{name}/*.parquet'"
+    raise InputError(f"{where}: '{name}' is a folder; name {advice}")
 
 
 def _local_file(name: str, path: Path, format_: str, digests: DigestCache) -> SourceFile:
@@ -150,7 +309,7 @@ def _list_remote(source: str, dataset: Dataset) -> list[SourceFile]:
 
     try:
         filesystem, path = fsspec.core.url_to_fs(source)
-        paths = sorted(filesystem.glob(path)) if any(char in path for char in "*?[") else [path]
+        paths = _match_remote(filesystem, path)
         infos = [filesystem.info(path) for path in paths]
     except ImportError as error:
         raise ConfigError(f"{where}: '{source}' needs a package that is not installed: {error}") from None
@@ -171,6 +330,15 @@ def _list_remote(source: str, dataset: Dataset) -> list[SourceFile]:
     return files
 
 
+def _match_remote(filesystem: Any, path: str) -> list[str]:
+    """The paths that a path or pattern means; hidden names and the markers of Spark are left out."""
+    if not any(sign in path for sign in _MAGIC) or filesystem.exists(path):
+        return [path]
+    prefix = re.split(r"[*?[]", path, maxsplit=1)[0].rpartition("/")[0]
+    found = sorted(filesystem.glob(path))
+    return [name for name in found if "/." in path or not any(map(_is_hidden, name[len(prefix) :].split("/")))]
+
+
 def _list_python(source: str, digests: DigestCache) -> list[SourceFile]:
     from hardbatch.pipeline.sources.python import list_modules
 
@@ -181,11 +349,11 @@ def _list_python(source: str, digests: DigestCache) -> list[SourceFile]:
 def _format_of(name: str, dataset: Dataset) -> str:
     if dataset.format != "auto":
         return dataset.format
-    suffix = Path(name.removesuffix(".gz").removesuffix(".zst")).suffix.lower()
+    suffix = Path(without_suffix(name)).suffix.lower()
     if suffix not in _FORMATS:
         raise ConfigError(
             f"dataset '{dataset.name}': cannot tell the format of '{name}' from its name; "
-            "set format to parquet, jsonl, csv or tsv"
+            "set format to parquet, arrow, jsonl, csv or tsv"
         )
     return _FORMATS[suffix]
 
@@ -202,23 +370,3 @@ def _check_digests(dataset: Dataset, files: list[SourceFile]) -> None:
             )
         if found[0].sha256 != expected:
             raise InputError(f"{found[0].name}: sha256 is {found[0].sha256}, the manifest expects {expected}")
-
-
-def mapped_columns(file: SourceFile, columns: Columns, present: list[str]) -> dict[str, str]:
-    """The column for each field that the manifest maps; InputError if the file does not have it exactly once."""
-    fields = {"query": columns.query, "document": columns.document, "negatives": columns.negatives}
-    mapped = {field: name for field, name in fields.items() if name is not None}
-    for field, name in mapped.items():
-        if name not in present:
-            raise no_column(file, field, name, present)
-        if present.count(name) > 1:
-            raise InputError(f"{file.name}: column '{name}' ({field}) occurs {present.count(name)} times; rename one")
-    return mapped
-
-
-def no_column(file: SourceFile, field: str, name: str, present: list[str]) -> InputError:
-    """The error for a file that does not have the column `name` for a field."""
-    seen = ", ".join(str(name)[:_NAME_CHARACTERS] for name in present[:20])
-    return InputError(
-        f"{file.name}: no column '{name}' for {field}; it has: {seen}. Map it in the manifest: columns.{field}"
-    )

@@ -66,8 +66,8 @@ def list_files(root: Path) -> list[Path]:
     ]
 
 
-def read_functions(path: Path) -> Iterator[tuple[int, str, str, None]]:
-    """Reads (line, query, document, None) of each function of a module that has a docstring.
+def read_functions(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Reads (line, query, document) of each function of a module that has a docstring.
 
     Raises:
         InputError: The file cannot be read. One that cannot be parsed has no functions.
@@ -92,7 +92,7 @@ def read_functions(path: Path) -> Iterator[tuple[int, str, str, None]]:
             query = " ".join(docstring.split("\n\n")[0].split())
             document = _source_without_docstring(node, lines)
             if len(query) >= _MIN_QUERY_CHARACTERS and document.count("\n") + 1 >= _MIN_LINES:
-                yield node.lineno, query, document, None
+                yield node.lineno, query, document
 
 
 def _source_without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:

@@ -6,37 +6,164 @@ A file that cannot be read at all raises InputError.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from hardbatch.pipeline.artifacts.collection import TITLE, corpus_files, queries_files, read_batches
 from hardbatch.pipeline.artifacts.files import as_user_error, content_key, sha256_file
-from hardbatch.pipeline.config import Columns
+from hardbatch.pipeline.config import Column, Reading
 from hardbatch.pipeline.errors import InputError, UnreachableError, first_line
-from hardbatch.pipeline.sources.files import RawRow, SourceFile, mapped_columns
-from hardbatch.pipeline.sources.text import read_csv, read_jsonl
+from hardbatch.pipeline.sources.columns import PairReader, Record, Table, check_columns
+from hardbatch.pipeline.sources.files import RawRow, SourceFile, state_of
+from hardbatch.pipeline.sources.where import Where
 
-_ROWS_PER_READ = 4_096
-_BYTES_PER_READ = 2**20
 _LFS_POINTER = b"version https://git-lfs"
+_MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow"}
 
 
-def read_rows(file: SourceFile, columns: Columns, scratch: Path) -> Iterator[RawRow]:
-    """Reads the rows of a source file, numbered from 0 (for python sources: the line of the function).
+def read_rows(
+    files: Sequence[SourceFile], numbers: range, reading: Reading, scratch: Path, counts: Counter[str]
+) -> Iterator[tuple[int, RawRow]]:
+    """Reads the rows of some files of a dataset as pairs.
+
+    A row that holds several queries or documents comes out as several pairs of one number. Which rows
+    are read follows in this order: those that meet `where`, the first `limit` of them, a `sample` of these.
 
     Args:
-        file: The file.
-        columns: The columns that hold query, document and hard negatives.
+        files: All files of the dataset.
+        numbers: Which of them to read; all of them, if there is a limit or a sample.
+        reading: How to read them.
         scratch: The folder that a remote file is copied to while it is read.
+        counts: Is added to: `rows_filtered`, and the columns that occur, for `check_columns`.
+
+    Yields:
+        The file's number, and a pair. Rows are numbered from 0 (for python sources: the line of the function).
 
     Raises:
-        InputError: The file as a whole is broken: it has another format than it claims, is cut off or empty, does not
+        InputError: A file as a whole is broken: it has another format than it claims, is cut off or empty, does not
             have the columns, or was changed since it was planned with. The message names the file and the row.
         UnreachableError: A remote file cannot be fetched.
     """
-    yield from _read_format(file, columns, scratch)
+    groups = _read_groups(files, numbers, reading, scratch, counts)
+    if reading.sample is not None:
+        total = sum(1 for _ in _read_groups(files, numbers, reading, scratch, Counter()))
+        groups = _sampled(groups, total, reading.sample, reading.sample_seed)
+    for number, pairs in groups:
+        for pair in pairs:
+            yield number, pair
+
+
+def _sampled(groups: Iterator[Any], total: int, size: int, seed: int) -> Iterator[Any]:
+    """Draws `size` of `total` groups; they keep their order. Holds their numbers alone, so it needs `total`."""
+    drawn = np.zeros(total, bool)
+    drawn[np.random.default_rng(seed).choice(total, min(size, total), replace=False)] = True
+    return (group for place, group in enumerate(groups) if place < total and drawn[place])
+
+
+def _read_groups(
+    files: Sequence[SourceFile], numbers: range, reading: Reading, scratch: Path, counts: Counter[str]
+) -> Iterator[tuple[int, list[RawRow]]]:
+    """(file's number, the pairs of a row) for each row that is read."""
+    left = reading.limit
+    for number in numbers:
+        for pairs in _read_file(files[number], reading, scratch, counts, left, is_only=len(files) == 1):
+            yield number, pairs
+            left = None if left is None else left - 1
+        if left == 0:
+            return
+
+
+def _read_file(
+    file: SourceFile, reading: Reading, scratch: Path, counts: Counter[str], limit: int | None, *, is_only: bool
+) -> Iterator[list[RawRow]]:
+    where = Where(reading.where) if reading.where is not None else None
+    names = where.columns if where else []
+    with open_table(file, reading, scratch) as table:
+        pairs = PairReader(file, reading.columns, names, table.columns, is_only=is_only)
+        records = table.records if where is None else where.select(table.records, file.name, counts)
+        for record in islice(records, limit):
+            yield pairs.rows(record)
+    pairs.finish(counts)
     _refuse_if_changed(file)
+
+
+def check_dataset(name: str, counts: Counter[str], reading: Reading, files: Sequence[SourceFile]) -> None:
+    """Refuses a dataset none of whose files has a column that `reading` names, or of which no row is read.
+
+    Args:
+        name: The dataset.
+        counts: The counts of reading all files: `rows`, and what `read_rows` added. The names of columns are taken out.
+        reading: How they were read.
+        files: The files.
+
+    Raises:
+        InputError: Names the column, or says why there are no rows.
+    """
+    check_columns(counts, reading, _where_columns(reading), files)
+    if counts["rows"] == 0:
+        names = ", ".join(file.name for file in files[:5])
+        if filtered := counts["rows_filtered"]:
+            raise InputError(
+                f"dataset '{name}': none of {filtered} rows in {names} meets where {reading.where!r}; fix it"
+            )
+        raise InputError(f"dataset '{name}': no rows in {names}; check the source, or remove the dataset")
+
+
+def _where_columns(reading: Reading) -> list[str]:
+    return Where(reading.where).columns if reading.where is not None else []
+
+
+@contextmanager
+def open_table(file: SourceFile, reading: Reading, scratch: Path) -> Iterator[Table]:
+    """Opens a source file of any format.
+
+    Args:
+        file: The file.
+        reading: How to read it. Of a Parquet or Arrow file only the columns that it names are read.
+        scratch: The folder that a remote file is copied to while it is open.
+
+    Raises:
+        InputError: The file is broken, empty, or of another format than it claims.
+        UnreachableError: A remote file cannot be fetched.
+    """
+    if file.format == "python":
+        from hardbatch.pipeline.sources.python import read_functions
+
+        functions = read_functions(Path(file.location))
+        records = (Record(row, {"query": query, "document": document}) for row, query, document in functions)
+        yield Table([("query", "text"), ("document", "text")], records)
+        return
+    if file.format == "collection":
+        from hardbatch.pipeline.sources.collection import open_collection
+
+        yield open_collection(file, scratch)
+        return
+    with _local_copy(file, scratch) as path:
+        _refuse_other_kind(file, path)
+        yield _open_format(file, path, reading)
+
+
+def _open_format(file: SourceFile, path: Path, reading: Reading) -> Table:
+    wanted: list[Column] = [
+        name for field in ("query", "document", "negatives") for name in reading.columns.names(field)
+    ]
+    if file.format in ("parquet", "arrow"):
+        from hardbatch.pipeline.sources import tables
+
+        wanted += _where_columns(reading)
+        return (tables.open_parquet if file.format == "parquet" else tables.open_arrow)(file, path, wanted)
+
+    from hardbatch.pipeline.sources import text
+
+    if file.format == "jsonl":
+        return text.open_jsonl(file, path, wanted, reading.encoding)
+    return text.open_csv(file, path, reading.csv, reading.encoding)
 
 
 def _refuse_if_changed(file: SourceFile) -> None:
@@ -44,78 +171,26 @@ def _refuse_if_changed(file: SourceFile) -> None:
     if file.modified_ns is None:
         return
     try:
-        stat = Path(file.location).stat()
-        changed = (stat.st_size, stat.st_mtime_ns) != (file.num_bytes, file.modified_ns)
-    except OSError:
+        changed = state_of(file) != (file.num_bytes, file.modified_ns)
+    except (OSError, InputError):
         changed = True
     if changed:
         raise InputError(f"{file.name}: was changed while it was read; run again once nothing writes to it")
 
 
-def _read_format(file: SourceFile, columns: Columns, scratch: Path) -> Iterator[RawRow]:
-    if file.format == "python":
-        from hardbatch.pipeline.sources.python import read_functions
-
-        yield from (RawRow(*row, None) for row in read_functions(Path(file.location)))
-        return
-    with _local_copy(file, scratch) as path:
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise InputError(f"{file.name}: cannot be read any more: {error.strerror}") from None
-        if size == 0:
-            raise InputError(f"{file.name}: the file is empty (0 bytes); remove it from the manifest or fetch it again")
-        _refuse_other_kind(file, path)
-        if file.format == "parquet":
-            yield from _read_parquet(file, path, columns)
-        elif file.format == "jsonl":
-            yield from read_jsonl(file, path, columns)
-        else:
-            yield from read_csv(file, path, columns, "\t" if file.format == "tsv" else ",")
-
-
 def evaluation_texts(folder: Path) -> Iterator[str]:
-    """The texts of an evaluation folder: its queries, and its documents both with and without their titles.
+    """The texts of a collection: its queries, and its documents both with and without their titles.
 
     Raises:
-        InputError: corpus.parquet or queries.parquet is not there, or has no column `text` of texts.
+        InputError: It has no documents or queries, or their column `text` does not hold texts.
     """
-    for name in ("corpus", "queries"):
-        for batch in read_columns(folder / f"{name}.parquet", ["text"], optional=["title"]):
+    for path in (*corpus_files(folder), *queries_files(folder)):
+        for batch in read_batches(path, {"text": ()}, TITLE):
             for row in batch.to_pylist():
                 text = row["text"] or ""
                 yield text
                 if row.get("title"):
                     yield f"{row['title']} {text}"
-
-
-def read_columns(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Any]:
-    """Reads columns of texts from a table of an evaluation folder, a record batch at a time.
-
-    Args:
-        path: A Parquet file.
-        columns: Columns that it must have.
-        optional: Columns that are read if it has them.
-
-    Raises:
-        InputError: The file cannot be read, or a column is missing or holds something else than valid texts.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-        schema = file.schema_arrow
-        for name in columns:
-            if name not in schema.names:
-                raise InputError(f"{path}: no column '{name}'; it has: {', '.join(schema.names)}")
-            if not _is_text(schema.field(name).type):
-                raise InputError(f"{path}: column '{name}' is {schema.field(name).type}, expected text")
-        for batch in file.iter_batches(columns=[*columns, *(name for name in optional if name in schema.names)]):
-            batch.validate(full=True)  # else invalid UTF-8 is found only by whoever uses the texts
-            yield batch
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as Parquet: {first_line(error)}") from None
 
 
 @contextmanager
@@ -143,82 +218,20 @@ def _local_copy(file: SourceFile, scratch: Path) -> Iterator[Path]:
 
 
 def _refuse_other_kind(file: SourceFile, path: Path) -> None:
-    with path.open("rb") as stream:
-        start = stream.read(len(_LFS_POINTER))
+    """Raises InputError if the first bytes of the file say that it cannot be of its format."""
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(len(_LFS_POINTER))
+    except OSError as error:
+        raise InputError(f"{file.name}: cannot be read any more: {error.strerror}") from None
+    if not start:
+        raise InputError(f"{file.name}: the file is empty (0 bytes); remove it from the manifest or fetch it again")
     if start == _LFS_POINTER:
         raise InputError(f"{file.name}: is a Git LFS pointer, not the file it stands for; fetch that: git lfs pull")
-    if start.startswith(b"PAR1") and file.format != "parquet":
-        raise InputError(
-            f"{file.name}: is a Parquet file, read as {file.format}; rename it to .parquet, or fix `format`"
-        )
-
-
-def _read_parquet(file: SourceFile, path: Path, columns: Columns) -> Iterator[RawRow]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        parquet = pq.ParquetFile(path, pre_buffer=False, buffer_size=_BYTES_PER_READ)  # else it reads whole row groups
-        schema = parquet.schema_arrow
-        known = schema.names
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{file.name}: is not a readable Parquet file: {first_line(error)}") from None
-    mapped = mapped_columns(file, columns, known)
-    for field, name in mapped.items():
-        kind = schema.field(name).type
-        if not (_is_text(kind) or (field == "negatives" and (_is_text_list(kind) or pa.types.is_null(kind)))):
-            wanted = "a list of texts, or text" if field == "negatives" else "text"
-            raise InputError(f"{file.name}: column '{name}' ({field}) is {kind}, expected {wanted}")
-
-    names = list(dict.fromkeys(mapped.values()))  # two fields may share a column
-    row = 0
-    try:
-        for batch in parquet.iter_batches(batch_size=_ROWS_PER_READ, columns=names):
-            values = {field: _to_python(batch.column(name)) for field, name in mapped.items()}
-            values.setdefault("negatives", [None] * batch.num_rows)
-            for fields in zip(values["query"], values["document"], values["negatives"], strict=True):
-                yield RawRow(row, *fields)
-                row += 1
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{file.name}: broken after row {row}: {first_line(error)}") from None
-    if row != parquet.metadata.num_rows:
-        raise InputError(f"{file.name}: broken: {row} rows could be read, its footer says {parquet.metadata.num_rows}")
-
-
-def _to_python(column: Any) -> list[Any]:
-    """The values of an Arrow column; texts that are not UTF-8 come out as bytes."""
-    import pyarrow as pa
-
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    try:
-        return list(column.to_pylist())
-    except UnicodeDecodeError:
-        if _is_text_list(column.type):
-            return [_to_python(item.values) if item.is_valid else None for item in column]
-        raw = column.cast(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary())
-        return [_decode(value) for value in raw.to_pylist()]
-
-
-def _decode(value: bytes | None) -> str | bytes | None:
-    if value is None:
-        return None
-    try:
-        return value.decode("utf-8")
-    except UnicodeDecodeError:
-        return value
-
-
-def _is_text(kind: Any) -> bool:
-    import pyarrow as pa
-
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
-def _is_text_list(kind: Any) -> bool:
-    import pyarrow as pa
-
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    return bool(is_list and _is_text(kind.value_type))
+    for magic, format_ in _MAGIC.items():
+        if start.startswith(magic) and file.format != format_:
+            kind = format_.capitalize()
+            raise InputError(
+                f"{file.name}: is {'an' if kind == 'Arrow' else 'a'} {kind} file, read as {file.format}; "
+                f"rename it to .{format_}, or fix `format`"
+            )

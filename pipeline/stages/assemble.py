@@ -407,6 +407,7 @@ def _final_counts(counts: RowCounts, num_kept: int, num_held_out: int) -> dict[s
         "pairs": num_kept,
         "held_out": num_held_out,
         "quarantined": quarantined,
+        "rows_filtered": totals["rows_filtered"],
         "texts_cut": totals["texts_cut"],
         "query_ids": totals["query_ids"],
         "document_ids": totals["document_ids"],

@@ -29,15 +29,16 @@ import pyarrow.parquet as pq
 from hardbatch.pipeline import schemas
 from hardbatch.pipeline.artifacts.commit import ArtifactBuilder, write_unit
 from hardbatch.pipeline.batching.copies import KnownTexts
-from hardbatch.pipeline.config import Columns
-from hardbatch.pipeline.errors import InputError, QuarantineError
+from hardbatch.pipeline.config import Reading
+from hardbatch.pipeline.errors import QuarantineError
 from hardbatch.pipeline.sources.files import RawRow, SourceFile
-from hardbatch.pipeline.sources.rows import evaluation_texts, read_rows
+from hardbatch.pipeline.sources.rows import check_dataset, evaluation_texts, read_rows
 from hardbatch.pipeline.stages.assemble import STAGED_ROWS, RowCounts, assemble
 from hardbatch.pipeline.step import Executor, Progress, StageResult, Step, Unit, run_pending
 
 BROKEN_REASONS = (
     "null", "wrong_type", "invalid_utf8", "nul_character", "empty", "broken_json", "broken_csv", "wrong_field_count",
+    "unknown_id",
 )  # fmt: skip
 _UNIT_BYTES = 64 * 2**20
 _DETAIL_CHARACTERS = 120
@@ -104,13 +105,13 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         )
         for source in step.sources
     ]
-    units = _staging_units(files, config["limit"])
+    reading = Reading(**{name: config[name] for name in Reading.model_fields})
+    units = _staging_units(files, reading.limit or reading.sample)
     if not builder.committed("assembled"):
         work = _Staging(
             path=builder.path,
             files=tuple(files),
-            columns=Columns(**config["columns"]),
-            limit=config["limit"],
+            reading=reading,
             max_characters=config["max_characters"],
             decontaminate=tuple(Path(runtime["decontaminate"][name]) for name in config["decontaminate"]),
         )
@@ -119,6 +120,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         for unit in units:
             counts.add(builder.unit_record(unit.name).counts)
         quarantined = [builder.path / "staged" / f"{unit.name}.quarantine.parquet" for unit in units]
+        check_dataset(step.domain, counts.totals, reading, files)
         _refuse_if_broken(step, counts, files, quarantined)
         assemble(
             builder.path,
@@ -164,7 +166,7 @@ def _fault(value: Any) -> str | None:
 
 
 def _staging_units(files: list[SourceFile], limit: int | None) -> list[Unit]:
-    """Groups of files of about 64 MiB; a single group if there is a limit, which counts over all of them."""
+    """Groups of files of about 64 MiB; a single group if there is a limit or sample, which is of all of them."""
     units: list[Unit] = []
     start = size = 0
     for i, file in enumerate(files):
@@ -179,8 +181,7 @@ def _staging_units(files: list[SourceFile], limit: int | None) -> list[Unit]:
 class _Staging:
     path: Path
     files: tuple[SourceFile, ...]
-    columns: Columns
-    limit: int | None
+    reading: Reading
     max_characters: int
     decontaminate: tuple[Path, ...]
 
@@ -216,7 +217,7 @@ class _StagingWorker:
     def _rows(self, unit: Unit, counts: RowCounts) -> Iterator[tuple[dict[str, Any], bool]]:
         """(row, whether it is kept) for each source row: a row of STAGED if it is kept, else one of QUARANTINE."""
         above = CleanRow()
-        for row, raw in islice(self._source_rows(unit, counts), self._work.limit):
+        for row, raw in self._source_rows(unit, counts):
             counts.totals["rows"] += 1
             counts.rows_by_file[str(row["source_file"])] += 1
             clean = clean_row(raw, self._work.max_characters)
@@ -228,16 +229,17 @@ class _StagingWorker:
                 yield row | {"reason": reason, "detail": detail.encode(errors="replace").decode()}, False
                 continue
 
-            if self._work.limit is not None and above.query:
+            if self._work.reading.limit is not None and above.query:
                 _count_steps(counts.totals, above, clean)
             above = clean
             yield row | self._staged(clean, counts), True
 
     def _source_rows(self, unit: Unit, counts: RowCounts) -> Iterator[tuple[dict[str, Any], RawRow]]:
-        for number in range(unit.start, unit.stop):
-            counts.rows_by_file[str(number)] = 0
-            for raw in read_rows(self._work.files[number], self._work.columns, self._work.path / "scratch"):
-                yield {"source_file": number, "source_row": raw.row}, raw
+        work, numbers = self._work, range(unit.start, unit.stop)
+        if work.reading.limit is None:  # all files are read, those without rows too
+            counts.rows_by_file.update({str(number): 0 for number in numbers})
+        for number, raw in read_rows(work.files, numbers, work.reading, work.path / "scratch", counts.totals):
+            yield {"source_file": number, "source_row": raw.row}, raw
 
     def _contamination(self, query: str, document: str) -> str:
         """Which text of a pair an evaluation has, and which evaluation; empty if none does."""
@@ -297,9 +299,6 @@ def _hash(text: str) -> bytes:
 
 def _refuse_if_broken(step: Step, counts: RowCounts, files: list[SourceFile], quarantined: list[Path]) -> None:
     num_rows = counts.totals["rows"]
-    if num_rows == 0:
-        names = ", ".join(file.name for file in files[:5])
-        raise InputError(f"dataset '{step.domain}': no rows in {names}; check the source, or remove the dataset")
     broken = {reason: counts.quarantined[reason] for reason in BROKEN_REASONS if counts.quarantined[reason]}
     allowed = step.runtime["max_quarantined_fraction"]
     if sum(broken.values()) > allowed * num_rows:
@@ -308,6 +307,7 @@ def _refuse_if_broken(step: Step, counts: RowCounts, files: list[SourceFile], qu
             f"({', '.join(f'{reason} {count}' for reason, count in broken.items())}), "
             f"the limit is a fraction of {allowed}; the first: {_first_broken(files, quarantined)}; look at "
             f"{step.path / 'staged'}/*.quarantine.parquet, fix the source or raise ingest.max_quarantined_fraction"
+            + ("; if its files are not UTF-8, set encoding, e.g. windows-1252" if "invalid_utf8" in broken else "")
         )
 
 

@@ -5,22 +5,20 @@ The rows are read and checked as `ingest` does it, so what would be quarantined 
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from hardbatch.pipeline.artifacts.files import DigestCache
-from hardbatch.pipeline.config import Columns, Dataset, IngestConfig
-from hardbatch.pipeline.errors import InputError, first_line, printable
+from hardbatch.pipeline.artifacts.files import DigestCache, user_path
+from hardbatch.pipeline.config import Columns, Dataset, Dialect, IngestConfig, Reading
+from hardbatch.pipeline.errors import InputError, printable
 from hardbatch.pipeline.sources.files import SourceFile, list_source_files
-from hardbatch.pipeline.sources.rows import _local_copy, read_rows
-from hardbatch.pipeline.sources.text import _lines
+from hardbatch.pipeline.sources.rows import check_dataset, open_table, read_rows
 from hardbatch.pipeline.stages.ingest import clean_row
 from hardbatch.pipeline.views.plan import size
 from hardbatch.pipeline.views.report import table
@@ -28,7 +26,10 @@ from hardbatch.pipeline.views.report import table
 _ROWS_SHOWN = 2
 _ROWS_TYPED = 1_000
 _ROWS_CHECKED = 10_000
+_MAX_WORDS_OF_NAME = 3
 _CELL_CHARACTERS = 40
+_NUMBERED_NEGATIVES = re.compile(r"((?:hard_)?neg(?:ative)?s?_?)\d+", re.IGNORECASE)
+_LABELS = ("label", "labels", "is_duplicate", "is_relevant", "relevance")
 _NAMES = {  # what people call the columns, the most usual names first
     "query": (
         "query", "question", "anchor", "sentence1", "sentence_1", "text1", "text_a", "instruction", "prompt", "input",
@@ -71,11 +72,14 @@ def look_text(source: str, data_root: Path | None = None, *, format: str = "auto
     """
     root, relative = _split(source, data_root)
     dataset = Dataset.model_validate({"name": _name_of(relative), "source": relative, "format": format})
-    files = list_source_files(dataset, root, _Unread(root))
+    files = list_source_files(dataset, root, _Unread(root), follow_links=True)
     with TemporaryDirectory(prefix="hardbatch-") as scratch:
-        records = list(islice(_records(files[0], Path(scratch)), _ROWS_TYPED))
+        dialect, records = _read_first(files[0], Path(scratch))
         columns = _propose(records)
-        checked = _check(files, columns, Path(scratch)) if columns else ["no row checked: name the columns first"]
+        reading = Reading.model_validate({"columns": columns, "limit": _ROWS_CHECKED, "csv": dialect})
+        checked = ["no row checked: name the columns first"]
+        if columns:
+            checked = _check(dataset.name, files, reading, Path(scratch))
 
     lines = [
         f"{source}: {len(files)} file{'s' * (len(files) > 1)} ({files[0].format}), "
@@ -91,7 +95,9 @@ def look_text(source: str, data_root: Path | None = None, *, format: str = "auto
         f'name = "{dataset.name}"',
         f"source = {json.dumps(relative, ensure_ascii=False)}",
         *([f'format = "{format}"'] if format != "auto" else []),
+        *([f"csv = {_inline(dialect)}"] if dialect else []),
         _columns_line(columns),
+        *_label_line(records),
         "",
         *checked,
     ]
@@ -102,7 +108,7 @@ def look_text(source: str, data_root: Path | None = None, *, format: str = "auto
 
 def _split(source: str, data_root: Path | None) -> tuple[Path, str]:
     """The folder that a source is relative to, and the source as a manifest can name it."""
-    path = Path(source)
+    path = user_path(source)
     if data_root is not None or "://" in source or source.startswith("python:"):
         return data_root or Path(), source
     if not path.is_absolute() and ".." not in path.parts:
@@ -119,36 +125,30 @@ def _name_of(source: str) -> str:
     return name[:100] or "my-data"
 
 
-def _records(file: SourceFile, scratch: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file with all their columns; rows that cannot be parsed are left out."""
-    if file.format == "python":
-        for raw in read_rows(file, Columns(), scratch):
-            yield {"query": raw.query, "document": raw.document}
-        return
-    with _local_copy(file, scratch) as path:
-        if file.format == "parquet":
-            import pyarrow as pa
-            import pyarrow.parquet as pq
+def _read_first(file: SourceFile, scratch: Path) -> tuple[dict[str, Any], list[Mapping[str, Any]]]:
+    """The first rows of a file with all their columns, and the settings `csv` that they need; none by default.
 
-            try:
-                for batch in pq.ParquetFile(path).iter_batches(batch_size=_ROWS_TYPED):
-                    yield from batch.to_pylist()
-            except (pa.ArrowException, OSError, ValueError) as error:
-                raise InputError(f"{file.name}: is not a readable Parquet file: {first_line(error)}") from None
-        elif file.format == "jsonl":
-            for line in _lines(file, path):
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue
-                if isinstance(record, dict):
-                    yield record
+    Rows that cannot be parsed are left out.
+    """
+    dialect: dict[str, Any] = {}
+    while True:
+        reading = Reading(columns=Columns(query="*"), csv=Dialect(**dialect))
+        try:
+            with open_table(file, reading, scratch) as table:
+                records = [record.values for record in islice(table.records, _ROWS_TYPED) if record.values is not None]
+        except InputError:
+            if file.format not in ("csv", "tsv") or "quote" in dialect:
+                raise
+            dialect["quote"] = ""  # a quote that is part of a text
+            continue
+        names = [name for name, _ in table.columns or []] if file.format in ("csv", "tsv") else []
+        signs = [sign for sign in "\t;|," if len(names) == 1 and sign in names[0]]
+        if signs and "delimiter" not in dialect:
+            dialect["delimiter"] = signs[0]
+        elif "header" not in dialect and any(len(name.split()) > _MAX_WORDS_OF_NAME for name in names):
+            dialect["header"] = False  # the first line has texts, not names
         else:
-            text = (line.decode("utf-8", errors="replace") for line in _lines(file, path))
-            try:
-                yield from csv.DictReader(text, delimiter="\t" if file.format == "tsv" else ",")
-            except csv.Error as error:
-                raise InputError(f"{file.name}: cannot be read: {error}") from None
+            return dialect, records
 
 
 def _num_rows(files: Sequence[SourceFile], num_seen: int) -> str:
@@ -199,13 +199,13 @@ def _cell(value: Any) -> str:
     return text if len(text) <= _CELL_CHARACTERS else f"{text[: _CELL_CHARACTERS - 1]}…"
 
 
-def _propose(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _propose(records: Sequence[Mapping[str, Any]]) -> dict[str, str | list[str]]:
     """The columns of query, document and negatives: by their names, otherwise the two that look most like texts.
 
     Empty if there are no two such columns.
     """
     kinds = {name: _type_of([record.get(name) for record in records]) for name in _column_names(records)}
-    found: dict[str, str] = {}
+    found: dict[str, str | list[str]] = {}
     for field, names in _NAMES.items():
         known = [name for wanted in names for name in kinds if name.lower() == wanted and "text" in kinds[name]]
         known = [name for name in known if name not in found.values()]
@@ -222,7 +222,16 @@ def _propose(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         long_enough = [name for num_words, name in texts if num_words >= 2 and name not in found.values()]
         if field not in found and long_enough:
             found[field] = long_enough[0 if field == "query" else -1]
-    return {field: found[field] for field in _NAMES if field in found} if {"query", "document"} <= set(found) else {}
+    if not {"query", "document"} <= set(found):
+        return {}
+
+    numbered = [match for name in kinds if (match := _NUMBERED_NEGATIVES.fullmatch(name))]
+    if len(numbered) > 1:
+        found["negatives"] = f"{numbered[0][1]}*"
+    has_title = "text" in kinds.get("title", "") and found["query"] != "title"
+    if has_title and found["document"] in ("text", "body", "content", "passage"):
+        found["document"] = ["title", str(found["document"])]
+    return {field: found[field] for field in _NAMES if field in found}
 
 
 def _mean_words(records: Sequence[Mapping[str, Any]], name: str) -> float:
@@ -230,42 +239,62 @@ def _mean_words(records: Sequence[Mapping[str, Any]], name: str) -> float:
     return sum(len(text.split()) for text in texts) / max(1, len(texts))
 
 
-def _columns_line(columns: Mapping[str, str]) -> str:
+def _columns_line(columns: Mapping[str, str | list[str]]) -> str:
     if not columns:
         return 'columns = { query = "…", document = "…" }  # which columns these are cannot be told from the names'
     if columns == {"query": "query", "document": "document"}:
         return "# the columns are called query and document, so there is nothing to say about them"
-    pairs = ", ".join(f"{field} = {json.dumps(name, ensure_ascii=False)}" for field, name in columns.items())
-    return f"columns = {{ {pairs} }}"
+    return f"columns = {_inline(columns)}"
 
 
-def _check(files: Sequence[SourceFile], columns: Mapping[str, str], scratch: Path) -> list[str]:
+def _label_line(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line that asks for a choice of rows, if a column says which of them are pairs."""
+    for name in _column_names(records):
+        values = {str(record.get(name)) for record in records}
+        if name.lower() in _LABELS and {"0", "1"} <= values:
+            return [f'# where = "{name} = 1"  # if only the rows of {name} 1 are pairs']
+    return []
+
+
+def _inline(table: Mapping[str, Any]) -> str:
+    """A mapping as an inline table of TOML."""
+    return f"{{ {', '.join(f'{key} = {json.dumps(value, ensure_ascii=False)}' for key, value in table.items())} }}"
+
+
+def _check(name: str, files: Sequence[SourceFile], reading: Reading, scratch: Path) -> list[str]:
     """What would become of the first rows, as lines of text."""
     max_characters = IngestConfig().max_characters
-    reasons = Counter[str]()
+    reasons, counts = Counter[str](), Counter[str]()
     examples: dict[str, str] = {}
     seen: set[tuple[str, str]] = set()
-    num_rows = num_cut = num_negatives = num_lost = 0
-    rows = ((file, raw) for file in files for raw in read_rows(file, Columns(**columns), scratch))
-    for file, raw in islice(rows, _ROWS_CHECKED):
-        num_rows += 1
-        clean = clean_row(raw, max_characters)
-        reason = clean.reason or ("duplicate_pair" if (clean.query, clean.document) in seen else None)
-        if reason:
-            reasons[reason] += 1
-            examples.setdefault(reason, f"{file.name} row {raw.row}{f': {clean.detail}' if clean.detail else ''}")
-            continue
-        seen.add((clean.query, clean.document))
-        num_cut += clean.num_cut
-        num_negatives += len(clean.negatives)
-        num_lost += clean.num_negatives_dropped
+    num_cut = num_negatives = num_lost = 0
+    try:
+        for number, raw in read_rows(files, range(len(files)), reading, scratch, counts):
+            counts["rows"] += 1
+            clean = clean_row(raw, max_characters)
+            reason = clean.reason or ("duplicate_pair" if (clean.query, clean.document) in seen else None)
+            if reason:
+                reasons[reason] += 1
+                detail = f": {clean.detail}" if clean.detail else ""
+                examples.setdefault(reason, f"{files[number].name} row {raw.row}{detail}")
+                continue
+            seen.add((clean.query, clean.document))
+            num_cut += clean.num_cut
+            num_negatives += len(clean.negatives)
+            num_lost += clean.num_negatives_dropped
+        num_pairs = counts["rows"]
+        check_dataset(name, counts, reading, files)
+    except InputError as error:
+        return [f"these columns cannot be used: {error}"]
 
-    lines = [f"of the first {num_rows:,} rows, {num_rows - reasons.total():,} would be kept"]
+    lines = [f"of the first {num_pairs:,} pairs, {num_pairs - reasons.total():,} would be kept"]
     if reasons:
         lines[0] += f" and {reasons.total():,} quarantined:"
         lines += [f"  {reason} {number:,}; the first: {examples[reason]}" for reason, number in reasons.most_common()]
+    if reasons["invalid_utf8"]:
+        lines.append('a file that is not UTF-8 needs its encoding, for example encoding = "windows-1252"')
     if num_cut:
         lines.append(f"{num_cut:,} texts are longer than {max_characters:,} characters and would be cut")
-    if "negatives" in columns:
+    if reading.columns.negatives is not None:
         lines.append(f"hard negatives: {num_negatives:,} would be kept, {num_lost:,} cannot be used")
     return lines

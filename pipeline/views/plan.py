@@ -192,7 +192,7 @@ def _source_rows(step: Step) -> int | None:
     except (pa.ArrowException, OSError):
         return None  # not readable, which the run will report
     rows = rows or step.runtime["num_pairs"]
-    limit: int | None = step.config["limit"]
+    limit: int | None = min(filter(None, (step.config["limit"], step.config["sample"])), default=None)
     return min(rows, limit) if limit and rows else rows or limit
 
 

@@ -381,6 +381,19 @@ def test_a_manifest_that_cannot_be_read_is_named(tmp_path: Path, kind: str) -> N
     assert expected[kind] in str(caught.value)
 
 
+def test_a_manifest_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "m.toml"
+    path.write_text('corpus = "c"\n[[dataset]]\nname = "d"\nsource = "x.csv"\n', encoding="utf-8-sig")
+    assert load_manifest(path).corpus == "c"
+
+
+def test_a_label_among_the_columns_is_told_where(tmp_path: Path) -> None:
+    path = tmp_path / "m.toml"
+    path.write_text('corpus = "c"\n[[dataset]]\nname = "d"\nsource = "x.csv"\ncolumns = { label = "y" }\n')
+    with pytest.raises(ConfigError, match=r"columns\.label .*unknown key.*where = \"label = 1\""):
+        load_manifest(path)
+
+
 # anything at all
 
 KEYS = st.sampled_from([*CorpusManifest.model_fields, "name", "source", "columns", "batch_size", "sha256", "x y"])

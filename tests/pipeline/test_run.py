@@ -45,6 +45,36 @@ def corpus(write_jsonl, write_manifest):
     return write_manifest(text + LEXICAL)
 
 
+def test_the_home_folder_stands_for_a_tilde_and_links_are_followed_on_demand(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    plan = plan_corpus(Path("~") / corpus.name, Path("~/ws"), data_root=Path("~"))
+    assert plan.corpus == tmp_path / "ws" / "two" and not Path("~").exists()
+
+    (tmp_path / "links").mkdir()
+    for name in ("alpha.jsonl", "beta.jsonl"):
+        (tmp_path / "links" / name).symlink_to(tmp_path / name)
+    with pytest.raises(ConfigError, match="--follow-links"):
+        plan_corpus(corpus, tmp_path / "ws", data_root=tmp_path / "links")
+    followed = plan_corpus(corpus, tmp_path / "ws", data_root=tmp_path / "links", follow_links=True)
+    assert followed.shards == plan.shards  # the same names and bytes
+
+
+@pytest.mark.parametrize("setting", ["limit = 5", "sample = 9", "where = \"query > 'w'\"", 'encoding = "latin-1"'])
+def test_how_a_dataset_is_read_is_part_of_its_key(corpus, tmp_path, setting):
+    plan = plan_corpus(corpus, tmp_path / "ws")
+    corpus.write_text(corpus.read_text().replace('name = "beta"', f'name = "beta"\n{setting}'))
+    changed = plan_corpus(corpus, tmp_path / "ws")
+    keys = [{step.domain: step.key for step in found.steps if step.stage == "pairs"} for found in (plan, changed)]
+    assert keys[0]["alpha"] == keys[1]["alpha"] and keys[0]["beta"] != keys[1]["beta"]
+
+
+def test_a_condition_that_is_none_is_refused_before_anything_is_read(corpus, tmp_path):
+    corpus.write_text(corpus.read_text().replace('name = "beta"', 'name = "beta"\nwhere = "label ="'))
+    with pytest.raises(ConfigError, match="'label =' is not a SQL condition"):
+        plan_corpus(corpus, tmp_path / "ws")
+
+
 def run(manifest, workspace, overrides=()):
     """(plan, names of the steps that were not a look-up)."""
     plan = plan_corpus(manifest, workspace, overrides=overrides)

@@ -37,6 +37,7 @@ from hardbatch.trainer.export import export_model
 from hardbatch.trainer.held_out import HeldOutLoss, held_out_loss
 from hardbatch.trainer.loss import info_nce
 from hardbatch.trainer.search import search
+from tests.collections import write_beir, write_mteb
 from tests.models import minilm_folder
 from tests.reliability import warm
 from tests.samples import make_rows
@@ -105,12 +106,12 @@ class TestCollection:
         [
             (
                 {"corpus": {"doc_id": ["a", "b"], "body": ["x", "y"]}},
-                r"corpus\.parquet: no column 'text', it has doc_id",
+                r"corpus\.parquet: no column 'text'; it has: doc_id",
             ),
             ({"corpus": {"doc_id": ["a", "a"], "text": ["x", "y"]}}, r"corpus\.parquet: doc_id 'a' is in rows 0 and 1"),
             ({"corpus": {"doc_id": ["a", None], "text": ["x", "y"]}}, r"column 'doc_id' is null in row 1"),
             ({"corpus": {"doc_id": ["a", "b"], "text": ["x", None]}}, r"column 'text' is null in row 1"),
-            ({"corpus": {"doc_id": ["a", "b"], "text": [1, 2]}}, r"column 'text' holds int64, it must hold strings"),
+            ({"corpus": {"doc_id": ["a", "b"], "text": [1, 2]}}, r"column 'text' is int64, expected text"),
             ({"queries": {"query_id": ["p", "p"], "text": ["x", "y"]}}, r"queries\.parquet: query_id 'p' is in rows"),
             (
                 {"queries": {"query_id": pa.array([], pa.string()), "text": pa.array([], pa.string())}},
@@ -182,6 +183,25 @@ class TestCollection:
         (write_collection(tmp_path) / "qrels.parquet").unlink()
         with pytest.raises(InputError, match=r"qrels\.parquet: no such file"):
             load_collection(tmp_path)
+
+
+@pytest.mark.parametrize("write", [write_beir, write_mteb])
+def test_folders_of_beir_and_mteb_are_collections(tmp_path: Path, write: Callable[[Path], Path]) -> None:
+    collection = load_collection(write(tmp_path / "nf"))
+    assert collection.name == "nf" and collection.queries == [f"which is {i}?" for i in range(3)]
+    assert collection.documents == ['One the "first" document', "the second", "Three the third"]
+    judged = zip(collection.query_rows, collection.document_rows, collection.scores, strict=True)
+    assert [tuple(map(int, row)) for row in judged] == [(0, 0, 1), (1, 1, 2), (1, 2, 1), (2, 0, 0)]
+    assert load_documents(tmp_path / "nf") == collection.documents
+
+
+def test_an_evaluation_reads_the_test_split(tmp_path: Path) -> None:
+    write_beir(tmp_path / "nf", "dev", "test", "train")
+    (tmp_path / "nf" / "qrels" / "train.tsv").write_text("nothing")
+    assert load_collection(tmp_path / "nf").scores.tolist() == [1, 2, 1, 0]
+    (tmp_path / "nf" / "qrels" / "test.tsv").unlink()
+    with pytest.raises(InputError, match="has judgements of dev, train, but none called test"):
+        load_collection(tmp_path / "nf")
 
 
 class TestEmbedder:

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hardbatch.pipeline.artifacts.files import DigestCache
-from hardbatch.pipeline.config import Columns, Dataset
+from hardbatch.pipeline.config import Dataset, Reading
 from hardbatch.pipeline.errors import ConfigError, HardbatchError, InputError
 from hardbatch.pipeline.sources.files import RawRow, SourceFile, list_source_files
 from hardbatch.pipeline.sources.rows import read_rows
@@ -62,9 +63,15 @@ def read(root: Path, list_files: List) -> Read:
         else:
             pq.write_table(content, root / name)
         (file,) = list_files(name, **settings)
-        return list(read_rows(file, Columns(**columns or {}), root.parent / "scratch"))
+        return read_all([file], root, columns=columns or {})
 
     return read
+
+
+def read_all(files: list[SourceFile], root: Path, **settings: Any) -> list[RawRow]:
+    """All pairs of some files, which are a dataset."""
+    rows = read_rows(files, range(len(files)), Reading(**settings), root.parent / "scratch", Counter())
+    return [row for _, row in rows]
 
 
 def texts(rows: list[RawRow]) -> list[tuple[Any, Any]]:
@@ -139,7 +146,6 @@ def test_a_link_that_stays_below_the_root_is_followed(root: Path, list_files: Li
         pytest.param("a\0b.jsonl", r"a\\x00b"),
         pytest.param("a" * 300 + ".jsonl", "aaa"),
         pytest.param("loop.jsonl", "loop"),
-        pytest.param("**.jsonl", r"\*\*"),
     ],
 )
 def test_a_file_that_is_not_there_is_named(root: Path, list_files: List, source: str, message: str) -> None:
@@ -183,11 +189,22 @@ def test_a_remote_file_is_read_its_digest_checked_and_its_copy_removed(root: Pat
     assert len(list_files("memory://bucket/*.jsonl")) == 2
     for sha256 in ({}, {"a.jsonl": hashlib.sha256(LINES).hexdigest()}):
         (file,) = list_files("memory://bucket/a.jsonl", sha256=sha256)
-        assert texts(list(read_rows(file, Columns(), root / "scratch"))) == GOOD
+        assert texts(read_all([file], root)) == GOOD
     (file,) = list_files("memory://bucket/a.jsonl", sha256={"a.jsonl": "0" * 64})
     with pytest.raises(InputError, match=r"bucket/a\.jsonl.*sha256"):
-        list(read_rows(file, Columns(), root / "scratch"))
-    assert list((root / "scratch").iterdir()) == []
+        read_all([file], root)
+    assert list((root.parent / "scratch").iterdir()) == []
+
+
+def test_remote_patterns_leave_out_hidden_names_and_take_names_literally(
+    list_files: List, memory: fsspec.AbstractFileSystem
+) -> None:
+    names = ("._a.jsonl", ".cache/x/c.jsonl", "_temporary/0/d.jsonl", "b[1].jsonl", "b1.jsonl")
+    memory.pipe({f"/bucket/{name}": LINES for name in names})
+    found = [Path(file.name).name for file in list_files("memory://bucket/**/*.jsonl")]
+    assert found == ["a.jsonl", "b.jsonl", "b1.jsonl", "b[1].jsonl"]
+    assert [Path(file.name).name for file in list_files("memory://bucket/b[1].jsonl")] == ["b[1].jsonl"]
+    assert [Path(file.name).name for file in list_files("memory://bucket/._*.jsonl")] == ["._a.jsonl"]
 
 
 @pytest.mark.usefixtures("memory")
@@ -214,7 +231,7 @@ def test_a_url_that_cannot_be_used_is_named(list_files: List, source: str, error
 def test_a_remote_folder_is_refused(root: Path, list_files: List) -> None:
     with pytest.raises(HardbatchError, match="folder"):
         for file in list_files("memory://bucket", format="jsonl"):
-            list(read_rows(file, Columns(), root / "scratch"))
+            read_all([file], root)
 
 
 @pytest.mark.parametrize("source", ["memory://bucket/a.jsonl", "a.jsonl"])
@@ -226,7 +243,7 @@ def test_a_file_that_vanished_is_named(
     (root / "a.jsonl").unlink()
     memory.rm("/bucket/a.jsonl")
     with pytest.raises(InputError, match=r"a\.jsonl: cannot be (fetched|read any more)"):
-        list(read_rows(file, Columns(), root / "scratch"))
+        read_all([file], root)
 
 
 # reading
@@ -303,13 +320,25 @@ def test_odd_lines_of_json(read: Read) -> None:
     assert texts(rows)[7:] == [(None, "\ud800"), ("\u2028\u0085", {"a": 1})]
 
 
-def test_a_json_array_comes_out_as_broken_rows(read: Read) -> None:
-    assert {row.problem for row in read("a.jsonl", json.dumps(PAIRS, indent=1).encode())} == {"broken_json"}
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("size", [1, 50, 10_000])
+def test_a_json_array_is_read_item_by_item(
+    read: Read, monkeypatch: pytest.MonkeyPatch, indent: int | None, size: int
+) -> None:
+    monkeypatch.setattr("hardbatch.pipeline.sources.text._MIN_ARRAY_READ", size)
+    content = json.dumps([*PAIRS, 5], indent=indent).encode()
+    rows = read("a.json", content)
+    assert texts(rows)[:-1] == GOOD and [row.row for row in rows] == list(range(7))
+    assert (rows[-1].problem, rows[-1].detail) == ("broken_json", "no JSON object: 5")
+    assert read("b.json", b"\n [ ] \n") == []
+    for cut in (content[:-1], content[: len(content) // 2], content.replace(b"q3", b'"')):
+        with pytest.raises(InputError, match=r"a\.json: broken JSON array after row \d"):
+            read("a.json", cut)
 
 
 def test_negatives_of_json_are_optional(read: Read) -> None:
     lines = b'{"query": "a", "document": "b"}\n{"query": "c", "document": "d", "neg": ["e", null]}\n'
-    assert [row.negatives for row in read("a.jsonl", lines, {"negatives": "neg"})] == [None, ["e", None]]
+    assert [row.negatives for row in read("a.jsonl", lines, {"negatives": "neg"})] == [[], ["e", None]]
 
 
 def test_csv_with_marks_breaks_and_quotes(read: Read) -> None:
@@ -325,7 +354,7 @@ def test_csv_with_marks_breaks_and_quotes(read: Read) -> None:
 
 def test_tsv_and_mapped_columns(read: Read) -> None:
     rows = read("a.tsv", b"x\ty\tz\n1, 1\t2\t3\n", {"query": "z", "document": "x", "negatives": "y"})
-    assert [(row.query, row.document, row.negatives) for row in rows] == [("3", "1, 1", "2")]
+    assert [(row.query, row.document, row.negatives) for row in rows] == [("3", "1, 1", ["2"])]
 
 
 def test_a_bare_carriage_return_is_a_broken_row_but_not_a_line_ending(read: Read) -> None:
@@ -383,9 +412,9 @@ def test_negatives_of_parquet(read: Read) -> None:
     columns = {"query": ["a", "b", "c"], "document": ["d", "e", "f"]}
     lists = pa.ListArray.from_arrays(pa.array([0, 2, 2, 4]), invalid_texts())
     for negatives, expected in (
-        (pa.array([["x", None], None, []]), [["x", None], None, []]),
-        (pa.array([["x"], None, []], pa.large_list(pa.large_string())), [["x"], None, []]),
-        (pa.array(["x", None, ""]), ["x", None, ""]),
+        (pa.array([["x", None], None, []]), [["x", None], [], []]),
+        (pa.array([["x"], None, []], pa.large_list(pa.large_string())), [["x"], [], []]),
+        (pa.array(["x", None, ""]), [["x"], [], []]),
         (lists, [["ok", b"\xff\xfe"], [], [None, b"\xed\xa0\x80"]]),
     ):
         rows = read("a.parquet", pa.table({**columns, "neg": negatives}), {"negatives": "neg"})
@@ -449,14 +478,16 @@ def test_a_flipped_bit_of_a_parquet_file_is_an_input_error_or_harmless(root: Pat
         changed[numbers.randrange(len(raw))] ^= 1 << numbers.randrange(8)
         (root / "a.parquet").write_bytes(changed)
         try:
-            assert len(list(read_rows(file, Columns(), root / "scratch"))) == 50
+            assert len(read_all([file], root)) == 50
         except InputError:
             num_refused += 1
     assert num_refused > 100
 
 
 def test_a_negatives_key_that_no_row_has_is_refused(read: Read) -> None:
-    with pytest.raises(InputError, match=r"no row has 'typo'; fix columns\.negatives"):
+    with pytest.raises(
+        InputError, match=r"no column 'typo' for negatives; it has: query, document.*columns\.negatives"
+    ):
         read("a.jsonl", LINES, {"negatives": "typo"})
 
 
@@ -490,8 +521,9 @@ def test_a_broken_row_says_why_and_where(read: Read) -> None:
     assert [row.detail for row in read("a.jsonl", b'{"query": "a", "document": "b"}\n\n{"query": \n[1]\n')] == [
         "", "line 3: character 12: Expecting value", "line 4: no JSON object but another value",
     ]  # fmt: skip
-    rows = read("a.csv", b'query,document\na,b\nc,"d\ne"f\ng\nh,i\n')
+    rows = read("a.csv", b'query,document\na,b\nc,"d"e\ng\n"h\n",i,\n')
     assert [(row.row, row.problem) for row in rows] == [
-        (0, None), (1, "broken_csv"), (2, "wrong_field_count"), (3, None),
+        (0, None), (1, "broken_csv"), (2, "wrong_field_count"), (3, "wrong_field_count"),
     ]  # fmt: skip
-    assert rows[1].detail.startswith("lines 3 to 4: ") and rows[2].detail == "lines 5 to 5: 1 fields, the header has 2"
+    assert rows[1].detail.startswith("lines 3 to 3: ") and rows[2].detail == "lines 4 to 4: 1 fields, the header has 2"
+    assert rows[3].detail == "lines 5 to 6: 3 fields, the header has 2"

@@ -66,7 +66,7 @@ def test_modules_come_in_order_without_tests_and_vendored_code(package: str) -> 
 
 def test_a_package_is_read_without_being_imported(package: str) -> None:
     pairs = [pair for _, path in list_modules(package) for pair in read_functions(path)]
-    assert pairs == [(1, QUERY, DOCUMENT, None)]
+    assert pairs == [(1, QUERY, DOCUMENT)]
     assert package not in sys.modules
 
 
@@ -95,12 +95,12 @@ def test_a_loaded_module_without_a_spec_is_refused(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_query_is_the_first_paragraph_and_the_document_has_no_docstring(functions: Functions) -> None:
-    assert functions(FUNCTION) == [(1, QUERY, DOCUMENT, None)]
+    assert functions(FUNCTION) == [(1, QUERY, DOCUMENT)]
 
 
 def test_methods_and_coroutines_are_read_and_moved_to_the_left(functions: Functions) -> None:
     body = "".join(f"    {line}\n" for line in FUNCTION.splitlines())
-    assert functions("class A:\n    @property\n" + body) == [(3, QUERY, DOCUMENT, None)]
+    assert functions("class A:\n    @property\n" + body) == [(3, QUERY, DOCUMENT)]
     assert functions("class A:\n" + body.replace("def", "async def"))[0][2] == "async " + DOCUMENT
 
 
@@ -126,13 +126,13 @@ def test_a_module_too_deep_for_the_parser_is_left_out(functions: Functions) -> N
 
 
 def test_line_endings_do_not_matter(functions: Functions) -> None:
-    assert functions(FUNCTION.replace("\n", "\r\n")) == [(1, QUERY, DOCUMENT, None)]
+    assert functions(FUNCTION.replace("\n", "\r\n")) == [(1, QUERY, DOCUMENT)]
 
 
 @pytest.mark.parametrize("char", ["\f", "\x0b", "\x1c", "\x85", "\u2028"])
 def test_lines_are_counted_as_the_parser_does(functions: Functions, char: str) -> None:
     comment = f"# a{char}b\n"
-    assert functions(comment + FUNCTION) == [(2, QUERY, DOCUMENT, None)]
+    assert functions(comment + FUNCTION) == [(2, QUERY, DOCUMENT)]
 
 
 @pytest.mark.parametrize("start", [b"\xef\xbb\xbf", "# -*- coding: latin-1 -*-\n# \xe9\n".encode("latin-1")])

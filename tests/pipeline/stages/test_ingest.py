@@ -114,7 +114,7 @@ def test_every_poisoned_row_is_quarantined_with_its_reason(ingest: Ingest) -> No
         (b'{"query": "a", "document": "\\udc00"}', "invalid_utf8"),
         (b'{"query": 1, "document": "a"}', "wrong_type"),
         (b'{"query": true, "document": "a"}', "wrong_type"),
-        (b'{"query": ["a"], "document": "a"}', "wrong_type"),
+        (b'{"query": [1], "document": "a"}', "wrong_type"),
         (b'{"query": {"a": "\\ud800"}, "document": "a"}', "wrong_type"),
         (b'{"query": "a", "docu', "broken_json"),
         (b"[]", "broken_json"),
@@ -550,6 +550,19 @@ def test_texts_of_an_evaluation_are_not_kept_as_negatives(ingest: Ingest, evalua
 
 
 # refusals
+
+
+def test_pairs_of_one_row_are_accounted_for_each_and_filtered_rows_apart(ingest: Ingest) -> None:
+    rows: list[Row] = [
+        {"query": f"q{i}", "pos": [f"a{i}", "", f"a{i}", 5], "neg": [{"text": f"n{i}"}], "label": i % 2}
+        for i in range(6)
+    ]
+    columns = 'columns = { document = "pos", negatives = "neg" }'
+    made = ingest({"x.jsonl": rows}, dataset=f'{columns}\nwhere = "label = 1"')
+    assert made.counts["rows"] == 12 and made.counts["rows_filtered"] == 3
+    assert made.counts["quarantined"] == {"duplicate_pair": 3, "empty": 3, "wrong_type": 3}
+    assert made.texts("documents") == ["a1", "n1", "a3", "n3", "a5", "n5"]
+    assert not any(name.startswith("column") for name in made.counts)
 
 
 def test_too_many_broken_rows_stop_with_exit_code_7(ingest: Ingest, tmp_path: Path) -> None:

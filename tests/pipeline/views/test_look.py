@@ -50,7 +50,7 @@ def test_the_proposal_is_a_manifest_that_runs(
     assert f"faq.{kind}: 1 file ({kind}), " in text and ", 30 rows\n" in text
     (dataset,) = proposed(text)["dataset"]
     assert dataset["columns"] == {"query": "question", "document": "answer"}
-    assert "of the first 30 rows, 30 would be kept" in text
+    assert "of the first 30 pairs, 30 would be kept" in text
 
     (tmp_path / "my.toml").write_text("\n".join(text.split("\n")[text.split("\n").index('corpus = "faq"') :][:6]))
     settings = ["embed.model=lexical", "embed.surrogate_model=lexical", "pack.batch_size=8"]
@@ -86,6 +86,66 @@ def test_columns_of_other_names_are_told_apart_by_their_texts(tmp_path: Path) ->
     assert proposed(text)["dataset"][0]["columns"] == {"query": "kurz", "document": "lang"}
 
 
+def one_dataset(text: str) -> dict[str, Any]:
+    (dataset,) = proposed(text)["dataset"]
+    return {name: value for name, value in dataset.items() if name not in ("name", "source")}
+
+
+def test_lists_numbered_negatives_and_titles_are_proposed_as_they_are_read(tmp_path: Path) -> None:
+    rows = [
+        {
+            "query": f"what is {i}",
+            "title": f"thing {i}",
+            "text": f"it is {i}",
+            "negative_1": f"not {i}",
+            "negative_2": f"nor {i}",
+        }
+        for i in range(5)
+    ]
+    text = look_text(str(write(tmp_path, "parquet", rows)))
+    assert one_dataset(text) == {
+        "columns": {"query": "query", "document": ["title", "text"], "negatives": "negative_*"}
+    }
+    assert "hard negatives: 10 would be kept" in text
+    several = [{"query": f"what is {i}", "pos": [f"it is {i}", f"that is {i}"]} for i in range(5)]
+    text = look_text(str(write(tmp_path, "jsonl", several)))
+    assert one_dataset(text) == {"columns": {"query": "query", "document": "pos"}}
+    assert "of the first 10 pairs, 10 would be kept" in text
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "csv", "columns"),
+    [
+        ("query;document", "a b {0};c d {0}", {"delimiter": ";"}, None),
+        (None, "how is {0} done?\tby hand, as one does {0}", {"header": False}, ["column_1", "column_2"]),
+        ("query\tdocument", 'a b {0}\t"c d {0}', {"quote": ""}, None),
+    ],
+)
+def test_the_dialect_of_delimited_text_is_proposed(
+    tmp_path: Path, header: str | None, row: str, csv: dict[str, Any], columns: list[str] | None
+) -> None:
+    path = tmp_path / ("pairs.csv" if ";" in row else "pairs.tsv")
+    lines = [*([header] if header else []), *(row.format(number) for number in range(5))]
+    path.write_text("".join(f"{line}\n" for line in lines))
+    text = look_text(str(path))
+    expected: dict[str, Any] = {"csv": csv}
+    if columns:
+        expected["columns"] = dict(zip(("query", "document"), columns, strict=True))
+    assert one_dataset(text) == expected
+    assert "of the first 5 pairs, 5 would be kept" in text
+
+
+def test_a_label_is_proposed_as_a_condition(tmp_path: Path) -> None:
+    rows = [{"sentence1": f"a b {i}", "sentence2": f"c d {i}", "label": i % 2} for i in range(6)]
+    assert '# where = "label = 1"' in look_text(str(write(tmp_path, "csv", rows)))
+
+
+def test_columns_that_cannot_be_used_are_explained(tmp_path: Path) -> None:
+    rows = [{"query": f"a {i}", "document": f"b {i}", "negatives": f"['c {i}', 'd {i}']"} for i in range(6)]
+    text = look_text(str(write(tmp_path, "csv", rows)))
+    assert "these columns cannot be used: " in text and "holds lists that were written as text" in text
+
+
 def test_a_source_without_two_texts_gets_no_proposal_but_says_so(tmp_path: Path) -> None:
     text = look_text(str(write(tmp_path, "csv", [{"query-id": "q1", "corpus-id": "d1", "score": 1}])))
     assert "cannot be told from the names" in text and "no row checked" in text
@@ -98,7 +158,7 @@ def test_what_would_be_quarantined_is_counted_with_the_first_row_of_each(tmp_pat
     path = write(tmp_path, "jsonl", rows)
     path.write_text(path.read_text() + "{broken\n")
     text = look_text(str(path))
-    assert "of the first 7 rows, 4 would be kept and 3 quarantined:" in text
+    assert "of the first 7 pairs, 4 would be kept and 3 quarantined:" in text
     assert "empty 1; the first: faq.jsonl row 2: document: ''" in text
     assert "duplicate_pair 1; the first: faq.jsonl row 4" in text
     assert "broken_json 1; the first: faq.jsonl row 6: line 7" in text
