@@ -308,9 +308,9 @@ class WriteConfig(Table):
     """Equivalence sets and shards."""
 
     likely_rule: Literal["one-sided", "symmetric"] = Field(
-        "symmetric",
-        description="symmetric: each of two documents must fit the other query; one-sided: a likely answer scores "
-        "as high for the query as its own document (Eq. 4)",
+        "one-sided",
+        description="one-sided: a likely answer scores as high for the query as its own document (Eq. 4); "
+        "symmetric: each of two documents must fit the other query as well",
     )
     margin: float = Field(
         0.0, description="how far below the own score a likely answer may score; negative: it must lead by this much"

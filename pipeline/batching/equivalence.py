@@ -1,18 +1,16 @@
 """Equivalence sets S(q, d): the documents of a batch that may answer q as well as d does (Eq. 4).
 
 Slot j is in S(i), j ≠ i, if d_j answers q_i for certain (the same answer), or if it is a *likely* answer by the
-surrogate f, the dot product of unit vectors. Likely is decided on the symmetric score
+surrogate f, the dot product of unit vectors. Its score s_ij must reach three bounds, with own_i = f(q_i, d_i):
 
-    s_ij = (f(q_i, d_j) + f(q_j, d_i)) / 2
-
-which is high only if each document fits the other query as well. It must reach three bounds:
-
-    own     s_ij ≥ (own_i + own_j) / 2 less the margin, where own_i = f(q_i, d_i)
+    own     one-sided   s_ij = f(q_i, d_j)                       ≥ own_i less the margin
+            symmetric   s_ij = (f(q_i, d_j) + f(q_j, d_i)) / 2   ≥ (own_i + own_j) / 2 less the margin
     floor   s_ij ≥ the floor of the domain, a quantile of its own scores (consistency.py)
     cap     of what passes, a query loses at most a part of its batch, the best-scoring slots
 
-Without a floor, a pair that says little has a low own score, and masks nearly everything. A document that is the
-text of the query itself is always in S(i) too.
+The symmetric score is high only if each document fits the other query as well. Without a floor, a pair that says
+little has a low own score, and masks nearly everything. A document that is the text of the query itself is always in
+S(i) too.
 
 Shape letters: B slots of a batch, N hard negatives of a pair, D dimension.
 """
@@ -41,7 +39,7 @@ class LikelyRule:
         max_likely: The largest part of a batch that the surrogate alone may mask for a query.
     """
 
-    likely_rule: Literal["one-sided", "symmetric"] = "symmetric"
+    likely_rule: Literal["one-sided", "symmetric"] = "one-sided"
     margin: float = 0.0
     margin_strategy: Literal["absolute", "relative"] = "absolute"
     max_likely: float = 0.25

@@ -281,7 +281,7 @@ def _check(name: str, files: Sequence[SourceFile], reading: Reading, scratch: Pa
             seen.add((clean.query, clean.document))
             num_cut += clean.num_cut
             num_negatives += len(clean.negatives)
-            num_lost += clean.num_negatives_dropped
+            num_lost += len(clean.unusable_negatives)
         num_pairs = counts["rows"]
         check_dataset(name, counts, reading, files)
     except InputError as error:

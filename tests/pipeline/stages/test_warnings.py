@@ -59,7 +59,7 @@ def test_a_sound_corpus_has_no_warning(warn: Warn) -> None:
 @pytest.mark.parametrize(
     ("bad", "expected"),
     [
-        ([{"words": "a"}, 3], "none of 80 hard negatives of column 'bad' can be used (wrong_type 80)"),
+        (["one \0", "two \0"], "none of 80 hard negatives of column 'bad' can be used (nul_character 80)"),
         ([], "no row that came through has a hard negative in column 'bad'"),
         ([None, ""], "no row that came through has a hard negative in column 'bad'"),
         (

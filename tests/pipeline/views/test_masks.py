@@ -123,7 +123,10 @@ def test_near_copies_show_how_much_their_texts_have_in_common(shards: Artifact) 
     }
 
 
-def test_scores_are_those_of_the_surrogate_and_likely_slots_come_from_the_highest(shards: Artifact) -> None:
+@pytest.mark.parametrize("rule", ["one-sided", "symmetric"])
+def test_scores_are_those_of_the_surrogate_and_likely_slots_come_from_the_highest(made: Path, rule: str) -> None:
+    manifest = made.parents[3] / "c.toml"
+    shards = read_artifact(run_corpus(manifest, workspace=made.parents[2], overrides=[f"write.likely_rule={rule}"]))
     rows = rows_of(shards)
     folder = shards.path.parents[1] / "vectors" / "n" / shards.manifest.inputs["surrogate/n"] / "vectors"
     queries, documents = (
@@ -136,14 +139,15 @@ def test_scores_are_those_of_the_surrogate_and_likely_slots_come_from_the_highes
     assert found.floors == {"n": pytest.approx(floor, abs=1e-6)}
     for row, masks, own in zip(rows, found.by_slot, found.own_scores, strict=True):
         others = [rows[mask.slot] for mask in masks]
-        scores = [
-            queries[row["query_id"]] @ documents[other["document_id"]]
-            + queries[other["query_id"]] @ documents[row["document_id"]]
-            for other in others
-        ]
+        scores = np.array([queries[row["query_id"]] @ documents[other["document_id"]] for other in others])
+        bounds = np.full(len(masks), own)
+        if rule == "symmetric":
+            scores += [queries[other["query_id"]] @ documents[row["document_id"]] for other in others]
+            scores /= 2
+            bounds = (bounds + [found.own_scores[mask.slot] for mask in masks]) / 2
+        bounds = np.maximum(bounds, floor)
         assert own == pytest.approx(queries[row["query_id"]] @ documents[row["document_id"]], abs=1e-6)
-        assert [mask.score for mask in masks] == pytest.approx(np.array(scores) / 2, abs=1e-6)
-        bounds = [max((own + found.own_scores[mask.slot]) / 2, floor) for mask in masks]
+        assert [mask.score for mask in masks] == pytest.approx(scores, abs=1e-6)
         assert [mask.bound for mask in masks] == [
             pytest.approx(bound, abs=1e-6) if mask.reason == "likely" else None
             for mask, bound in zip(masks, bounds, strict=True)
