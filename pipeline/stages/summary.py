@@ -27,9 +27,9 @@ from hardbatch.pipeline.stages.warnings import no_vector_text, reasons_text
 from hardbatch.pipeline.step import Step
 
 _SOURCE_COUNTS = (
-    "rows", "pairs", "held_out", "holdout_target", "quarantined", "texts_cut", "query_ids", "document_ids", "sorted_by",
-    "files", "files_read", "files_without_pairs", "such_files", "negatives", "negatives_dropped", "negatives_unusable",
-    "negatives_joined",
+    "rows", "rows_filtered", "pairs", "held_out", "holdout_target", "quarantined", "texts_cut", "query_ids",
+    "document_ids", "sorted_by", "files", "files_read", "files_without_pairs", "such_files", "negatives",
+    "negatives_dropped", "negatives_unusable", "negatives_joined",
 )  # fmt: skip
 _ROLES = {"vectors": "embed.model", "surrogate": "embed.surrogate_model"}
 _BLOCK_BATCHES = 1_024

@@ -60,11 +60,15 @@ def summary_text(shards: Path) -> str:
 
 
 def _reasons_text(summary: Summary) -> list[str]:
-    """A line for each domain that says why rows are in quarantine and pairs are left over; none if there are none."""
+    """A line for each domain that says why rows are not read, or in quarantine, and why pairs are left over."""
     lines = []
     for name, domain in summary.domains.items():
         left = {reason: count for reason, count in domain.leftover.items() if reason != "mixed"}
-        parts = {"quarantined": domain.source.get("quarantined", {}), "left over": left}
+        parts = {
+            "not read": {"where": domain.source.get("rows_filtered", 0)},
+            "quarantined": domain.source.get("quarantined", {}),
+            "left over": left,
+        }
         texts = [f"{what}: {reasons_text(counts)}" for what, counts in parts.items() if any(counts.values())]
         if texts:
             lines.append(f"{name}: {'; '.join(texts)}")
