@@ -55,13 +55,14 @@ class StoredArtifact:
 def point_latest_at(shards: Path) -> None:
     """Makes the link `latest` of a corpus lead to its folder `shards`, unless it does already.
 
-    It is a convenience, so a filesystem without links is not an error.
+    It is a convenience, so a filesystem without links is not an error, and neither is a folder in its place, which
+    a copy of the workspace may have.
     """
     link = shards.parents[1] / LATEST
     target = Path(shards.parent.name, shards.name)
     temporary = link.with_name(f".{LATEST}.tmp")
     with suppress(OSError):
-        if link.is_symlink() and link.readlink() == target:
+        if link.readlink() == target if link.is_symlink() else link.exists():
             return
         temporary.unlink(missing_ok=True)  # of a run that was killed here
         temporary.symlink_to(target)

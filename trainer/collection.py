@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hardbatch.pipeline.artifacts.collection import (
@@ -63,7 +64,7 @@ def load_documents(folder: Path) -> list[str]:
     """The documents of the collection in `folder`. Raises InputError as `load_collection` does."""
     paths = corpus_files(folder)
     corpus = _read(paths, {"text": ()}, TITLE)
-    return _training_documents(corpus, folder) + _documents(corpus, _shown(paths))[0]
+    return _training_documents(folder, paths) + _documents(corpus, _shown(paths))[0]
 
 
 def load_collection(folder: Path) -> Collection:
@@ -86,7 +87,7 @@ def load_collection(folder: Path) -> Collection:
     if not (scores > 0).any():
         raise InputError(f"{qrels_path}: no score is above 0, so there is nothing to find; {HELP}")
     documents, columns = _documents(corpus, corpus_path)
-    training = _training_documents(corpus, folder)
+    training = _training_documents(folder, found[0])
     source = f"{columns} of {corpus_path}"
     if training:
         source += f", {len(training):,} of them of training"
@@ -101,9 +102,11 @@ def load_collection(folder: Path) -> Collection:
     )
 
 
-def _training_documents(corpus: pa.Table, folder: Path) -> list[str]:
+def _training_documents(folder: Path, corpus: list[Path]) -> list[str]:
     """The documents that a holdout is searched in besides its own; none for other collections."""
-    expected = int((corpus.schema.metadata or {}).get(TRAINING_DOCUMENTS, 0))
+    if corpus != [folder / "corpus.parquet"]:
+        return []
+    expected = int((pq.read_schema(corpus[0]).metadata or {}).get(TRAINING_DOCUMENTS, 0))
     if not expected:
         return []
     texts = folder.parent / "texts"

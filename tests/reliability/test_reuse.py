@@ -62,7 +62,7 @@ def assert_nothing_done(told: dict[str, list[str]], sources: Path, libraries: Se
 def test_a_rerun_opens_nothing_for_writing_and_loads_no_model(
     finished_run: tuple[Path, Path, Path], tmp_path: Path, record_row: Record
 ) -> None:
-    folder = shutil.copytree(finished_run[0].parent, tmp_path / "copy")
+    folder = shutil.copytree(finished_run[0].parent, tmp_path / "copy", symlinks=True)
     manifest, workspace = folder / finished_run[0].name, folder / "workspace"
     assert main(["plan", str(manifest), "--workspace", str(workspace)]) == 0  # the digests of the copy
     assert_nothing_done(rerun_watched(manifest, workspace, []), folder)
