@@ -31,7 +31,7 @@ from hardbatch.pipeline.step import Step
 VERSIONS = {
     "pairs": 3,
     "leaks": 1,
-    "answers": 2,
+    "answers": 3,
     "vectors": 1,
     "clusters": 4,
     "hardness": 1,

@@ -306,17 +306,21 @@ def _normal_code(text: str, *, has_blocks: bool) -> str:
 def _with_sentences(words: str, content: list[str], flags: bytearray) -> Reading:
     """Cuts the content of a text into sentences."""
     sentences, sizes, droppable = [], [], []
-    start = 0
+    start = size = 0
     for index in [found.start() for found in _AT_END.finditer(flags)]:
         if content[start] == "-":  # an item of a list
             flags[start] &= ~_SIGN
-        sentences.append(" ".join(filter(None, content[start : index + 1])))
-        sizes.append(index + 1 - start)
-        droppable.append(_AT_MARK.search(flags, start, index + 1) is None)
+        sentence = " ".join(filter(None, content[start : index + 1]))
+        size += index + 1 - start
+        if sentence:  # one of function words alone is part of the next
+            sentences.append(sentence)
+            sizes.append(size)
+            droppable.append(_AT_MARK.search(flags, start, index + 1) is None)
+            size = 0
         start = index + 1
     if start < len(flags):  # an unfinished sentence may be a command, or have been cut
         sentences.append(" ".join(filter(None, content[start:])))
-        sizes.append(len(flags) - start)
+        sizes.append(size + len(flags) - start)
         droppable.append(False)
     kept = " ".join(filter(None, sentences))
     if not kept:

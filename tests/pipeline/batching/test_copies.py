@@ -136,6 +136,11 @@ def test_a_text_does_not_join_versions_that_contradict_each_other():
     assert classes([LONG, short, LONG + " Guests are welcome."]) == [0, 0, 0]  # one holds the other
 
 
+def test_a_sentence_of_function_words_does_not_count() -> None:
+    short = LONG.replace("Visitors leave their coats in the hall. ", "")
+    assert classes([LONG, f"The. {short}"]) == classes([f"The. {LONG}", short]) == [0, 0]
+
+
 # A verifier of texts made of plain words and full stops, written from the definition alone.
 
 WORDS = ["red", "blue", "not", "7", "fish", "the"]
