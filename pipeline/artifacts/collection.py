@@ -81,7 +81,7 @@ def split_files(qrels: Path) -> tuple[Path, list[Path]]:
     """The folder of the collection whose judgements `qrels` is, and all files of its split."""
     folder = collection_of(qrels)
     if folder is None:
-        raise InputError(f"{qrels}: is no longer part of a collection; {HELP}")
+        raise InputError(f"{qrels}: the corpus or the queries beside it were removed or renamed; {HELP}")
     return folder, qrels_files(folder, split_of(qrels))
 
 

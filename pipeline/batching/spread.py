@@ -8,7 +8,7 @@ groups of a batch are made, the same holds for them, but with at most a quarter 
 
 A batch with more pairs of a class than its cap is crowded. A crowding pair is exchanged with a pair of
 the batch that suits it best among those that have room for its classes; the other pair must find room
-too. If there is no such exchange, the pairs of two batches are dealt again, half of each class to each.
+too. If no exchange is possible, the pairs of the two batches are divided again, half of each class to each.
 This always ends without a crowded batch, by de Werra's theorem on equitable edge colourings: classes are
 the vertices of a bipartite multigraph, pairs its edges, and batches its colours.
 
