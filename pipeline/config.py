@@ -192,6 +192,9 @@ class EmbedConfig(Table):
     trust_remote_code: bool = Field(False, description="run code from the model's repository; needs a full commit")
 
 
+_ITERATIONS = {"folded": 10, "doubled": 100}
+
+
 class ClusterConfig(Table):
     """Asymmetric K-Means (Eq. 3)."""
 
@@ -218,6 +221,16 @@ class ClusterConfig(Table):
         1_024, ge=1, description="folded: cluster in two levels if there are more clusters than this"
     )
     seed: int = Field(0, ge=0, description="seed for drawing the first centroids")
+
+    def resolved(self, pack: PackConfig) -> ClusterConfig:
+        """Returns these settings with the defaults that follow from the method and from packing."""
+        size = pack.with_group_size().group_size or pack.batch_size
+        return self.model_copy(
+            update={
+                "cluster_size": self.cluster_size or (pack.batch_size if size == 1 else size),
+                "iterations": self.iterations or _ITERATIONS[self.method],
+            }
+        )
 
 
 class PackConfig(Table):

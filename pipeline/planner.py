@@ -39,7 +39,6 @@ VERSIONS = {
     "batches": 5,
     "shards": 6,
 }
-_ITERATIONS = {"folded": 10, "doubled": 100}
 
 
 class Planner:
@@ -128,12 +127,8 @@ class Planner:
 
     def _cluster_settings(self, device: str) -> FoldedSettings | DoubledSettings:
         """The settings of the chosen method alone: a change of the other one's changes nothing."""
-        given = self._settings.cluster
-        settings = given.model_dump()
-        follows = self._pack.batch_size if self._pack.group_size == 1 else self._pack.group_size
-        settings["cluster_size"] = given.cluster_size or follows
-        settings["iterations"] = given.iterations or _ITERATIONS[given.method]
-        if given.method == "doubled":
+        settings = self._settings.cluster.resolved(self._pack).model_dump()
+        if settings["method"] == "doubled":
             return DoubledSettings(**settings, backend=_faiss_backend())
         return FoldedSettings(**settings, device=device)
 

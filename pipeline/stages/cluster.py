@@ -17,6 +17,7 @@ from hardbatch.pipeline.artifacts.snapshots import Snapshots
 from hardbatch.pipeline.artifacts.vectors import FoldedPoints, load_pairs, open_vectors, write_array
 from hardbatch.pipeline.batching.doubled import doubled_kmeans
 from hardbatch.pipeline.batching.kmeans import Clustering, kmeans
+from hardbatch.pipeline.batching.points import PairPoints
 from hardbatch.pipeline.batching.two_level import two_level_kmeans
 from hardbatch.pipeline.step import Executor, Progress, StageResult, Step
 
@@ -44,7 +45,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
     return StageResult(units=["clusters"], counts=builder.unit_record("clusters").counts, produced_with=versions)
 
 
-def cluster(points: FoldedPoints, config: dict[str, Any], snapshots: Snapshots | None = None) -> Clustering:
+def cluster(points: PairPoints, config: dict[str, Any], snapshots: Snapshots | None = None) -> Clustering:
     """Clusters the pairs behind `points` by the settings of `ClusterConfig`, with k = ceil(n / cluster_size).
 
     With `folded`, it resumes from the snapshot of an earlier call and leaves its own there.

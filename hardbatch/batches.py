@@ -1,0 +1,437 @@
+"""Batches for training, made in memory from a dataset of pairs: `build_batches`.
+
+What `hardbatch run` does with files is done here with lists and arrays, by the same functions: the batches
+and the masks of both are the same.
+
+Shape letters: n pairs, N texts of a side, M batches, B slots of a batch, D dimension.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+from hardbatch.embeddings import EmbeddedPairs, pack_points, rule_of
+from hardbatch.pipeline.arrays import Array
+from hardbatch.pipeline.artifacts.answers import Answers
+from hardbatch.pipeline.artifacts.files import DigestCache
+from hardbatch.pipeline.artifacts.vectors import Pairs
+from hardbatch.pipeline.batching.consistency import floor_at, own_scores, percentiles
+from hardbatch.pipeline.batching.copies import find_copies
+from hardbatch.pipeline.batching.equivalence import LikelyRule, likely_answers, repeats_query
+from hardbatch.pipeline.batching.hardness import measure_bounds
+from hardbatch.pipeline.config import EmbedConfig, HardnessConfig, IngestConfig, PackConfig, WriteConfig
+from hardbatch.pipeline.models.encoders import open_encoder
+from hardbatch.pipeline.models.resolve import resolve_model
+from hardbatch.pipeline.sources.files import RawRow
+from hardbatch.pipeline.stages.ingest import clean_row
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer
+
+    from hardbatch.integration import BatchSamplerMaker, MaskedInfoNCELoss
+
+logger = logging.getLogger(__name__)
+
+_TEXTS_PER_BLOCK = 8_192
+_BLOCK_PAIRS = 4_096
+_FEW_USED = 0.9  # below this part of the rows in batches, there is a warning
+_MANY_MASKED = 0.5  # above this part of the slots masked, there is a warning
+
+
+def build_batches(
+    dataset: Any,
+    *,
+    model: str | SentenceTransformer = "minilm",
+    guide: str | SentenceTransformer | None = None,
+    anchor_column_name: str | None = None,
+    positive_column_name: str | None = None,
+    batch_size: int = 64,
+    group_size: int | None = None,
+    margin: float = 0.0,
+    query_prompt: str | None = None,
+    corpus_prompt: str | None = None,
+    seed: int = 0,
+    show_progress_bar: bool = False,
+) -> Batches:
+    """Makes batches of alike pairs, and finds the false negatives of each.
+
+    Args:
+        dataset: The pairs: a `datasets.Dataset`, a polars or pandas frame, a mapping of columns, or two lists
+            (queries, documents).
+        model: The model whose embeddings say which pairs are alike: a `SentenceTransformer`, or a name as
+            `embed.model` takes it (`minilm`, `lexical`, a folder, or a name on the hub).
+        guide: The model that judges false negatives. By default `model`.
+        anchor_column_name: The column of queries. By default the first column.
+        positive_column_name: The column of documents. By default the second column.
+        batch_size: B, the number of pairs in every batch.
+        group_size: K, the dial of hardness: a batch is B / K groups of K alike pairs. See `pack_embeddings`.
+        margin: How far below its own document's score a document may score to count as a false negative.
+        query_prompt: Is put before each query when `model` embeds it; for a `SentenceTransformer`, its own
+            prompt for queries by default.
+        corpus_prompt: The same for documents.
+        seed: Draws the batches. Another seed makes other batches of the same hardness.
+        show_progress_bar: Whether to show how far embedding is.
+
+    Returns:
+        The batches.
+
+    Raises:
+        TypeError: `dataset` is of no kind that is known here.
+        ValueError: A column is missing, a setting is not allowed, or the pairs do not fill one batch.
+        ConfigError: A model cannot be loaded.
+    """
+    config = PackConfig(batch_size=batch_size, group_size=group_size, seed=seed).with_group_size()
+    frame = _frame(dataset)
+    names = _column_names(frame, anchor_column_name, positive_column_name)
+    rows, texts, leftover = _usable(*(frame[name].to_list() for name in names))
+    if len(rows) < batch_size:
+        raise ValueError(
+            f"{len(rows)} of {len(frame)} rows can be used ({_reasons_text(leftover)}), which do not fill a batch "
+            f"of {batch_size}; lower batch_size, or see whether {names[0]!r} and {names[1]!r} are the right columns"
+        )
+
+    distinct, numbers = zip(*(_distinct(side) for side in texts), strict=True)
+    embedded = _embed(model, "cluster", distinct, (query_prompt, corpus_prompt), show_progress_bar)
+    guided = embedded
+    if guide is not None and guide is not model:
+        guided = _embed(guide, "surrogate", distinct, (None, None), show_progress_bar)
+    points, guide_points = (EmbeddedPairs(*vectors, *numbers) for vectors in (embedded, guided))
+
+    has_vectors = points.has_vectors() & guide_points.has_vectors()
+    leftover["invalid_vector"] = rows[~has_vectors]
+    pairs = Pairs(query_row=numbers[0], document_row=numbers[1], negative_offsets=None, negative_rows=None)
+    query_class, document_class = (find_copies([side]).text_class for side in distinct)
+    answers = Answers(query_class=query_class, document_class=document_class, pairs=pairs)
+
+    kept = np.flatnonzero(has_vectors)
+    if len(kept) < batch_size:
+        raise ValueError(f"{len(kept)} of {len(rows)} pairs have a vector, which do not fill a batch of {batch_size}")
+    classes = np.stack([query_class[numbers[0]], document_class[numbers[1]]], axis=1)
+    packing = pack_points(points.at(kept), config, classes[kept])
+    leftover["remainder"] = rows[kept[packing.remainder]]
+
+    batches = Batches(
+        frame=frame,
+        names=names,
+        rows=rows,
+        pairs_MB=kept[packing.batches],
+        leftover={reason: left for reason, left in leftover.items() if len(left)},
+        config=config,
+        points=points,
+        guide_points=guide_points,
+        answers=answers,
+        kept=kept,
+        rule=rule_of(WriteConfig(margin=margin)),
+    )
+    batches._warn()
+    return batches
+
+
+class Batches:
+    """Batches of B pairs each, in memory. `build_batches` makes them.
+
+    `len(batches)` is M, and `batches[i]` shows batch i as a polars frame, with the columns of the dataset.
+
+    Attributes:
+        indices: The rows of the dataset that each batch holds (int64, M × B). K consecutive slots are a group.
+        leftover: The rows that are in no batch, by reason (int64 each).
+        batch_size: B.
+        group_size: K.
+    """
+
+    def __init__(
+        self,
+        *,
+        frame: pl.DataFrame,
+        names: tuple[str, str],
+        rows: Array,
+        pairs_MB: Array,
+        leftover: Mapping[str, Array],
+        config: PackConfig,
+        points: EmbeddedPairs,
+        guide_points: EmbeddedPairs,
+        answers: Answers,
+        kept: Array,
+        rule: LikelyRule,
+    ) -> None:
+        self.indices: Array = rows[pairs_MB]
+        self.leftover = dict(leftover)
+        self.batch_size = config.batch_size
+        self.group_size = config.group_size
+        self._seed = config.seed
+        self._frame, self._names, self._pairs_MB = frame, names, pairs_MB
+        self._points, self._guide_points, self._kept = points, guide_points, kept
+        self._answers, self._rule = answers, rule
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, number: int) -> pl.DataFrame:
+        found: pl.DataFrame = self._frame[self.indices[number]]
+        return found
+
+    def __iter__(self) -> Any:
+        return (self[number] for number in range(len(self)))
+
+    def __repr__(self) -> str:
+        left = _reasons_text(self.leftover)
+        return (
+            f"Batches({len(self)} of {self.batch_size} pairs in groups of {self.group_size}, share {self.share:.3f}, "
+            f"mask rate {self.mask_rate:.4f}; not in a batch: {left})"
+        )
+
+    @cached_property
+    def floor(self) -> float:
+        """The median of the guide's scores f(q, d) over all pairs; no false negative scores below it."""
+        scores = [
+            own_scores(queries, documents) for documents, queries in map(self._guide_points.sides, _blocks(self._kept))
+        ]
+        return floor_at(percentiles(np.concatenate(scores).astype(np.float32)), WriteConfig().floor_quantile)
+
+    def same_answers(self, number: int) -> Array:
+        """Marks the documents of batch `number` that answer a query for certain, besides its own (bool, B × B)."""
+        pairs = self._answers.pairs
+        of_batch = self._pairs_MB[number]
+        same_BB = self._answers.answers(pairs.query_row[of_batch][:, None], pairs.document_row[of_batch][None, :])
+        np.fill_diagonal(same_BB, False)
+        return same_BB
+
+    def false_negatives(self, number: int) -> Array:
+        """Marks the documents of batch `number` that are no negatives of a query (bool, B × B, Eq. 4).
+
+        These are `same_answers`, likely answers by the guide, and documents that repeat the query. Row i belongs
+        to the query of slot i; the diagonal is False.
+        """
+        certain_BB = self.same_answers(number)
+        documents_BD, queries_BD = self._guide_points.sides(self._pairs_MB[number])
+        likely = likely_answers(queries_BD, documents_BD, self._rule, self.floor, certain_BB)
+        queries, documents = (self[number][name].to_list() for name in self._names)
+        mask_BB = certain_BB | likely.mask_BB | repeats_query(queries, documents)
+        np.fill_diagonal(mask_BB, False)
+        return mask_BB
+
+    @cached_property
+    def mask_rate(self) -> float:
+        """The part of the B(B−1) other slots of a batch that are false negatives, over all batches."""
+        masked = sum(int(self.false_negatives(number).sum()) for number in range(len(self)))
+        return masked / (self.indices.size * (self.batch_size - 1))
+
+    @cached_property
+    def hardness(self) -> float:
+        """The mean of (d_i·q_j + d_j·q_i) / 2 over two pairs of one batch, in `model`'s embeddings."""
+        total = 0.0
+        for of_batch in self._pairs_MB:
+            documents_BD, queries_BD = (side.astype(np.float64) for side in self._points.sides(of_batch))
+            total += float(documents_BD.sum(0) @ queries_BD.sum(0) - np.einsum("bd,bd->", documents_BD, queries_BD))
+        return total / (self.indices.size * (self.batch_size - 1))
+
+    @cached_property
+    def share(self) -> float:
+        """Where `hardness` stands between random batches (0) and every pair among its nearest (1)."""
+        how = HardnessConfig()
+        bounds = measure_bounds(self._points.at(self._kept), self.batch_size, num_anchors=how.anchors, seed=how.seed)
+        assert bounds is not None, "there is at least one batch"
+        return bounds.share(self.hardness)
+
+    def to_dataset(self, *, masks: bool = False) -> Dataset:
+        """The pairs in the order of their batches, as `datasets` holds them: slot s of batch i is row i·B + s.
+
+        Args:
+            masks: Whether to add the columns `batch_id`, `slot` and `equivalent_slots`, the slots of the batch that
+                are false negatives of the row's query.
+
+        Returns:
+            The columns of queries and documents, and `label`, the number of the row. Losses of sentence-transformers
+            get nothing but texts and labels, so it tells `loss` which batch it sees.
+        """
+        datasets = _import("datasets", "a dataset")
+        number = pl.int_range(self.indices.size, dtype=pl.Int64, eager=True)
+        frame = self._frame[self.indices.ravel()].select(*self._names).with_columns(label=number)
+        if masks:
+            slots = [row.nonzero()[0].tolist() for i in range(len(self)) for row in self.false_negatives(i)]
+            frame = frame.with_columns(
+                batch_id=number // self.batch_size,
+                slot=(number % self.batch_size).cast(pl.Int32),
+                equivalent_slots=pl.Series(slots, dtype=pl.List(pl.UInt16)),
+            )
+        return datasets.Dataset(frame.to_arrow())
+
+    def save_to_disk(self, path: str | Path) -> None:
+        """Writes `to_dataset(masks=True)`; `datasets.load_from_disk` reads it."""
+        self.to_dataset(masks=True).save_to_disk(str(path))
+
+    @property
+    def batch_sampler(self) -> BatchSamplerMaker:
+        """For `SentenceTransformerTrainingArguments(batch_sampler=...)`: each epoch, all batches in a new order."""
+        from hardbatch.integration import BatchSamplerMaker
+
+        return BatchSamplerMaker(len(self), self.batch_size)
+
+    def loss(self, model: SentenceTransformer, *, temperature: float = 0.02) -> MaskedInfoNCELoss:
+        """InfoNCE from queries to documents without the false negatives, for `SentenceTransformerTrainer`.
+
+        Args:
+            model: The model that is trained.
+            temperature: Divides the cosines.
+        """
+        from hardbatch.integration import MaskedInfoNCELoss
+
+        return MaskedInfoNCELoss(model, self, temperature=temperature)
+
+    def _warn(self) -> None:
+        """Warns of what makes batches useless, or nearly so."""
+        used = self.indices.size / len(self._frame)
+        if used < _FEW_USED:
+            logger.warning("%.0f %% of the rows are in a batch: %s", 100 * used, _reasons_text(self.leftover))
+        if self.mask_rate > _MANY_MASKED:
+            logger.warning(
+                "%.0f %% of the slots are masked, so most queries have few negatives: is every document an answer "
+                "to most queries?",
+                100 * self.mask_rate,
+            )
+
+
+def _frame(dataset: Any) -> pl.DataFrame:
+    """The dataset as a polars frame."""
+    if isinstance(dataset, pl.DataFrame):
+        return dataset
+    if isinstance(dataset, pl.LazyFrame):
+        return dataset.collect()
+    if isinstance(dataset, tuple | list) and len(dataset) == 2 and not any(isinstance(side, str) for side in dataset):
+        queries, documents = map(list, dataset)
+        if len(queries) != len(documents):
+            raise ValueError(f"two lists must be of the same length, given {len(queries)} and {len(documents)}")
+        return pl.DataFrame({"anchor": queries, "positive": documents}, strict=False)
+    if isinstance(dataset, Mapping):
+        if any(hasattr(value, "column_names") for value in dataset.values()):
+            raise TypeError(f"dataset has the splits {', '.join(dataset)}; give one of them, such as dataset['train']")
+        return pl.DataFrame({name: list(column) for name, column in dataset.items()}, strict=False)
+    if hasattr(dataset, "to_polars"):  # datasets.Dataset
+        found: pl.DataFrame = dataset.to_polars()
+        return found
+    if type(dataset).__module__.split(".")[0] == "pandas" and type(dataset).__name__ == "DataFrame":
+        return pl.from_pandas(dataset)
+    raise TypeError(
+        f"dataset is a {type(dataset).__name__}; give a datasets.Dataset, a polars or pandas frame, a mapping of "
+        "columns, or two lists (queries, documents)"
+    )
+
+
+def _column_names(frame: pl.DataFrame, anchor: str | None, positive: str | None) -> tuple[str, str]:
+    """The columns of queries and documents."""
+    names = frame.columns
+    for option, name in (("anchor_column_name", anchor), ("positive_column_name", positive)):
+        if name is not None and name not in names:
+            raise ValueError(f"{option}: there is no column {name!r}; the columns are {', '.join(names)}")
+    if len(names) < 2:
+        raise ValueError(f"a dataset of pairs needs two columns, given {', '.join(names) or 'none'}")
+    query = anchor or next(name for name in names if name != positive)
+    document = positive or next(name for name in names if name != query)
+    for name in (query, document):
+        if frame[name].dtype not in (pl.String, pl.Categorical, pl.Enum, pl.Null, pl.Object):
+            raise ValueError(
+                f"column {name!r} holds {frame[name].dtype}, not texts; name the columns of queries and documents with "
+                f"anchor_column_name and positive_column_name (the columns are {', '.join(names)})"
+            )
+    return query, document
+
+
+def _usable(queries: Sequence[Any], documents: Sequence[Any]) -> tuple[Array, tuple[list[str], list[str]], dict]:
+    """The rows that can be used, their texts, and by reason the rows that cannot; the rules are those of ingest."""
+    limit = IngestConfig().max_characters
+    rows: list[int] = []
+    texts: tuple[list[str], list[str]] = ([], [])
+    left: dict[str, list[int]] = {}
+    seen: set[tuple[str, str]] = set()
+    for row, (query, document) in enumerate(zip(queries, documents, strict=True)):
+        clean = clean_row(RawRow(row, query, document, None), limit)
+        pair = clean.query, clean.document
+        reason = clean.reason or ("duplicate_pair" if pair in seen else None)
+        if reason is not None:
+            left.setdefault(reason, []).append(row)
+            continue
+        seen.add(pair)
+        rows.append(row)
+        for side, text in zip(texts, pair, strict=True):
+            side.append(text)
+    leftover = {reason: np.array(numbers) for reason, numbers in left.items()}
+    return np.array(rows, dtype=np.int64), texts, leftover
+
+
+def _distinct(texts: list[str]) -> tuple[list[str], Array]:
+    """The distinct texts in order of first appearance, and the number of each text among them (int64)."""
+    number: dict[str, int] = {}
+    return_numbers = np.array([number.setdefault(text, len(number)) for text in texts], dtype=np.int64)
+    return list(number), return_numbers
+
+
+def _embed(
+    model: str | SentenceTransformer,
+    role: str,
+    texts: tuple[list[str], list[str]],
+    prompts: tuple[str | None, str | None],
+    show: bool,
+) -> tuple[Array, Array]:
+    """The vectors of queries and of documents, unit length, float16 as in the `vectors` artifact."""
+    if not isinstance(model, str):
+        if not hasattr(model, "encode_query"):
+            raise TypeError(f"a model is a SentenceTransformer or a name, given a {type(model).__name__}")
+        encoders = model.encode_query, model.encode_document
+        query_vectors, document_vectors = (
+            encode(
+                side,
+                normalize_embeddings=True,
+                show_progress_bar=show,
+                **({} if prompt is None else {"prompt": prompt}),
+            )
+            for encode, side, prompt in zip(encoders, texts, prompts, strict=True)
+        )
+        return query_vectors.astype(np.float16), document_vectors.astype(np.float16)
+
+    queries, documents = (prompt or "" for prompt in prompts)
+    config = EmbedConfig(model=model, query_prompt=queries, document_prompt=documents)
+    if role == "surrogate":
+        config = EmbedConfig(surrogate_model=model)
+    spec = resolve_model(config, role, Path(), DigestCache(Path("/nonexistent")))
+    encoder = open_encoder(spec, [texts[1]])
+    sides = []
+    for side, prompt in zip(texts, (spec.query_prompt, spec.document_prompt), strict=True):
+        blocks = [side[start : start + _TEXTS_PER_BLOCK] for start in range(0, len(side), _TEXTS_PER_BLOCK)]
+        vectors = [
+            encoder.encode(encoder.tokenize([prompt + text for text in block])) for block in _shown(blocks, show)
+        ]
+        sides.append(np.concatenate(vectors).astype(np.float16))
+    return sides[0], sides[1]
+
+
+def _shown(blocks: list[list[str]], show: bool) -> Any:
+    if not show:
+        return blocks
+    from tqdm.auto import tqdm
+
+    return tqdm(blocks, desc="embed", unit="block")
+
+
+def _blocks(numbers: Array) -> list[Array]:
+    return [numbers[start : start + _BLOCK_PAIRS] for start in range(0, len(numbers), _BLOCK_PAIRS)]
+
+
+def _reasons_text(leftover: Mapping[str, Array]) -> str:
+    return ", ".join(f"{len(rows)} {reason}" for reason, rows in leftover.items() if len(rows)) or "none"
+
+
+def _import(name: str, what: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(f"{what} needs the package `{name}`: pip install {name}") from None
