@@ -59,8 +59,13 @@ class EmbeddedPairs:
 
     def has_vectors(self) -> Array:
         """Whether both sides of each pair have a vector that is finite and not zero (bool, n)."""
-        queries, documents = (np.isfinite(side).all(1) & side.any(1) for side in (self._queries_ND, self._documents_ND))
-        return np.asarray(queries[self._query_row] & documents[self._document_row])
+        has_query, has_document = map(_is_vector, (self._queries_ND, self._documents_ND))
+        return np.asarray(has_query[self._query_row] & has_document[self._document_row])
+
+
+def _is_vector(vectors_ND: Array) -> Array:
+    """Whether each row is finite and not zero (bool, N)."""
+    return np.asarray(np.isfinite(vectors_ND).all(axis=1) & vectors_ND.any(axis=1))
 
 
 def pack_embeddings(
