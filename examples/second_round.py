@@ -26,9 +26,7 @@ model.max_seq_length = 48
 for number in (1, 2):
     # Another seed each time, so that groups meet in other batches. The stock model stays the judge of false negatives:
     # a model that has learned these pairs scores their own documents so high that it finds hardly any.
-    batches = hardbatch.build_batches(
-        pairs, model=model, guide="minilm", batch_size=BATCH_SIZE, seed=number
-    )
+    batches = hardbatch.build_batches(pairs, model=model, guide="minilm", batch_size=BATCH_SIZE, seed=number)
     print(f"round {number}: {batches}")
 
     args = SentenceTransformerTrainingArguments(

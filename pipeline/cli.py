@@ -1,4 +1,4 @@
-"""The command line: `hardbatch look|run|plan|inspect|list|gc|verify|demo`.
+"""The command line: `hardbatch look|run|plan|inspect|report|compare|list|gc|verify|demo`.
 
 Heavy imports come late, so that `--help` is quick.
 """
@@ -179,6 +179,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="show the steps of a run log with seconds, rows, bytes and memory; for a workspace, its newest log",
     )
+    report = add("report", _report, "write a page (HTML) with the figures of a shards folder, and batches to read")
+    report.add_argument("shards", type=user_path, help="folder that `hardbatch run` printed")
+    report.add_argument(
+        "--output", type=user_path, metavar="FILE", help="the page (default: report-CORPUS-KEY.html in this folder)"
+    )
+    compare = add("compare", _compare, "show two shards folders side by side: settings and figures that differ")
+    for name in ("first", "second"):
+        compare.add_argument(name, type=user_path, help="folder that `hardbatch run` printed")
     for name, command, text in (
         ("list", _list, "list the artifacts of a workspace: size, age, and whether the latest run needs them"),
         ("gc", _gc, "show the artifacts that no latest run needs, and with --delete delete them"),
@@ -305,6 +313,28 @@ def _inspect(options: argparse.Namespace) -> int:
     else:
         text = batch_text(options.shards, options.batch)
     print("\n".join(map(printable, text.split("\n"))))  # other people's shards may hold terminal commands
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from hardbatch.pipeline.views.html import report_html
+    from hardbatch.pipeline.views.report import read_shards
+
+    artifact = read_shards(options.shards)
+    path = options.output or Path(f"report-{artifact.manifest.domain}-{artifact.path.name}.html")
+    page = report_html(artifact.path)
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--output {path}: cannot be written: {error.strerror}") from None
+    print(path)
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from hardbatch.pipeline.views.compare import compare_text
+
+    print("\n".join(map(printable, compare_text(options.first, options.second).split("\n"))))
     return 0
 
 

@@ -31,7 +31,7 @@ SORTS = {
 def summary_text(shards: Path) -> str:
     """The summary of a shards artifact as tables for the terminal, with commands to look further."""
     artifact = read_shards(shards)
-    summary = _read_summary(artifact)
+    summary = read_summary(artifact)
     several = summary.packings > 1
     size = f"{summary.batch_size} pairs"
     if several:
@@ -96,7 +96,7 @@ def _hard_negatives_text(artifact: Artifact, summary: Summary) -> list[str]:
 def summary_markdown(shards: Path) -> str:
     """The summary of a shards artifact as markdown tables."""
     artifact = read_shards(shards)
-    summary = _read_summary(artifact)
+    summary = read_summary(artifact)
     header, rows = negatives_rows(summary.domains)
     parts = [
         f"# {artifact.manifest.domain}",
@@ -183,7 +183,7 @@ def read_shards(path: Path) -> Artifact:
     return artifact
 
 
-def _read_summary(artifact: Artifact) -> Summary:
+def read_summary(artifact: Artifact) -> Summary:
     """The figures of shards, domains in the order of the user's manifest."""
     manifest = artifact.manifest
     counts = manifest.counts["domains"]
