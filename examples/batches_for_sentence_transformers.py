@@ -62,6 +62,5 @@ trainer = SentenceTransformerTrainer(
     loss=batches.loss(model, temperature=0.02),
 )
 trainer.train()
-print(
-    f"nDCG@10 of {HELD_OUT} held-out queries: {before:.3f} before, {evaluator(model)['held-out_cosine_ndcg@10']:.3f} after"
-)
+after = evaluator(model)["held-out_cosine_ndcg@10"]
+print(f"nDCG@10 of {HELD_OUT} held-out queries: {before:.3f} before, {after:.3f} after")

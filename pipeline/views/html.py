@@ -72,15 +72,16 @@ def report_html(shards: Path) -> str:
 
 _ROWS = """Every row of the source is in a batch, or in one of the other parts, with the reason below. Batches are
 those of one packing."""
-_HARDNESS = """How alike the pairs of a batch are. The left end of a line is what random batches have, the right end is every
-pair beside its nearest pairs of the domain, which no batches reach. A group is as hard as its dot says, a batch of several
-groups less so. Masked: without false negatives. The bars count batches by their own hardness."""
+_HARDNESS = """How alike the pairs of a batch are. The left end of a line is what random batches have, the right end is
+every pair beside its nearest pairs of the domain, which no batches reach. A group is as hard as its dot
+says, a batch of several groups less so. Masked: without false negatives. The bars count batches by their
+own hardness."""
 _NEGATIVES = """The other slots of its batch that are not masked for a query. A query with few of them learns little."""
 _MASKS = """A masked document is no negative of a query, because it answers the query for certain (equal texts or
 near-copies of a known pair), is the query's own text, or is likely to answer it by the surrogate."""
-_MAP = """Each dot is a cluster of alike pairs, its size the number of pairs. Clusters near each other are alike, as far as
-two dimensions can show it. The redder a dot, the more slots are masked for its queries, beside the others of the domain.
-Point at one to see its queries."""
+_MAP = """Each dot is a cluster of alike pairs, its size the number of pairs. Clusters near each other are alike, as
+far as two dimensions can show it. The redder a dot, the more slots are masked for its queries, beside the
+others of the domain. Point at one to see its queries."""
 _PARTS = (
     "in batches", "held out", "left over", "in batches of several domains, or left over there", "quarantined",
     "left out by `where`",
@@ -241,17 +242,18 @@ def _map(
     queries = {}
     for (cluster,), rows in slots.group_by("cluster_id"):
         texts = [_shorten(text, 60) for text in rows["query"].unique(maintain_order=True)[:_QUERIES_OF_A_CLUSTER]]
-        queries[cluster] = (float(rows["masked"].mean() or 0) / max(1, batch_size - 1), "\n".join(texts))
+        rate = int(rows["masked"].sum()) / (len(rows) * max(1, batch_size - 1))
+        queries[cluster] = (rate, "\n".join(texts))
     scale = 9 / np.sqrt(sizes.max())
     most = max((rate for rate, _ in queries.values()), default=0) or 1
     dots = []
     for cluster in np.argsort(-sizes):
-        rate, texts = queries.get(int(cluster), (0.0, ""))
+        rate, shown = queries.get(int(cluster), (0.0, ""))
         x, y = places[cluster]
         dots.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{max(1.5, scale * np.sqrt(sizes[cluster])):.1f}" '
             f'style="--rate:{100 * rate / most:.0f}%"><title>{sizes[cluster]:,} pairs, {rate:.1%} masked\n'
-            f"{escape(texts)}</title></circle>"
+            f"{escape(shown)}</title></circle>"
         )
     return (
         f'<figure><svg viewBox="0 0 {_MAP_SIZE} {_MAP_SIZE}" role="img" aria-label="clusters of {escape(name)}">'
