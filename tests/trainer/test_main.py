@@ -397,7 +397,7 @@ def test_models_that_cannot_be_used_are_told(flags, backbone, tmp_path, capsys):
         (copied("truncated", truncated), "--backbone"),
         (copied("odd-width", changed(hidden_size=33)), "--backbone"),
         (copied("no-heads", changed(num_attention_heads=0)), "--backbone"),
-        (copied("with-code", with_code), "config.json cannot be read"),
+        (copied("with-code", with_code), "type 'unheard_of' is not supported; supported: bert"),
     ]
     for given, message in cases:
         code, error = in_process(given, capsys)
