@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from hardbatch.trainer.model import (
     BACKBONES,
     SecondStage,
+    first_position,
     load_encoder,
     longest_text_tokens,
     mean_pool,
@@ -185,17 +186,19 @@ def test_one_text_under_flash_attention_goes_in_with_padding(monkeypatch, model_
     with torch.no_grad():
         expected = second(ids, mask, mask, given)
         monkeypatch.setattr(second.backbone.config, "_attn_implementation_internal", "flash_attention_2")
-        masks = []
+        seen = {}
         forward = second.backbone.forward
 
         def spy(**inputs):
-            masks.append(inputs["attention_mask"])
+            seen.update(inputs)
             monkeypatch.setattr(second.backbone.config, "_attn_implementation_internal", "sdpa")
             return forward(**inputs)
 
         monkeypatch.setattr(second.backbone, "forward", spy)
         found = second(ids, mask, mask, given)
-    assert not masks[0].all()
+    assert not seen["attention_mask"].all()
+    positions = seen["position_ids"][0].tolist()
+    assert positions[:5] == [first_position(second.backbone.config)] * 5  # four context vectors, and the first token
     assert torch.allclose(found, expected, atol=1e-6)
 
 
