@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,25 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.utils.logging import disable_progress_bar
 
 from hardbatch.pipeline.artifacts.artifact import MANIFEST, verify_artifact
-from hardbatch.pipeline.errors import ConfigError, HardbatchError, IntegrityError
+from hardbatch.pipeline.errors import ConfigError, HardbatchError, IntegrityError, first_line
 from hardbatch.pipeline.models.locate import locate_model, require_safetensors
 from hardbatch.trainer.config import TrainConfig
-from hardbatch.trainer.model import Encoder, EncoderConfig, backbone_options, load_encoder, new_backbone
+from hardbatch.trainer.model import (
+    Encoder,
+    EncoderConfig,
+    attention_or_default,
+    backbone_options,
+    family_of,
+    load_encoder,
+    longest_text_tokens,
+    new_backbone,
+)
 
 _DROPOUTS = (  # names of dropout rates in the configurations of the backbones
     "hidden_dropout_prob",
     "attention_probs_dropout_prob",
     "attention_dropout",
+    "dropout",
     "embedding_dropout",
     "mlp_dropout",
 )
@@ -40,8 +51,18 @@ def find_backbone(name: str) -> Path:
     if Path(name).expanduser().is_dir():
         hub_name, revision = name, ""
     _, folder, _ = locate_model(hub_name, revision or None, Path())
+    folder = _transformer_folder(folder)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"--backbone {name}: {folder} has no config.json; give the folder of a transformers model")
+    return folder
+
+
+def _transformer_folder(folder: Path) -> Path:
+    """The folder of the transformers model in `folder`, which older sentence-transformers put below it."""
+    with contextlib.suppress(OSError, ValueError, KeyError, IndexError, TypeError):
+        first: str = json.loads((folder / "modules.json").read_bytes())[0]["path"]
+        if re.fullmatch(r"\w+", first) and (folder / first / "config.json").is_file():
+            return folder / first
     return folder
 
 
@@ -60,7 +81,7 @@ def build_encoder(config: TrainConfig, folder: Path) -> Encoder:
         require_safetensors(config.backbone, folder)
 
     num_stages = 2 if own.context_size else 1
-    with torch.random.fork_rng(devices=[]):
+    with _as_user_error(f"--backbone {config.backbone}"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         stages = [_load_backbone(folder, backbone, config) for _ in range(num_stages)]
         encoder = Encoder(own, stages[0] if own.context_size else None, stages[-1])
@@ -113,12 +134,15 @@ def initial_encoder(config: TrainConfig, folder: Path, *, flag: str, verified: b
 
 
 def _read_config(folder: Path, config: TrainConfig) -> PreTrainedConfig:
+    flag, path = f"--backbone {config.backbone}", folder / "config.json"
     try:
-        json.loads((folder / "config.json").read_bytes())
+        content = json.loads(path.read_bytes())
+        model_type = content.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{flag}: {path} cannot be read: {first_line(error)}") from None
+    with _as_user_error(flag):
+        family_of(model_type)
         backbone = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # whatever transformers says about a configuration that it does not know
-        reason = (str(error).splitlines() or [""])[0][:160]
-        raise ConfigError(f"--backbone {config.backbone}: {folder / 'config.json'} cannot be read: {reason}") from None
     _check_length(backbone, config, config.backbone)
 
     if config.dropout is not None:
@@ -138,30 +162,30 @@ def _read_config(folder: Path, config: TrainConfig) -> PreTrainedConfig:
 
 
 def _check_length(backbone: PreTrainedConfig, config: TrainConfig, name: str) -> None:
-    limit = getattr(backbone, "max_position_embeddings", None)
+    with _as_user_error(name):
+        limit = longest_text_tokens(backbone)
     if limit is not None and config.max_length > limit:
         raise ConfigError(f"--max-length {config.max_length}: {name} reads at most {limit} tokens")
 
 
 def _load_backbone(folder: Path, backbone: PreTrainedConfig, config: TrainConfig) -> PreTrainedModel:
-    with _as_user_error(f"--backbone {config.backbone}"):
-        if config.random_weights:
-            return new_backbone(backbone, config.attention)
-        options: dict[str, Any] = backbone_options(backbone, config.attention)
-        with _quiet():
-            model, report = AutoModel.from_pretrained(
-                folder,
-                config=backbone,
-                attn_implementation=config.attention,
-                dtype=torch.float32,
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
-            )
-        if report["missing_keys"]:
-            missing = sorted(report["missing_keys"])
-            raise ValueError(f"{folder} lacks {len(missing)} of its weights, first: {missing[0]}")
-        return model
+    if config.random_weights:
+        return new_backbone(backbone, config.attention)
+    options: dict[str, Any] = backbone_options(backbone, config.attention)
+    with _quiet():
+        model, report = AutoModel.from_pretrained(
+            folder,
+            config=backbone,
+            attn_implementation=attention_or_default(config.attention),
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ValueError(f"{folder} lacks {len(missing)} of its weights, first: {missing[0]}")
+    return model
 
 
 @contextlib.contextmanager
@@ -171,7 +195,7 @@ def _as_user_error(flag: str) -> Iterator[None]:
     except HardbatchError:
         raise
     except Exception as error:  # whatever torch, transformers and safetensors say about files that do not fit
-        raise ConfigError(f"{flag}: {' '.join(str(error).split())[:300]}") from None
+        raise ConfigError(f"{flag}: {' '.join(str(error).split())[:500]}") from None
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ Legend: B slots of a batch, M hard negatives of all its queries.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,11 @@ def load_tokenizer(
     try:
         pretrained = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of many kinds; `tokenizers` raises plain ones
-        raise ConfigError(f"{folder}: no tokenizer that transformers can load: {first_line(error)}") from None
+        reason = first_line(error)
+        if not Path(folder, "tokenizer.json").is_file() and importlib.util.find_spec("sentencepiece") is None:
+            for path in Path(folder).glob("*.model"):  # transformers would ask for another package, tiktoken
+                reason = f"there is no tokenizer.json, and {path.name} needs a package: pip install sentencepiece"
+        raise ConfigError(f"{folder}: no tokenizer that transformers can load: {reason}") from None
 
     try:
         tokenizer = Tokenizer(pretrained, max_length_tokens, hard_negatives=hard_negatives, same_answer=same_answer)

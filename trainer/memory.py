@@ -69,7 +69,8 @@ def bytes_per_token(
         autocast: The type of autocast, None for float32 throughout.
         attention: The attention implementation.
     """
-    in_layer = 27 * backbone.hidden_size + 8 * backbone.intermediate_size
+    inner_width = getattr(backbone, "hidden_dim", None) or backbone.intermediate_size  # the former in distilbert
+    in_layer = 27 * backbone.hidden_size + 8 * inner_width
     of_mask = 2 * longest_text_tokens
     of_scores = 8 * backbone.num_attention_heads * longest_text_tokens if attention == "eager" else 0
 

@@ -2,8 +2,8 @@
 
 The first stage M1 turns each context document into one vector. The second stage M2 reads J context
 vectors before the tokens of a text, and pools over the text only (Section 4.2 of the paper). Context
-tokens all take position 0, so that their order does not matter; the text keeps the positions that it
-would have without them.
+tokens all take the first position, so that their order does not matter; the text keeps the positions
+that it would have without them.
 
 This file needs only torch and transformers, because a contextual export carries a copy of it.
 
@@ -25,7 +25,33 @@ from transformers.masking_utils import create_bidirectional_mask, create_bidirec
 
 MODEL_FORMAT_VERSION = 1
 CONFIG_KEY = "hardbatch"  # in config.json, beside the keys of the backbone
-BACKBONE_TYPES = ("bert", "modernbert", "nomic_bert")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneFamily:
+    """What sets the backbones of one model type of transformers apart from others."""
+
+    has_pooler: bool = False
+    """transformers adds a pooler, which would get no gradient, unless asked not to."""
+    offset_positions: bool = False
+    """The first token of a text has position `pad_token_id` + 1, not 0; padding has `pad_token_id`."""
+    has_windows: bool = False
+    """Some layers attend to near tokens only, and nearness is counted in the sequence."""
+    reads_context: bool = True
+    """Position ids decide where a token is. Otherwise the order of the context would matter."""
+
+
+_ROBERTA = BackboneFamily(has_pooler=True, offset_positions=True)
+BACKBONES = {
+    "bert": BackboneFamily(has_pooler=True),
+    "camembert": _ROBERTA,
+    "distilbert": BackboneFamily(),
+    "modernbert": BackboneFamily(has_windows=True),
+    "mpnet": BackboneFamily(has_pooler=True, offset_positions=True, reads_context=False),
+    "nomic_bert": BackboneFamily(),
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +105,15 @@ class SecondStage(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.context_size = context_size
+        self._family = family_of(backbone.config.model_type)
         if context_size:
+            if not self._family.reads_context:
+                others = ", ".join(name for name, family in BACKBONES.items() if family.reads_context)
+                raise ValueError(
+                    f"{backbone.config.model_type} cannot read a context: its attention depends on the distance of "
+                    "tokens in the sequence, not on their position ids, so the order of the context would matter; "
+                    f"give --architecture biencoder, or a backbone of type {others}"
+                )
             std = backbone.get_input_embeddings().weight.detach().float().pow(2).mean().sqrt().item()
             self.null_context = nn.Parameter(torch.empty(backbone.config.hidden_size).normal_(std=std))
 
@@ -110,21 +144,33 @@ class SecondStage(nn.Module):
         if self.context_size == 0:
             hidden_NTH = self.backbone(input_ids=ids_NT, attention_mask=mask_NT).last_hidden_state
             return F.normalize(mean_pool(hidden_NTH, pooled_NT), dim=-1)
+
+        positions_NT = self._positions(ids_NT)
         if len(ids_NT) == 1 and self.backbone.config._attn_implementation.startswith("flash"):
-            # For one text without padding, transformers would take the context's positions (zeros) for
+            # For one text without padding, transformers would take the context's equal positions for
             # starts of packed sequences.
-            ids_NT, mask_NT, pooled_NT = (F.pad(tensor, (0, 1)) for tensor in (ids_NT, mask_NT, pooled_NT))
-        num_texts, num_tokens = ids_NT.shape
+            ids_NT, mask_NT, pooled_NT, positions_NT = (
+                F.pad(tensor, (0, 1)) for tensor in (ids_NT, mask_NT, pooled_NT, positions_NT)
+            )
+
         inputs_NTH = self.backbone.get_input_embeddings()(ids_NT)
-        inputs_NLH = torch.cat([self._context(num_texts, context_MH, keep_NJ).to(inputs_NTH.dtype), inputs_NTH], 1)
-        position_ids = torch.cat([ids_NT.new_zeros(self.context_size), torch.arange(num_tokens, device=ids_NT.device)])
+        context_NJH = self._context(len(ids_NT), context_MH, keep_NJ).to(inputs_NTH.dtype)
+        inputs_NLH = torch.cat([context_NJH, inputs_NTH], 1)
         mask_NL = F.pad(mask_NT, (self.context_size, 0), value=1)
         hidden_NLH = self.backbone(
             inputs_embeds=inputs_NLH,
             attention_mask=self._attention_mask(inputs_NLH, mask_NL),
-            position_ids=position_ids[None],
+            position_ids=F.pad(positions_NT, (self.context_size, 0), value=first_position(self.backbone.config)),
         ).last_hidden_state
         return F.normalize(mean_pool(hidden_NLH[:, self.context_size :], pooled_NT), dim=-1)
+
+    def _positions(self, ids_NT: Tensor) -> Tensor:
+        """The positions that the backbone gives these tokens if they come without a context (N × T, or 1 × T)."""
+        if not self._family.offset_positions:
+            return torch.arange(ids_NT.shape[1], device=ids_NT.device)[None]
+        embeddings: Any = self.backbone.embeddings
+        positions_NT: Tensor = embeddings.create_position_ids_from_input_ids(ids_NT, embeddings.padding_idx)
+        return positions_NT
 
     def _context(self, num_texts: int, context_MH: Tensor | None, keep_NJ: Tensor | None) -> Tensor:
         null_H = self.null_context
@@ -140,12 +186,11 @@ class SecondStage(nn.Module):
         return torch.where(keep_NJ[..., None], context_JH, null_H)
 
     def _attention_mask(self, inputs_NLH: Tensor, mask_NL: Tensor) -> Any:
-        config = self.backbone.config
-        if config.model_type != "modernbert":
+        if not self._family.has_windows:
             return mask_NL
 
-        # Its window counts positions in the sequence: let every token see the context.
-        size = self.context_size
+        # A window counts places in the sequence: let every token see the context.
+        config, size = self.backbone.config, self.context_size
 
         def reads_context(batch: Any, head: Any, query: Any, key: Any) -> Any:
             return (query < size) | (key < size)
@@ -194,20 +239,46 @@ def mean_pool(hidden_NTH: Tensor, pooled_NT: Tensor) -> Tensor:
 
 def new_backbone(config: PreTrainedConfig, attention: str = "sdpa") -> PreTrainedModel:
     """A backbone with random weights. Raises ValueError for an unsupported model type or attention."""
-    return AutoModel.from_config(config, attn_implementation=attention, **backbone_options(config, attention))
+    options = backbone_options(config, attention)
+    return AutoModel.from_config(config, attn_implementation=attention_or_default(attention), **options)
+
+
+def attention_or_default(attention: str) -> str | None:
+    """The attention to ask transformers for. None is its default: sdpa, or eager for mpnet, which has no sdpa."""
+    return None if attention == "sdpa" else attention
 
 
 def backbone_options(config: PreTrainedConfig, attention: str) -> dict[str, Any]:
-    """Arguments besides the configuration. Raises ValueError if this backbone cannot carry a context."""
-    if config.model_type not in BACKBONE_TYPES:
+    """Arguments besides the configuration. Raises ValueError if this backbone or this attention cannot be used."""
+    family = family_of(config.model_type)
+    if family.has_windows and attention.startswith("flash"):
         raise ValueError(
-            f"a backbone of type '{config.model_type}' is not supported; supported: {', '.join(BACKBONE_TYPES)}"
+            f"{config.model_type} with {attention} hides the context from tokens beyond its window; use sdpa or eager"
         )
-    if config.model_type == "modernbert" and attention.startswith("flash"):
-        raise ValueError(
-            f"modernbert with {attention} hides the context from tokens beyond its window; use sdpa or eager"
-        )
-    return {"add_pooling_layer": False} if config.model_type == "bert" else {}  # its pooler would get no gradient
+    return {"add_pooling_layer": False} if family.has_pooler else {}
+
+
+def family_of(model_type: str) -> BackboneFamily:
+    """The family of a model type of transformers. Raises ValueError if it is not one of `BACKBONES`."""
+    if model_type not in BACKBONES:
+        shown = (name if family.reads_context else f"{name} (biencoder only)" for name, family in BACKBONES.items())
+        raise ValueError(f"a backbone of type '{model_type}' is not supported; supported: {', '.join(shown)}")
+    return BACKBONES[model_type]
+
+
+def first_position(config: PreTrainedConfig) -> int:
+    """The position of the first token of a text. Raises ValueError if the configuration does not tell."""
+    if not family_of(config.model_type).offset_positions:
+        return 0
+    if config.pad_token_id is None:
+        raise ValueError(f"{config.model_type} counts positions from pad_token_id, which its config.json lacks")
+    return int(config.pad_token_id) + 1
+
+
+def longest_text_tokens(config: PreTrainedConfig) -> int | None:
+    """The most tokens of a text, which the positions of the backbone limit; None if nothing does."""
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    return None if limit is None else limit - first_position(config)
 
 
 def read_encoder_config(folder: Path) -> tuple[EncoderConfig, PreTrainedConfig]:

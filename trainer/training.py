@@ -218,11 +218,11 @@ def _describe_positives(shards: Shards) -> str:
 
 
 def _memory_needs(config: TrainConfig, encoder: Encoder, autocast: torch.dtype | None) -> MemoryNeeds:
-    longest = config.max_length + config.model_context_size
+    longest, backbone = config.max_length + config.model_context_size, encoder.backbone_config
     return MemoryNeeds(
         num_weights=sum(parameter.numel() for parameter in encoder.parameters()),
         bytes_per_token=bytes_per_token(
-            encoder.backbone_config, longest_text_tokens=longest, autocast=autocast, attention=config.attention
+            backbone, longest_text_tokens=longest, autocast=autocast, attention=backbone._attn_implementation
         ),
         longest_text_tokens=longest,
     )

@@ -133,7 +133,7 @@ def test_code_of_a_model_is_never_run(
 ) -> None:
     """An unknown type is refused; a known one is built from the code of transformers, whatever its folder brings."""
     unknown = with_code(shutil.copytree(backbone, tmp_path / "unknown"), canary, model_type="unheard_of")
-    assert "config.json cannot be read" in refusal({**flags, "--backbone": unknown}, capsys)
+    assert "type 'unheard_of' is not supported" in refusal({**flags, "--backbone": unknown}, capsys)
     saved = save_model_folder(tmp_path / "saved", tiny_encoder("bert", 6, max_length_tokens=24))
     start_from = with_code(saved, canary, model_type="unheard_of")
     refusal({**flags, "--init-from": start_from}, capsys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import shutil
 import threading
@@ -32,8 +33,9 @@ from hardbatch.trainer.batch import (
     split_tightly,
 )
 from hardbatch.trainer.shards import TextBatch
-from tests.models import VOCABULARY_SIZE, minilm_folder
+from tests.models import VOCABULARY_SIZE
 from tests.samples import WORDS
+from tests.trainer_models import save_tokenizer
 
 TEXTS = [
     "a river bank",
@@ -48,39 +50,32 @@ TEXTS = [
 ]
 
 
-def save_byte_level(folder: Path, *, specials: bool) -> Path:
-    """A byte-level BPE tokenizer trained on a few words; RoBERTa-like specials and padding, or neither."""
+KINDS = {"wordpiece": "bert", "bytes with specials": "roberta", "unigram": "xlm-roberta", "bytes": ""}
+
+
+def save_bytes(folder: Path) -> Path:
+    """A byte-level BPE tokenizer trained on a few words, without special tokens and padding."""
     from tokenizers import ByteLevelBPETokenizer
-    from tokenizers.processors import RobertaProcessing
     from transformers import PreTrainedTokenizerFast
 
-    names = ["<s>", "</s>", "<pad>", "<unk>"] if specials else []
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(WORDS, vocab_size=320, special_tokens=names, show_progress=False)
-    backend = bpe._tokenizer
-    options = {}
-    if specials:
-        backend.post_processor = RobertaProcessing(("</s>", 1), ("<s>", 0))
-        options = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=backend, **options).save_pretrained(folder)
+    bpe.train_from_iterator(WORDS, vocab_size=320, show_progress=False)
+    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`folders(kind)`: a tokenizer on the disk: wordpiece, bytes with special tokens, or bytes without any."""
+    """`folders(kind)`: a tokenizer of one of KINDS on the disk."""
     root = tmp_path_factory.mktemp("tokenizers")
 
     def folder(kind: str) -> Path:
-        if kind == "wordpiece":
-            return minilm_folder()
-        path = root / kind
-        return path if path.exists() else save_byte_level(path, specials=kind == "bytes with specials")
+        path, model_type = root / kind, KINDS[kind]
+        if path.exists():
+            return path
+        return save_tokenizer(path, model_type) if model_type else save_bytes(path)
 
     return folder
-
-
-KINDS = ["wordpiece", "bytes with specials", "bytes"]
 
 
 def rows_of(tokens: Tokens) -> list[list[int]]:
@@ -382,6 +377,14 @@ def test_a_folder_without_a_whole_tokenizer_is_refused(folders: Callable[[str], 
         with pytest.raises(ConfigError, match=f"^{folder}: no tokenizer that transformers can load: ") as caught:
             load_tokenizer(folder, max_length_tokens=8)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sentencepiece") is not None, reason="the package is installed")
+def test_a_sentencepiece_model_alone_needs_its_package(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "xlm-roberta"}')
+    (tmp_path / "sentencepiece.bpe.model").write_bytes(b"not read")
+    with pytest.raises(ConfigError, match=r"sentencepiece\.bpe\.model needs a package: pip install sentencepiece$"):
+        load_tokenizer(tmp_path, max_length_tokens=8)
 
 
 def test_no_text_gives_no_token(folders: Callable[[str], Path]) -> None:

@@ -28,19 +28,24 @@ from hardbatch.trainer.export import export_model, open_model, read_prompts
 from hardbatch.trainer.model import Encoder, load_encoder
 from hardbatch.trainer.replace import replace_folder
 from tests.models import minilm_folder
-from tests.trainer_models import save_model_folder, tiny_encoder
+from tests.trainer_models import save_model_folder, save_tokenizer, tiny_encoder
 
 CONTEXT_SIZE, WIDTH = 4, 32
 PROMPTS = {"query": "search_query: ", "document": "search_document: "}
 MINICORPUS = ["the first document", "a second, longer document of the corpus", ""]
 OTHERS = ("documents", "of the shards")
 TEXTS = ["short", "a text of several words", "words " * 100, "", "naïve café — 日本"]
-ENCODERS = {
+ENCODERS: dict[str, dict[str, Any]] = {
     "bert": {"model_type": "bert"},
     "nomic_bert": {"model_type": "nomic_bert"},
     "modernbert": {"model_type": "modernbert"},
+    "distilbert": {"model_type": "distilbert"},
+    "roberta": {"model_type": "roberta"},
+    "xlm-roberta": {"model_type": "xlm-roberta"},
     "prompt_left_out": {"model_type": "nomic_bert", "pool_prompt": False},
     "biencoder": {"model_type": "bert", "context_size": 0},
+    "biencoder_mpnet": {"model_type": "mpnet", "context_size": 0},
+    "biencoder_xlm-roberta": {"model_type": "xlm-roberta", "context_size": 0, "pool_prompt": False},
     "biencoder_prompt_left_out": {"model_type": "nomic_bert", "context_size": 0, "pool_prompt": False},
 }
 
@@ -93,18 +98,19 @@ np.savez(folder / "found.npz", **found)
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of exports, one for each of ENCODERS."""
     folder = tmp_path_factory.mktemp("exports")
-    for name in ENCODERS:
+    for name, encoder in ENCODERS.items():
+        tokenizer = save_tokenizer(folder / "tokenizers" / name, encoder["model_type"])
         context = ContextDocuments(documents=OTHERS, origin="written by hand")
-        export_model(make(name), minilm_folder(), folder / name, prompts=PROMPTS, context=context)
+        export_model(make(name), tokenizer, folder / name, prompts=PROMPTS, context=context)
     return folder
 
 
 def make(name: str) -> Encoder:
-    return tiny_encoder(max_length_tokens=24, **ENCODERS[name])  # type: ignore[arg-type]
+    return tiny_encoder(max_length_tokens=24, **ENCODERS[name])
 
 
-def embedder(name: str) -> Embedder:
-    tokenizer = load_tokenizer(minilm_folder(), max_length_tokens=24)
+def embedder(exports: Path, name: str) -> Embedder:
+    tokenizer = load_tokenizer(exports / "tokenizers" / name, max_length_tokens=24)
     prompts = {"query_prompt": PROMPTS["query"], "document_prompt": PROMPTS["document"]}
     return Embedder(encoder=make(name), tokenizer=tokenizer, **prompts)
 
@@ -138,7 +144,7 @@ def test_a_process_without_this_project_gets_the_trainers_embeddings(exports: Pa
         np.testing.assert_allclose(found[name], expected.numpy(), rtol=0, atol=1e-6, err_msg=name)
 
     for name in ENCODERS:
-        own = embedder(name)
+        own = embedder(exports, name)
         contextual = own.encoder.config.context_size > 0
         default = own.context(OTHERS) if contextual else None
         assert_equal(f"{name}/query", own.queries(TEXTS, default))

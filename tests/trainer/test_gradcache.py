@@ -13,11 +13,11 @@ import torch.distributed as dist
 
 from hardbatch.trainer.batch import Batch, Tokens
 from hardbatch.trainer.gradcache import GradCache, StepConfig
-from hardbatch.trainer.model import BACKBONE_TYPES, Encoder, EncoderConfig, new_backbone
+from hardbatch.trainer.model import Encoder, EncoderConfig, new_backbone
 from hardbatch.trainer.ranks import Ranks
 from tests.models import VOCABULARY_SIZE
 from tests.reliability import warm
-from tests.trainer_models import tiny_config
+from tests.trainer_models import CONTEXTUAL_TYPES, tiny_config
 
 SIZE, CONTEXT_SIZE = 8, 6
 BOUND = 1e-5  # of each tensor's norm
@@ -33,7 +33,7 @@ WHOLE = replace(STEP, chunk_tokens=10_000)
 
 def make_encoder(model_type="bert", context_size=CONTEXT_SIZE, dropout=0.1, pool_prompt=True):
     config = tiny_config(model_type)
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "mlp_dropout"):
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "dropout", "mlp_dropout"):
         if hasattr(config, name):
             setattr(config, name, dropout)
     torch.manual_seed(0)
@@ -100,7 +100,7 @@ def one_graph(encoder, config, batch):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "context_size"), [*((name, CONTEXT_SIZE) for name in BACKBONE_TYPES), ("bert", 0)]
+    ("model_type", "context_size"), [*((name, CONTEXT_SIZE) for name in CONTEXTUAL_TYPES), ("bert", 0), ("mpnet", 0)]
 )
 @pytest.mark.parametrize(
     ("num_negatives", "masked", "same_answer"), [(0, True, False), (5, True, True), (0, False, False)]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hardbatch.trainer.export import open_model
 from tests.reliability import warm
 from tests.reliability.processes import wait_until
 from tests.reliability.trainings import (
@@ -125,6 +126,22 @@ def test_biencoder_bf16_random_weights_and_init_from(flags, capsys, tmp_path):
     assert losses_of(flags) == losses_of(again)  # the same weights, from both
     code, error = in_process({**again, "--output": tmp_path / "fourth", "--architecture": "contextual"}, capsys)
     assert code == 2 and "its model has --context-size 0 (biencoder), this training asks for 6" in error
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture"),
+    [("xlm-roberta", "contextual"), ("distilbert", "contextual"), ("mpnet", "biencoder")],
+)
+def test_other_backbones(flags, capsys, tmp_path, model_type, architecture):
+    """From weights and tokenizer to an export that can be read."""
+    backbone = tiny_backbone(tmp_path / "backbone", model_type)
+    flags |= {"--backbone": backbone, "--architecture": architecture, "--max-steps": 2}
+    code, error = in_process(flags, capsys)
+    assert code == 0, error
+    assert len(losses_of(flags)) == 2
+    encoder, tokenizer = open_model(Path(flags["--output"]) / "export", "--model")
+    assert encoder.backbone_config.model_type == model_type and encoder.config.architecture == architecture
+    assert tokenizer.pad_id == encoder.backbone_config.pad_token_id
 
 
 @pytest.fixture(scope="module")
@@ -397,7 +414,7 @@ def test_models_that_cannot_be_used_are_told(flags, backbone, tmp_path, capsys):
         (copied("truncated", truncated), "--backbone"),
         (copied("odd-width", changed(hidden_size=33)), "--backbone"),
         (copied("no-heads", changed(num_attention_heads=0)), "--backbone"),
-        (copied("with-code", with_code), "config.json cannot be read"),
+        (copied("with-code", with_code), "type 'unheard_of' is not supported; supported: bert"),
     ]
     for given, message in cases:
         code, error = in_process(given, capsys)

@@ -43,21 +43,23 @@ def kept_for_backward(backbone, tokens_NT):
     return sum(num_bytes for num_bytes, _ in kept.values())
 
 
-@pytest.mark.parametrize("model_type", ["bert", "nomic_bert"])
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet", "nomic_bert", "roberta"])
 def test_the_estimate_is_near_what_a_layer_keeps(model_type):
     """Two depths are compared, which leaves embeddings and the copies of single weights out."""
     num_texts, length = 8, 96
     tokens_NT = torch.randint(5, VOCABULARY_SIZE, (num_texts, length), generator=torch.Generator().manual_seed(0))
     configs = [tiny_config(model_type, hidden_size=128, num_layers=layers) for layers in (1, 5)]
     for config in configs:
-        config.intermediate_size = 512
+        setattr(config, "hidden_dim" if model_type == "distilbert" else "intermediate_size", 512)
     kept = [kept_for_backward(new_backbone(config).train(), tokens_NT) for config in configs]
     weights = sum(p.numel() for p in new_backbone(configs[0]).parameters() if p.dim() > 1)
     deeper = sum(p.numel() for p in new_backbone(configs[1]).parameters() if p.dim() > 1)
     measured = (kept[1] - kept[0] - 2 * (deeper - weights)) / tokens_NT.numel() / 4  # bfloat16 copies of weights
 
     config = configs[0]
-    estimated = bytes_per_token(config, longest_text_tokens=length, autocast=torch.bfloat16)
+    attention = config._attn_implementation
+    estimated = bytes_per_token(config, longest_text_tokens=length, autocast=torch.bfloat16, attention=attention)
+    assert attention == ("eager" if model_type == "mpnet" else "sdpa")
     assert 0.8 < estimated / measured < 1.6, (estimated, measured)
 
 

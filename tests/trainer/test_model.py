@@ -8,9 +8,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hardbatch.trainer.model import BACKBONE_TYPES, SecondStage, load_encoder, mean_pool, new_backbone
+from hardbatch.trainer.model import (
+    BACKBONES,
+    SecondStage,
+    first_position,
+    load_encoder,
+    longest_text_tokens,
+    mean_pool,
+    new_backbone,
+)
 from tests.models import VOCABULARY_SIZE
-from tests.trainer_models import HIDDEN_SIZE, tiny_config, tiny_encoder
+from tests.trainer_models import CONTEXTUAL_TYPES, HIDDEN_SIZE, tiny_config, tiny_encoder
 
 CONTEXT_SIZE = 40  # more than any attention window: modernbert's is 8 here
 
@@ -29,7 +37,7 @@ def context(num_documents, scale=0.05, seed=1):
     return scale * torch.randn(num_documents, HIDDEN_SIZE, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("model_type", BACKBONE_TYPES)
+@pytest.mark.parametrize("model_type", CONTEXTUAL_TYPES)
 def test_the_order_of_the_context_changes_nothing(model_type):
     second = tiny_encoder(model_type, CONTEXT_SIZE).second_stage_model
     ids, mask = texts()
@@ -42,7 +50,7 @@ def test_the_order_of_the_context_changes_nothing(model_type):
     assert (plain - other).abs().max() > 1e-4  # and it does read the context
 
 
-@pytest.mark.parametrize("model_type", BACKBONE_TYPES)
+@pytest.mark.parametrize("model_type", CONTEXTUAL_TYPES)
 def test_every_token_sees_every_context_document(model_type):
     backbone = tiny_config(model_type, num_layers=1)
     if model_type == "modernbert":
@@ -60,7 +68,21 @@ def test_every_token_sees_every_context_document(model_type):
         assert moved > 1e-5
 
 
-@pytest.mark.parametrize("model_type", BACKBONE_TYPES)
+@pytest.mark.parametrize("model_type", CONTEXTUAL_TYPES)
+def test_beside_a_context_a_text_keeps_its_positions(monkeypatch, model_type):
+    """If no token sees the context, embeddings are those of the plain backbone."""
+    second = tiny_encoder(model_type, CONTEXT_SIZE).second_stage_model
+    ids, mask = texts()
+    ids[0, 7] = second.backbone.config.pad_token_id  # "<pad>" in the words of a text takes no position in roberta
+    monkeypatch.setattr(
+        second, "_attention_mask", lambda _, mask_NL: mask_NL.index_fill(1, torch.arange(CONTEXT_SIZE), 0)
+    )
+    plain = SecondStage(second.backbone, 0)
+    with torch.no_grad():
+        assert (second(ids, mask, mask, context(4)) - plain(ids, mask, mask)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("model_type", CONTEXTUAL_TYPES)
 def test_padding_changes_nothing(model_type):
     encoder = tiny_encoder(model_type, 4)
     ids, mask = texts()
@@ -114,7 +136,7 @@ def test_the_null_vector_always_gets_a_gradient():
 
 
 def test_every_parameter_gets_a_gradient():
-    for model_type in BACKBONE_TYPES:
+    for model_type in CONTEXTUAL_TYPES:
         encoder = tiny_encoder(model_type, 4)
         ids, mask = texts()
         vectors = encoder.first_stage_model(ids[:3], mask[:3], mask[:3])
@@ -130,7 +152,7 @@ def test_more_context_than_the_model_reads_is_refused():
         second(ids, mask, mask, context(5))
 
 
-@pytest.mark.parametrize("model_type", BACKBONE_TYPES)
+@pytest.mark.parametrize("model_type", BACKBONES)
 def test_a_biencoder_is_the_plain_backbone(model_type):
     encoder = tiny_encoder(model_type, 0)
     ids, mask = texts()
@@ -156,32 +178,37 @@ def test_the_head_starts_in_the_scale_of_token_embeddings():
         assert vectors.pow(2).mean().sqrt() == pytest.approx(embeddings.pow(2).mean().sqrt().item(), rel=0.01)
 
 
-def test_one_text_under_flash_attention_goes_in_with_padding(monkeypatch):
-    second = tiny_encoder("bert", 4).second_stage_model
-    ids, mask = texts(num_texts=1)
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+def test_one_text_under_flash_attention_goes_in_with_padding(monkeypatch, model_type):
+    second = tiny_encoder(model_type, 4).second_stage_model
+    ids, mask = texts(num_texts=1, num_tokens=longest_text_tokens(second.backbone.config))
     given = context(4)
     with torch.no_grad():
         expected = second(ids, mask, mask, given)
         monkeypatch.setattr(second.backbone.config, "_attn_implementation_internal", "flash_attention_2")
-        masks = []
+        seen = {}
         forward = second.backbone.forward
 
         def spy(**inputs):
-            masks.append(inputs["attention_mask"])
+            seen.update(inputs)
             monkeypatch.setattr(second.backbone.config, "_attn_implementation_internal", "sdpa")
             return forward(**inputs)
 
         monkeypatch.setattr(second.backbone, "forward", spy)
         found = second(ids, mask, mask, given)
-    assert not masks[0].all()
+    assert not seen["attention_mask"].all()
+    positions = seen["position_ids"][0].tolist()
+    assert positions[:5] == [first_position(second.backbone.config)] * 5  # four context vectors, and the first token
     assert torch.allclose(found, expected, atol=1e-6)
 
 
 def test_refused_backbones():
-    from transformers import RobertaConfig
+    from transformers import ElectraConfig
 
-    with pytest.raises(ValueError, match="type 'roberta' is not supported; supported: bert, modernbert, nomic_bert"):
-        new_backbone(RobertaConfig(num_hidden_layers=1))
+    with pytest.raises(ValueError, match="type 'electra' is not supported; supported: bert, camembert, distilbert"):
+        new_backbone(ElectraConfig(num_hidden_layers=1))
+    with pytest.raises(ValueError, match="mpnet cannot read a context"):
+        SecondStage(new_backbone(tiny_config("mpnet")), CONTEXT_SIZE)
     with pytest.raises(ValueError, match="use sdpa or eager"):
         new_backbone(tiny_config("modernbert"), attention="flash_attention_2")
 
@@ -192,8 +219,9 @@ def save(folder, encoder):
     save_file(encoder.state_dict(), folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("model_type", BACKBONE_TYPES)
-@pytest.mark.parametrize("context_size", [0, 4])
+@pytest.mark.parametrize(
+    ("model_type", "context_size"), [*((name, 0) for name in BACKBONES), *((name, 4) for name in CONTEXTUAL_TYPES)]
+)
 def test_saved_and_loaded(tmp_path, model_type, context_size):
     encoder = tiny_encoder(model_type, context_size, pool_prompt=False)
     save(tmp_path, encoder)
