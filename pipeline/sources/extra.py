@@ -30,7 +30,7 @@ _ALLOWED = "an extra column holds text, integers, numbers, true/false, or lists 
 _KIND = "kind "  # before a column, a kind and the first file that has it, in counts
 _INTEGER = re.compile(r"-?(0|[1-9]\d{0,17})")  # what has leading zeros or more digits is an id
 _NUMBER = re.compile(r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
-_LIST_AS_TEXT = re.compile(r"\s*(array\()?\[\s*([-+.\d'\"].*)?\](,.*\))?\s*", re.DOTALL)
+_LIST_AS_TEXT = re.compile(r"\s*(array\(\[.*\].*\)|\[\s*([-+.\d'\"].*)?\])\s*", re.DOTALL)
 
 
 class ExtraReader:
@@ -137,7 +137,7 @@ class ExtraReader:
             other = next(other for other in kinds if type_of([kind, other]) is None)
             raise InputError(
                 f"{self._file.name}: extra column '{name}' is {other} in row {kinds[other][0]} "
-                f"({kinds[other][1]!r:.40}), but {kind} in row {row} ({value!r:.40}); its values must be of one kind, "
+                f"({kinds[other][1]!r:.40}), but {kind} in row {row} ({value!r:.40}); make its values one kind, "
                 "or leave it out"
             )
 
@@ -192,7 +192,7 @@ def extra_schema(counts: Counter[str], columns: Iterable[str], domain: str) -> p
         if type_ is None:
             where = ", ".join(f"{kind} in {file}" for kind, file in sorted(found[name].items()))
             raise InputError(
-                f"dataset '{domain}': extra column '{name}' is {where}; its values must be of one kind, or leave it out"
+                f"dataset '{domain}': extra column '{name}' is {where}; make its values one kind, or leave the column out"
             )
     return pa.schema(list(types.items()))
 

@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from hardbatch.pipeline import schemas
 from hardbatch.pipeline.arrays import Array
 from hardbatch.pipeline.artifacts.commit import UnitWriter, write_unit
 from hardbatch.pipeline.batching.copies import KnownTexts
-from hardbatch.pipeline.sources.extra import as_array
+from hardbatch.pipeline.sources.extra import as_array, kind_of
 
 STAGED_ROWS = 8_192
 _LEAST_STEPS = 16  # between different texts of neighbouring rows, from which an order shows
@@ -141,7 +142,10 @@ def assemble(
                 schema = schema.append(schemas.NEGATIVE_PLACES)
         _write_table(writer, "pairs.parquet", pa.table(pairs, schema=schema))
         if len(extra):
-            _write_extra(writer, _extra_rows(staged, kept), int(kept.sum()), extra)
+            rows_of_kept = map(json.loads, _extra_values(staged, kept))
+            _write_extra(writer, rows_of_kept, int(kept.sum()), extra)
+            found["extra_empty"] = [field.name for field in extra if kind_of(field.type).endswith("null")]
+            found["extra_rows_dropped"] = _count_other_values(staged, is_first, pair_of_row)
 
         dropped = {"duplicate_pair": ~is_first, "held_out_copy": copies}
         _write_quarantine(writer, quarantined, numbers, dropped)
@@ -168,7 +172,7 @@ def assemble(
 
 def _choose_entries(
     entries: _Entries, is_kept: Array, pair_of_row: Array, is_copy: Array
-) -> tuple[Array, dict[str, int]]:
+) -> tuple[Array, dict[str, Any]]:
     """Chooses the texts that the document side gets, and counts the hard negatives among the others.
 
     Of the entries of pairs that are kept, near-copies of held-out texts (`is_copy`, by code, or empty) are
@@ -317,10 +321,18 @@ def _negative_places(staged: list[Path], used: Array) -> Array:
     return np.concatenate([np.zeros(0, dtype=np.int32), *places])
 
 
-def _extra_rows(staged: list[Path], chosen: Array) -> Iterator[list[Any]]:
-    """The values of the extra columns of each chosen row."""
+def _extra_values(staged: list[Path], chosen: Array) -> Iterator[str]:
+    """The values of the extra columns of each chosen row, as a JSON array."""
     for batch in _chosen_batches(staged, chosen, ["extra"]):
-        yield from map(json.loads, batch["extra"].to_pylist())
+        yield from batch["extra"].to_pylist()
+
+
+def _count_other_values(staged: list[Path], is_first: Array, pair_of_row: Array) -> int:
+    """The number of rows that repeat a pair with other extra values than its first row has."""
+    texts = _extra_values(staged, np.ones(len(is_first), dtype=bool))
+    digests = (int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) for text in texts)
+    digest = np.fromiter(digests, dtype=np.uint64, count=len(is_first))
+    return int((digest != digest[is_first][pair_of_row]).sum())
 
 
 def _write_extra(writer: UnitWriter, rows: Iterator[list[Any]], num_rows: int, schema: pa.Schema) -> None:
