@@ -24,6 +24,10 @@ _ALIASES = {  # what other tools call a key of ours
     "name": ("id", "title", "domain", "dataset_name"),
     "limit": ("head", "max_examples", "max_pairs", "max_rows", "max_samples", "n_rows", "nrows", "num_rows", "rows"),
     "columns": ("column", "column_names", "fields", "mapping"),
+    "extra_columns": (
+        "carry", "carry_columns", "extra", "extra_fields", "features", "keep", "keep_columns",
+        "metadata", "passthrough", "score", "scores",
+    ),
     "format": ("file_format", "file_type", "loader", "type"),
     "corpus": ("name", "corpus_name", "title"),
     "dataset": ("data", "datasets", "domains", "sources", "train"),

@@ -6,6 +6,7 @@ describes them for users.
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,13 @@ from pydantic import (
 
 from hardbatch.pipeline.advice import advice_on_key, advice_on_toml, advice_on_value, is_data_file
 from hardbatch.pipeline.errors import ConfigError
-from hardbatch.pipeline.schemas import MAX_BATCH_SIZE, MAX_BATCHES_PER_PART, MIXED_DOMAIN
+from hardbatch.pipeline.schemas import (
+    MAX_BATCH_SIZE,
+    MAX_BATCHES_PER_PART,
+    MIXED_DOMAIN,
+    NEGATIVE_PLACES,
+    SHARDS_WITH_NEGATIVES,
+)
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,99}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -103,6 +110,9 @@ class Reading(Table):
     """How the rows of a dataset are read: which columns, and which rows."""
 
     columns: Columns = Field(Columns(), description="columns that hold query, document and (optionally) negatives")
+    extra_columns: dict[str, Column] = Field(
+        {}, description="further columns that the shards carry: a list, or a table of NAME_IN_THE_SHARDS = column"
+    )
     where: str | None = Field(
         None, description="SQL condition that a row must meet, e.g. \"label = 1 AND lang = 'en'\""
     )
@@ -111,6 +121,33 @@ class Reading(Table):
     sample_seed: int = Field(0, ge=0, description="seed of the draw")
     encoding: str = Field("utf-8", description="encoding of text files, e.g. windows-1252 or utf-16")
     csv: Dialect = Field(Dialect(), description="how CSV and TSV files are written")
+
+    @field_validator("extra_columns", mode="before")
+    @classmethod
+    def _by_name(cls, given: Any) -> Any:
+        """The columns by their names in the shards, in alphabetical order, so that no other order changes a key."""
+        if isinstance(given, str | int):
+            raise ValueError(f"give a list of columns, for example extra_columns = {[given]!r}, given {given!r}")
+        if isinstance(given, list):
+            names = [f"column_{column}" if isinstance(column, int) else str(column) for column in given]
+            for name in names:
+                if names.count(name) > 1:
+                    raise ValueError(f"names the column '{name}' twice; leave one out")
+            given = dict(zip(names, given, strict=True))
+        return dict(sorted(given.items())) if isinstance(given, dict) else given
+
+    @field_validator("extra_columns")
+    @classmethod
+    def _are_free(cls, columns: dict[str, Column]) -> dict[str, Column]:
+        for name, column in columns.items():
+            if not name or not name.isprintable() or "*" in name:
+                raise ValueError(f"{name!a} cannot be the name of a column; give each column by its own name")
+            if name in (*SHARDS_WITH_NEGATIVES.names, NEGATIVE_PLACES.name):
+                raise ValueError(
+                    f"the shards have a column '{name}' of their own; give yours another name: "
+                    f"extra_columns = {{ source_{name} = {json.dumps(column)} }}"
+                )
+        return columns
 
     @field_validator("encoding")
     @classmethod
@@ -514,7 +551,10 @@ def _explain(item: Any, content: dict[str, Any]) -> str:
     if item["type"] == "extra_forbidden":
         allowed = _fields_at(item["loc"][:-1])
         meant = advice_on_key(str(item["loc"][-1]), allowed, setting_names())
-        advice = '; to choose rows by a column: where = "label = 1"' if allowed == list(Columns.model_fields) else ""
+        advice = ""
+        if allowed == list(Columns.model_fields):
+            advice = '; to choose rows by a column: where = "label = 1"; to carry columns to the shards: '
+            advice += f"extra_columns = {json.dumps([item['input']] if isinstance(item['input'], str) else ['score'])}"
         return f"{where}: unknown key{meant}; allowed: {', '.join(allowed)}{advice}"
     if item["type"] == "missing":
         return f"{where}: is required"

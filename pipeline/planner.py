@@ -54,6 +54,7 @@ class Planner:
         self._data_root = data_root
         self._digests = digests
         self._steps: list[Step] = []
+        self._with_extra: dict[str, Path] = {}  # the pairs of each domain that has extra columns
 
     def steps(self) -> list[Step]:
         """All steps of the manifest."""
@@ -164,7 +165,15 @@ class Planner:
         sources = tuple(
             {"name": file.name, "format": file.format, "bytes": file.num_bytes, "sha256": file.sha256} for file in files
         )
-        return self._add("pairs", dataset.name, settings.model_dump(), {}, sources=sources, runtime=runtime)
+        if not dataset.extra_columns:
+            config = settings.model_dump(exclude={"extra_columns"})  # so keys are those of versions without it
+            return self._add("pairs", dataset.name, config, {}, sources=sources, runtime=runtime)
+
+        # Domains must agree on the types of extra columns, so each is compared with those that are there by then.
+        runtime["domains"] = self._with_extra
+        path = self._add("pairs", dataset.name, settings.model_dump(), {}, sources=sources, runtime=runtime)
+        self._with_extra[dataset.name] = path
+        return path
 
     def _evaluation_folders(self) -> tuple[dict[str, str], dict[str, str]]:
         """The folders of `ingest.decontaminate` by name, and the digests of their files."""

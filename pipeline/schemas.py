@@ -26,6 +26,10 @@ STAGED = pa.schema(
         ("negative_hashes", pa.list_(pa.binary(16))),
     ]
 )
+STAGED_EXTRA = (  # further columns of STAGED, only if a dataset has `extra_columns`
+    pa.field("negative_places", pa.list_(pa.int32())),
+    pa.field("extra", pa.large_utf8()),  # the values of a row as a JSON array, as their types are not known yet
+)
 PAIRS = pa.schema(
     [
         ("pair_id", pa.int64()),
@@ -36,6 +40,7 @@ PAIRS = pa.schema(
     ]
 )
 PAIRS_WITH_NEGATIVES = PAIRS.append(pa.field("negative_rows", pa.list_(pa.int64())))
+NEGATIVE_PLACES = pa.field("negative_places", pa.list_(pa.int32()))  # beside negatives, if there are extra columns
 TEXTS = pa.schema([("text", pa.large_utf8())])
 QUARANTINE = pa.schema(
     [("source_file", pa.int32()), ("source_row", pa.int64()), ("reason", pa.utf8()), ("detail", pa.utf8())]

@@ -14,9 +14,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from hardbatch.pipeline.artifacts.artifact import MANIFEST, Artifact, read_artifact
 from hardbatch.pipeline.artifacts.footer import MAGIC, end_of_file
 from hardbatch.pipeline.errors import ConfigError, IntegrityError
+from hardbatch.pipeline.schemas import SHARDS_WITH_NEGATIVES
 from hardbatch.trainer.index import Index, how_to_repair, read_index
 from hardbatch.trainer.order import BatchOrder
 
@@ -41,7 +43,7 @@ class TextBatch:
     have none. `equivalent_BB[i, j]` is True if document j may answer query i too and is therefore
     not used as a negative of it. `positive_BB[i, j]` is True if it answers query i for certain, which
     implies the former; None if the shards are of a format before version 3 and do not say so. Both
-    are False on the diagonal.
+    are False on the diagonal. `extra["score"]` has the values of the extra column `score`.
     """
 
     position: int
@@ -54,6 +56,7 @@ class TextBatch:
     negatives: list[list[str]] | None
     equivalent_BB: NDArray[np.bool_]
     positive_BB: NDArray[np.bool_] | None
+    extra: dict[str, list[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,6 +74,7 @@ class Shards:
     with_positives: bool  # since format version 3
     pairs: tuple[str, ...]  # the pairs artifacts that they come from, as pairs/DOMAIN/KEY below the corpus
     index: Index
+    extra: tuple[str, ...] = ()  # the extra columns, and the places of hard negatives that go with them
 
     def order(self, *, seed: int = 0, weights: Mapping[str, float] | None = None) -> BatchOrder:
         """Returns the order of batches for a seed; `weights` replaces those of the shards for the domains it names."""
@@ -91,6 +95,7 @@ class Shards:
         """
         index, size = self.index, self.batch_size
         columns = _COLUMNS + ["negatives"] * self.with_negatives + ["positive_slots"] * self.with_positives
+        columns += self.extra
 
         try:
             # Not memory-mapped: a file that is truncated while it is read would end the process.
@@ -123,6 +128,7 @@ class Shards:
             negatives=table["negatives"].to_pylist() if self.with_negatives else None,
             equivalent_BB=_as_matrix(table["equivalent_slots"].combine_chunks(), size),
             positive_BB=_as_matrix(table["positive_slots"].combine_chunks(), size) if self.with_positives else None,
+            extra={name: table[name].to_pylist() for name in self.extra},
         )
 
     def _damage(self, row: int, what: str) -> IntegrityError:
@@ -158,6 +164,7 @@ def open_shards(path: Path | str) -> Shards:
         with_positives="positive_slots" in columns,
         pairs=tuple(f"{name}/{key}" for name, key in artifact.manifest.inputs.items() if name.startswith("pairs/")),
         index=index,
+        extra=tuple(name for name in columns if name not in SHARDS_WITH_NEGATIVES.names),
     )
 
 

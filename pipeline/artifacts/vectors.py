@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -47,7 +48,36 @@ class Texts:
 
 
 def _open_texts(paths: list[Path], number: int) -> pa.Array:
-    return pa.ipc.open_file(pa.memory_map(str(paths[number]))).get_batch(0).column(0)
+    return _open_batch(paths, number).column(0)
+
+
+def _open_batch(paths: list[Path], number: int) -> pa.RecordBatch:
+    return pa.ipc.open_file(pa.memory_map(str(paths[number]))).get_batch(0)
+
+
+class ExtraRows:
+    """The extra columns of a domain, memory-mapped.
+
+    Args:
+        pairs: The `pairs` artifact of the domain.
+
+    Attributes:
+        schema: Name and type of each; empty if the domain has none.
+    """
+
+    def __init__(self, pairs: Artifact) -> None:
+        paths = pairs.files("extra")
+        self._batch = lru_cache(maxsize=_OPEN_FILES)(partial(_open_batch, paths))
+        self.schema = self._batch(0).schema if paths else pa.schema([])
+
+    def take(self, pair_ids: Array) -> dict[str, list[Any]]:
+        """The values of the pairs (int, one-dimensional) by column, in the order of the pairs."""
+        rows: list[dict[str, Any]] = [{}] * len(pair_ids)
+        for number, indices in _by_file(pair_ids, schemas.TEXT_ROWS_PER_FILE) if len(self.schema) else ():
+            taken = self._batch(number).take(pa.array(pair_ids[indices] % schemas.TEXT_ROWS_PER_FILE))
+            for index, row in zip(indices, taken.to_pylist(), strict=True):
+                rows[index] = row
+        return {name: [row[name] for row in rows] for name in self.schema.names}
 
 
 def _files_of_side(artifact: Artifact, folder: str, side: str) -> tuple[list[Path], int]:
@@ -77,39 +107,51 @@ class Pairs:
     """The pairs of a domain, as arrays indexed by `pair_id` (int64, n).
 
     The hard negatives of pair i are `negative_rows[negative_offsets[i] : negative_offsets[i + 1]]`; both arrays are
-    None if the source has no hard negatives.
+    None if the source has no hard negatives. `negative_places` has the place of each in the list of the source, -1
+    if it is of a row that repeats the pair; it is None if the domain has no extra columns.
     """
 
     query_row: Array
     document_row: Array
     negative_offsets: Array | None
     negative_rows: Array | None
+    negative_places: Array | None = None
 
     def __len__(self) -> int:
         return len(self.query_row)
 
     def negatives_of(self, pair_id: int) -> Array:
         """Document rows of the hard negatives of a pair; empty if it has none."""
-        if self.negative_offsets is None or self.negative_rows is None:
+        return self._of_pair(self.negative_rows, pair_id)
+
+    def places_of(self, pair_id: int) -> Array:
+        """The place of each of these in the list of the source; empty if places are not known."""
+        return self._of_pair(self.negative_places, pair_id)
+
+    def _of_pair(self, values: Array | None, pair_id: int) -> Array:
+        if self.negative_offsets is None or values is None:
             return np.empty(0, dtype=np.int64)
-        return self.negative_rows[self.negative_offsets[pair_id] : self.negative_offsets[pair_id + 1]]
+        return values[self.negative_offsets[pair_id] : self.negative_offsets[pair_id + 1]]
 
 
 def load_pairs(artifact: Artifact) -> Pairs:
     """Reads the pairs of a domain. They take 16 bytes each, with hard negatives 16 more, and 8 for each of these."""
     path = artifact.path / "pairs.parquet"
-    columns = [name for name in ("query_row", "document_row", "negative_rows") if name in pq.read_schema(path).names]
-    table = pq.read_table(path, columns=columns)
-    offsets = rows = None
+    names = ("query_row", "document_row", "negative_rows", "negative_places")
+    table = pq.read_table(path, columns=[name for name in names if name in pq.read_schema(path).names])
+    offsets = rows = places = None
     if "negative_rows" in table.column_names:
         lists = table["negative_rows"].combine_chunks()
         offsets, rows = lists.offsets.to_numpy(), lists.values.to_numpy()
+    if "negative_places" in table.column_names:
+        places = table["negative_places"].combine_chunks().values.fill_null(-1).to_numpy()
     pa.default_memory_pool().release_unused()  # the decoded pages, which took as much again
     return Pairs(
         query_row=table["query_row"].to_numpy(),
         document_row=table["document_row"].to_numpy(),
         negative_offsets=offsets,
         negative_rows=rows,
+        negative_places=places,
     )
 
 

@@ -18,13 +18,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from hardbatch.pipeline.config import Column, Columns, Reading
+from hardbatch.pipeline.config import Column, Reading
 from hardbatch.pipeline.errors import ConfigError, InputError
+from hardbatch.pipeline.sources.extra import ExtraReader, closest
 from hardbatch.pipeline.sources.files import RawRow, SourceFile
 
 _ROWS_TO_JUDGE = 10_000  # a column without one text in so many rows is refused before the file has been read
 _NAMES_SHOWN, _NAME_CHARACTERS = 20, 60
+_FIELDS = ("query", "document", "negatives")
+_EXTRA = "extra_columns"
+_OPTIONAL = ("negatives", _EXTRA)  # may be absent in some files of a dataset
 _SEEN = "column "  # before the name of a column that occurs, in counts
+_OTHER = "other column "  # before the name of one that occurs where an extra column does not
 _READABLE = ""  # stands among these names if a row could be read
 ABSENT = object()
 """The value of a column that a record does not have."""
@@ -124,14 +129,23 @@ def check_columns(counts: Counter[str], reading: Reading, where: Sequence[str], 
     Raises:
         InputError: A column does not occur.
     """
-    seen = {name.removeprefix(_SEEN) for name in list(counts) if name.startswith(_SEEN) and counts.pop(name)}
+    seen, others = (
+        {name.removeprefix(prefix): None for name in list(counts) if name.startswith(prefix) and counts.pop(name)}
+        for prefix in (_SEEN, _OTHER)
+    )
     for name in where:
         if counts["rows"] + counts["rows_filtered"] and name not in seen:
             raise InputError(f"{files[0].name}: no row has '{name}'; fix where, or leave it out")
-    for field in ("query", "document", "negatives"):
+    for field in _FIELDS:
         for given in reading.columns.names(field):
             if _READABLE in seen and str(given) not in seen:
                 raise InputError(f"{files[0].name}: no row has '{given}'; fix columns.{field}, or leave it out")
+    for given in reading.extra_columns.values():
+        if _READABLE in seen and str(given) not in seen:
+            raise InputError(
+                f"{files[0].name}: no row has '{given}' ({_EXTRA}), in no file of the dataset; "
+                f"it has: {', '.join(others)}{closest(str(given), list(others))}"
+            )
 
 
 class _Judged:
@@ -148,7 +162,7 @@ class PairReader:
 
     Args:
         file: The file, for messages.
-        columns: The columns of the manifest.
+        reading: The settings that name the columns.
         where: Columns of the condition on rows, which a table must have too.
         present: Name and type of the file's columns, if it says them.
         is_only: Whether it is the dataset's only file, so that it must have every column.
@@ -161,7 +175,7 @@ class PairReader:
     def __init__(
         self,
         file: SourceFile,
-        columns: Columns,
+        reading: Reading,
         where: Sequence[str],
         present: list[tuple[str, str]] | None,
         *,
@@ -170,12 +184,15 @@ class PairReader:
         self._file = file
         self._types = dict(present or [])
         self._present = [name for name, _ in present or []]
-        given = {field: columns.names(field) for field in ("query", "document", "negatives")}
-        self._names = {field: [self._name(name) for name in names] for field, names in given.items()}
-        self._given = given
+        self._given = {field: reading.columns.names(field) for field in _FIELDS}
+        if reading.extra_columns:
+            self._given[_EXTRA] = list(reading.extra_columns.values())
+        self._names = {field: [self._name(name) for name in names] for field, names in self._given.items()}
+        self._extra_names = self._names.get(_EXTRA, [])
+        self._extra = ExtraReader(file, dict(zip(reading.extra_columns, self._extra_names, strict=True)))
         self._is_only = is_only
         self._seen: set[str] = set()
-        self._judged = {field: _Judged() for field in given}
+        self._judged = {field: _Judged() for field in _FIELDS}
         self._num_rows = 0
         if present is not None:
             self._check_present(where)
@@ -193,8 +210,14 @@ class PairReader:
         self._num_rows += 1
         if self._num_rows == _ROWS_TO_JUDGE:
             self._judge(is_whole=False)
+        extra: list[Any] = []
+        if self._extra_names:
+            found = [look_up(record.values, name, None) for name in self._extra_names]
+            extra, broken = self._extra.read(record.row, found)
+            if broken:
+                return [RawRow(record.row, None, None, None, "invalid_utf8", broken)]
         return [
-            RawRow(record.row, query, document, negatives)
+            RawRow(record.row, query, document, negatives, extra=extra)
             for query in queries or [None]
             for document in documents or [None]
         ]
@@ -202,7 +225,10 @@ class PairReader:
     def finish(self, counts: Counter[str]) -> None:
         """Judges the columns of the whole file, and adds the names of those that occur to `counts`."""
         self._judge(is_whole=True)
+        self._extra.finish(counts)
         note_seen(counts, [_READABLE] if self._num_rows else [])
+        if any(name not in self._seen for name in self._extra_names):
+            counts.update(f"{_OTHER}{name}" for name in self._present[:_NAMES_SHOWN])
         for field, names in self._names.items():
             for given, name in zip(self._given[field], names, strict=True):
                 if name in self._seen:
@@ -236,8 +262,8 @@ class PairReader:
         return bool(needed_columns(self._present, [name]))
 
     def _note_keys(self, values: Mapping[str, Any]) -> None:
-        if not self._present:
-            self._present = list(values)
+        if len(self._present) < _NAMES_SHOWN:  # for messages
+            self._present += [name for name in values if name not in self._present]
         for name in self._unseen:
             if look_up(values, name) is not ABSENT or self._expand(name, values):
                 self._seen.add(name)
@@ -247,7 +273,7 @@ class PairReader:
         """Raises InputError if a query or document has no column; in the only file, whole, for any absent column."""
         for field, names in self._names.items():
             absent = [name for name in names if name not in self._seen]
-            is_lost = len(absent) == len(names) and field != "negatives"
+            is_lost = len(absent) == len(names) and field not in _OPTIONAL
             if absent and (is_lost or (is_whole and self._is_only)):
                 raise self._no_column(field, absent[0])
 
@@ -255,6 +281,8 @@ class PairReader:
         names = [name[:_NAME_CHARACTERS] for name in self._present]
         key = "where" if field == "where" else f"columns.{field}"
         message = f"{self._file.name}: no column '{name}' for {field}; it has: {', '.join(names[:_NAMES_SHOWN])}"
+        if field == _EXTRA:
+            return InputError(message + closest(name, names))
         advice = f"Map it in the manifest: {key}" if field != "where" else "A name with signs is put in double quotes"
         if self._file.format in ("csv", "tsv"):
             others = [sign for sign in ";\t|," if len(names) == 1 and sign in self._present[0]]

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,7 +71,8 @@ class SourceFile(NamedTuple):
 class RawRow(NamedTuple):
     """A pair as the source has it; `problem` (a reason code) and `detail` say why it could not be read.
 
-    `negatives` is a list, or None if none are mapped. A row of the source may be several pairs.
+    `negatives` is a list, or None if none are mapped. `extra` has the values of the extra columns. A row of the
+    source may be several pairs.
     """
 
     row: int
@@ -80,6 +81,7 @@ class RawRow(NamedTuple):
     negatives: Any
     problem: str | None = None
     detail: str = ""
+    extra: Sequence[Any] = ()
 
 
 def list_source_files(

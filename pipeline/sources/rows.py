@@ -85,7 +85,7 @@ def _read_file(
     where = Where(reading.where) if reading.where is not None else None
     names = where.columns if where else []
     with open_table(file, reading, scratch) as table:
-        pairs = PairReader(file, reading.columns, names, table.columns, is_only=is_only)
+        pairs = PairReader(file, reading, names, table.columns, is_only=is_only)
         records = table.records if where is None else where.select(table.records, file.name, counts)
         for record in islice(records, limit):
             yield pairs.rows(record)
@@ -153,6 +153,7 @@ def _open_format(file: SourceFile, path: Path, reading: Reading) -> Table:
     wanted: list[Column] = [
         name for field in ("query", "document", "negatives") for name in reading.columns.names(field)
     ]
+    wanted += reading.extra_columns.values()
     if file.format in ("parquet", "arrow"):
         from hardbatch.pipeline.sources import tables
 

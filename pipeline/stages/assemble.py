@@ -5,9 +5,12 @@ Works on hashes and numbers, 700 to 780 bytes a pair. The texts stream through o
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from hardbatch.pipeline import schemas
 from hardbatch.pipeline.arrays import Array
 from hardbatch.pipeline.artifacts.commit import UnitWriter, write_unit
 from hardbatch.pipeline.batching.copies import KnownTexts
+from hardbatch.pipeline.sources.extra import as_array, kind_of
 
 STAGED_ROWS = 8_192
 _LEAST_STEPS = 16  # between different texts of neighbouring rows, from which an order shows
@@ -64,11 +68,12 @@ def assemble(
     file_names: list[str],
     holdout: float,
     holdout_seed: int,
+    extra: pa.Schema,
 ) -> None:
     """Joins the staged files of a domain into the unit `assembled`, whose counts account for every row.
 
-    Of equal pairs the first row stays, with the hard negatives of all of them. Pairs with a near-copy of a
-    held-out text go to quarantine.
+    Of equal pairs the first row stays, with its extra columns and the hard negatives of all of them. Pairs with
+    a near-copy of a held-out text go to quarantine.
 
     Args:
         path: The `pairs` artifact to write to.
@@ -78,6 +83,7 @@ def assemble(
         file_names: The names of the source files.
         holdout: Fraction of the pairs to hold out.
         holdout_seed: Draws them.
+        extra: The extra columns with their types; without any, no file is written for them.
     """
     columns = ["source_file", "source_row", "query_hash", "document_hash"]
     numbers = pa.concat_tables([pq.read_table(file, columns=columns) for file in staged])
@@ -128,7 +134,18 @@ def assemble(
             pair_id = (np.cumsum(fate == _KEPT) - 1)[pair_of_row[rows]]
             pairs["negative_rows"] = _negative_lists(pair_id, document_rows[~is_document], int(kept.sum()))
             found["negatives_joined"] = int((~is_first[rows]).sum())
+            if len(extra):
+                # The extra values of a repeated row are dropped, so the place of its negatives says nothing.
+                places = _negative_places(staged, used)[chosen[~entries.is_document]]
+                places = pa.array(places, pa.int32(), mask=~is_first[rows])
+                pairs["negative_places"] = _negative_lists(pair_id, places, int(kept.sum()))
+                schema = schema.append(schemas.NEGATIVE_PLACES)
         _write_table(writer, "pairs.parquet", pa.table(pairs, schema=schema))
+        if len(extra):
+            rows_of_kept = map(json.loads, _extra_values(staged, kept))
+            _write_extra(writer, rows_of_kept, int(kept.sum()), extra)
+            found["extra_empty"] = [field.name for field in extra if kind_of(field.type).endswith("null")]
+            found["extra_rows_dropped"] = _count_other_values(staged, is_first, pair_of_row)
 
         dropped = {"duplicate_pair": ~is_first, "held_out_copy": copies}
         _write_quarantine(writer, quarantined, numbers, dropped)
@@ -155,7 +172,7 @@ def assemble(
 
 def _choose_entries(
     entries: _Entries, is_kept: Array, pair_of_row: Array, is_copy: Array
-) -> tuple[Array, dict[str, int]]:
+) -> tuple[Array, dict[str, Any]]:
     """Chooses the texts that the document side gets, and counts the hard negatives among the others.
 
     Of the entries of pairs that are kept, near-copies of held-out texts (`is_copy`, by code, or empty) are
@@ -289,11 +306,49 @@ def _list_documents(staged: list[Path], used: Array) -> _Entries:
     )
 
 
-def _negative_lists(pair_id: Array, rows: Array, num_pairs: int) -> pa.Array:
-    """The document rows of hard negatives as a list per pair, in the order in which they come."""
+def _negative_lists(pair_id: Array, values: Array | pa.Array, num_pairs: int) -> pa.Array:
+    """The values of hard negatives as a list per pair, in the order in which they come."""
     offsets = np.concatenate([[0], np.cumsum(np.bincount(pair_id, minlength=num_pairs))])
     order = np.argsort(pair_id, kind="stable")
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(rows[order]))
+    ordered = (values if isinstance(values, pa.Array) else pa.array(values)).take(pa.array(order))
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), ordered)
+
+
+def _negative_places(staged: list[Path], used: Array) -> Array:
+    """The place of each hard negative in the list of its row, in the order of `_Entries`."""
+    batches = _chosen_batches(staged, used, ["negative_places"])
+    places = [batch["negative_places"].flatten().to_numpy() for batch in batches]
+    return np.concatenate([np.zeros(0, dtype=np.int32), *places])
+
+
+def _extra_values(staged: list[Path], chosen: Array) -> Iterator[str]:
+    """The values of the extra columns of each chosen row, as a JSON array."""
+    for batch in _chosen_batches(staged, chosen, ["extra"]):
+        yield from batch["extra"].to_pylist()
+
+
+def _count_other_values(staged: list[Path], is_first: Array, pair_of_row: Array) -> int:
+    """The number of rows that repeat a pair with other extra values than its first row has."""
+    texts = _extra_values(staged, np.ones(len(is_first), dtype=bool))
+    digests = (int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) for text in texts)
+    digest = np.fromiter(digests, dtype=np.uint64, count=len(is_first))
+    return int((digest != digest[is_first][pair_of_row]).sum())
+
+
+def _write_extra(writer: UnitWriter, rows: Iterator[list[Any]], num_rows: int, schema: pa.Schema) -> None:
+    """Writes the extra columns of all pairs, a record batch per file; at least one file, which has the types."""
+    for number, start in enumerate(range(0, max(1, num_rows), schemas.TEXT_ROWS_PER_FILE)):
+        size = min(schemas.TEXT_ROWS_PER_FILE, num_rows - start)
+        pieces = [schema.empty_table()]
+        while len(block := list(islice(rows, min(STAGED_ROWS, size)))):
+            columns = zip(*block, strict=True)
+            arrays = [as_array(values, field.type) for values, field in zip(columns, schema, strict=True)]
+            pieces.append(pa.table(arrays, schema=schema))
+            size -= len(block)
+        table = pa.concat_tables(pieces)
+        path = writer.add_file(f"extra/extra-{number:05d}.arrow", rows=len(table))
+        with pa.ipc.new_file(path, schema) as file:
+            file.write_batch(pa.record_batch([column.combine_chunks() for column in table.columns], schema=schema))
 
 
 def _find_near_copies(

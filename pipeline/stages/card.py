@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
-from hardbatch.pipeline.schemas import SHARDS_WITH_NEGATIVES
+import pyarrow as pa
+
+from hardbatch.pipeline.sources.extra import kind_of
 from hardbatch.pipeline.stages.figures import CLUSTER_SIZES, OWN_RANKS, DomainSummary, Hardness, Summary
 from hardbatch.pipeline.stages.warnings import corpus_warnings
 
@@ -22,6 +24,7 @@ _COLUMNS = {
     "query_prompt": "put before the query in training",
     "document_prompt": "put before the document in training",
     "negatives": "hard negatives of this query alone, known and likely answers removed",
+    "negative_places": "place of each of these in the list of the source, from 0; null if another row had it",
     "positive_slots": "other slots of the batch whose document answers this query for certain",
     "equivalent_slots": "these slots and those whose document is likely to answer it: not used as negatives",
 }
@@ -43,8 +46,19 @@ _FRONT_MATTER = (
 )
 
 
-def data_card(corpus: str, key: str, licences: Mapping[str, str], summary: Summary, with_negatives: bool) -> str:
-    """The card as markdown; `licences` names the licence of each dataset, or is empty for it."""
+def data_card(
+    corpus: str, key: str, licences: Mapping[str, str], summary: Summary, names: Sequence[str], extra: pa.Schema
+) -> str:
+    """The data card as markdown.
+
+    Args:
+        corpus: The name of the corpus.
+        key: The key of the shards.
+        licences: The licence of each dataset, or an empty text.
+        summary: The figures of the shards.
+        names: The columns of the shards, in their order.
+        extra: Those of them that come from the sources as they are.
+    """
     domains = summary.domains
     several = summary.packings > 1
     datasets_header = ["domain", "pairs", "batches of each packing" if several else "batches", "licence"]
@@ -52,7 +66,7 @@ def data_card(corpus: str, key: str, licences: Mapping[str, str], summary: Summa
         [name, f"{domains[name].source['pairs']:,}", f"{domains[name].batches:,}", licence or "not stated"]
         for name, licence in licences.items()
     ]
-    names = [name for name in SHARDS_WITH_NEGATIVES.names if with_negatives or name != "negatives"]
+    columns = _COLUMNS | {field.name: f"extra column of the source: {kind_of(field.type)}" for field in extra}
     warnings = [f"- {line}" for line in corpus_warnings(summary)]
     return "\n".join(
         [
@@ -88,7 +102,7 @@ def data_card(corpus: str, key: str, licences: Mapping[str, str], summary: Summa
             *negatives_text(summary.batch_size),
             *warnings,
             "",
-            markdown_table(["column", "what it is"], [[f"`{name}`", _COLUMNS[name]] for name in names]),
+            markdown_table(["column", "what it is"], [[f"`{name}`", columns[name]] for name in names]),
             "",
             "`index.parquet` has a row per batch: its packing, file, row group, byte range, digest and figures.",
             "`manifest.json` has the settings, the keys of the inputs and the digest of every file;",

@@ -13,13 +13,14 @@ the texts of one file, never all texts.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hardbatch.pipeline import schemas
+from hardbatch.pipeline.artifacts.artifact import find_artifact
 from hardbatch.pipeline.artifacts.commit import ArtifactBuilder, write_unit
+from hardbatch.pipeline.artifacts.vectors import ExtraRows
 from hardbatch.pipeline.batching.copies import KnownTexts
 from hardbatch.pipeline.config import Reading
 from hardbatch.pipeline.errors import QuarantineError
+from hardbatch.pipeline.sources.extra import extra_schema, joined_schema
 from hardbatch.pipeline.sources.files import RawRow, SourceFile
 from hardbatch.pipeline.sources.rows import check_dataset, evaluation_texts, read_rows
 from hardbatch.pipeline.stages.assemble import STAGED_ROWS, RowCounts, assemble
@@ -57,6 +61,8 @@ class CleanRow:
     reason: str | None = None
     detail: str = ""
     num_cut: int = 0
+    negative_places: list[int] = field(default_factory=list)
+    """The place of each hard negative among those that the source has."""
     unusable_negatives: list[str] = field(default_factory=list)
     """The reason for each hard negative that is not kept."""
 
@@ -76,12 +82,14 @@ def clean_row(raw: RawRow, max_characters: int) -> CleanRow:
     # Hard negatives are optional: one that cannot be used is dropped, and the row stays.
     given = raw.negatives if isinstance(raw.negatives, list) else [] if raw.negatives is None else [raw.negatives]
     faults = [_fault(_cut(text, max_characters)) for text in given]
-    negatives = [text for text, fault in zip(given, faults, strict=True) if fault is None]
+    places = [place for place, fault in enumerate(faults) if fault is None]
+    negatives = [given[place] for place in places]
     return CleanRow(
         query=query,
         document=document,
         negatives=[_cut(text, max_characters) for text in negatives],
         num_cut=sum(len(text) > max_characters for text in (raw.query, raw.document, *negatives)),
+        negative_places=places,
         unusable_negatives=[fault for fault in faults if fault is not None],
     )
 
@@ -90,7 +98,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
     """Builds the `pairs` artifact of one domain; see `docs/artifacts.md` for its files.
 
     Raises:
-        InputError: The source has no row at all.
+        InputError: The source has no row at all, or an extra column has values of several types.
         QuarantineError: More than `max_quarantined_fraction` of the rows are broken.
     """
     runtime, config = step.runtime, step.config
@@ -105,7 +113,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         )
         for source in step.sources
     ]
-    reading = Reading(**{name: config[name] for name in Reading.model_fields})
+    reading = Reading(**{name: config[name] for name in Reading.model_fields if name in config})
     units = _staging_units(files, reading.limit or reading.sample)
     if not builder.committed("assembled"):
         work = _Staging(
@@ -121,6 +129,8 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
             counts.add(builder.unit_record(unit.name).counts)
         quarantined = [builder.path / "staged" / f"{unit.name}.quarantine.parquet" for unit in units]
         check_dataset(step.domain, counts.totals, reading, files)
+        extra = extra_schema(counts.totals, reading.extra_columns, step.domain)
+        _refuse_other_types(step, extra)
         _refuse_if_broken(step, counts, files, quarantined)
         assemble(
             builder.path,
@@ -130,6 +140,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
             file_names=[file.name for file in files],
             holdout=config["holdout"],
             holdout_seed=config["holdout_seed"],
+            extra=extra,
         )
 
     # The records of the staged units go first, so that no record ever stands without its files.
@@ -138,6 +149,13 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
     for folder in ("staged", "scratch"):
         shutil.rmtree(builder.path / folder, ignore_errors=True)
     return StageResult(units=["assembled"], counts=builder.unit_record("assembled").counts)
+
+
+def _refuse_other_types(step: Step, extra: pa.Schema) -> None:
+    """Raises InputError if another domain, read already, has an extra column of the same name and another type."""
+    others = {name: path for name, path in step.runtime.get("domains", {}).items() if name != step.domain}
+    known = {name: artifact for name, path in others.items() if (artifact := find_artifact(path)) is not None}
+    joined_schema({name: ExtraRows(artifact).schema for name, artifact in known.items()} | {step.domain: extra})
 
 
 def _cut(value: Any, max_characters: int) -> Any:
@@ -202,15 +220,18 @@ class _StagingWorker:
 
     def commit(self, unit: Unit, prepared: None) -> None:
         counts = RowCounts()
+        schema = schemas.STAGED
+        for column in schemas.STAGED_EXTRA if self._work.reading.extra_columns else ():
+            schema = schema.append(column)
         with write_unit(self._work.path, unit.name) as writer:
             staged = writer.add_file(f"staged/{unit.name}.parquet")
             quarantine = writer.add_file(f"staged/{unit.name}.quarantine.parquet")
             with (
-                pq.ParquetWriter(staged, schemas.STAGED, compression="zstd", use_dictionary=False) as staged_writer,
+                pq.ParquetWriter(staged, schema, compression="zstd", use_dictionary=False) as staged_writer,
                 pq.ParquetWriter(quarantine, schemas.QUARANTINE, compression="zstd") as quarantine_writer,
             ):
                 for kept, dropped in _chunks(self._rows(unit, counts)):
-                    staged_writer.write_table(pa.Table.from_pylist(kept, schemas.STAGED))
+                    staged_writer.write_table(pa.Table.from_pylist(kept, schema))
                     quarantine_writer.write_table(pa.Table.from_pylist(dropped, schemas.QUARANTINE))
             writer.counts = counts.record()
 
@@ -232,7 +253,7 @@ class _StagingWorker:
             if self._work.reading.limit is not None and above.query:
                 _count_steps(counts.totals, above, clean)
             above = clean
-            yield row | self._staged(clean, counts), True
+            yield row | self._staged(clean, raw.extra, counts), True
 
     def _source_rows(self, unit: Unit, counts: RowCounts) -> Iterator[tuple[dict[str, Any], RawRow]]:
         work, numbers = self._work, range(unit.start, unit.stop)
@@ -250,10 +271,11 @@ class _StagingWorker:
                 return f"{name}: in {folder}"
         return ""
 
-    def _staged(self, clean: CleanRow, counts: RowCounts) -> dict[str, Any]:
-        kept = clean.negatives
+    def _staged(self, clean: CleanRow, extra: Sequence[Any], counts: RowCounts) -> dict[str, Any]:
+        kept, places = clean.negatives, clean.negative_places
         if self._contaminated:
-            kept = [text for text in kept if self._contaminated.find(text) is None]
+            is_kept = [self._contaminated.find(text) is None for text in kept]
+            kept, places = list(compress(kept, is_kept)), list(compress(places, is_kept))
         counts.unusable_negatives.update(clean.unusable_negatives)
         if len(kept) < len(clean.negatives):
             counts.unusable_negatives["contaminated"] += len(clean.negatives) - len(kept)
@@ -268,6 +290,8 @@ class _StagingWorker:
             "query_hash": _hash(clean.query),
             "document_hash": _hash(clean.document),
             "negative_hashes": [_hash(text) for text in kept],
+            "negative_places": places,
+            "extra": json.dumps(extra, ensure_ascii=False) if extra else "",
         }
 
 

@@ -19,7 +19,7 @@ from hardbatch.pipeline.artifacts.answers import load_answers
 from hardbatch.pipeline.artifacts.artifact import read_artifact
 from hardbatch.pipeline.artifacts.consistency import load_percentiles
 from hardbatch.pipeline.artifacts.leaks import load_leaks
-from hardbatch.pipeline.artifacts.vectors import Texts, load_pairs, open_vectors
+from hardbatch.pipeline.artifacts.vectors import ExtraRows, Texts, load_pairs, open_vectors
 from hardbatch.pipeline.batching.consistency import floor_at
 from hardbatch.pipeline.batching.copies import find_copies
 
@@ -44,6 +44,7 @@ class OpenDomain:
         self.document_prompt = document_prompt
         self.pairs = load_pairs(pairs)
         self.queries, self.documents = (Texts(pairs, side) for side in schemas.SIDES)
+        self.extra = ExtraRows(pairs)
         self.vectors = open_vectors(inputs[f"vectors/{name}"])
         self.surrogate = open_vectors(inputs[f"surrogate/{name}"])
         self.answers = load_answers(inputs[f"answers/{name}"], self.pairs).answers

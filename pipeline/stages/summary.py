@@ -29,7 +29,7 @@ from hardbatch.pipeline.step import Step
 _SOURCE_COUNTS = (
     "rows", "rows_filtered", "pairs", "held_out", "holdout_target", "quarantined", "texts_cut", "query_ids",
     "document_ids", "sorted_by", "files", "files_read", "files_without_pairs", "such_files", "negatives",
-    "negatives_dropped", "negatives_unusable", "negatives_joined",
+    "negatives_dropped", "negatives_unusable", "negatives_joined", "extra_rows_dropped", "extra_empty",
 )  # fmt: skip
 _ROLES = {"vectors": "embed.model", "surrogate": "embed.surrogate_model"}
 _BLOCK_BATCHES = 1_024

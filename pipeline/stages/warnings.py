@@ -42,6 +42,7 @@ def domain_warnings(name: str, domain: DomainSummary, summary: Summary) -> list[
             *_texts(source),
             *_files(source),
             *_given_negatives(source),
+            *_extra_columns(source),
             *_vectors(domain),
         ]
         if source["pairs"] > 0 and domain.batches == 0 and not domain.leftover.get("mixed"):
@@ -146,6 +147,16 @@ def _given_negatives(source: Mapping[str, Any]) -> Iterator[str]:
         )
     elif column and num_usable == 0:
         yield f"no row that came through has a hard negative in column '{column}'"
+
+
+def _extra_columns(source: Mapping[str, Any]) -> Iterator[str]:
+    for name in source.get("extra_empty", ()):
+        yield f"no row has a value in the extra column '{name}'"
+    if dropped := source.get("extra_rows_dropped"):
+        yield (
+            f"{dropped:,} rows repeat a pair with other values in the extra columns, and the first row stays; "
+            "to keep all values, write one row for each pair, with lists"
+        )
 
 
 def _removed_negatives(domain: DomainSummary) -> Iterator[str]:

@@ -30,9 +30,11 @@ from hardbatch.pipeline.artifacts.artifact import read_artifact
 from hardbatch.pipeline.artifacts.commit import ArtifactBuilder, write_unit
 from hardbatch.pipeline.artifacts.files import sha256_outside
 from hardbatch.pipeline.artifacts.footer import record_ranges, row_group_ranges
+from hardbatch.pipeline.artifacts.vectors import ExtraRows
 from hardbatch.pipeline.batching.equivalence import LikelyRule, keeps_unlikely, likely_answers, repeats_query
 from hardbatch.pipeline.batching.hardness import BatchHardness, measure_batch
 from hardbatch.pipeline.batching.negatives import BatchNegatives, count_negatives
+from hardbatch.pipeline.sources.extra import joined_schema
 from hardbatch.pipeline.stages.card import data_card
 from hardbatch.pipeline.stages.slots import OpenDomain, Packing, Slots, gather_slots, read_packing
 from hardbatch.pipeline.stages.summary import count_packings, read_packed, refuse_empty, summarise
@@ -68,7 +70,8 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
     if step.config["compose"] == "domain":
         group_sizes[schemas.MIXED_DOMAIN] = 1
 
-    pairs = [read_artifact(step.inputs[f"pairs/{domain}"]) for domain in domains]
+    pairs = {domain: read_artifact(step.inputs[f"pairs/{domain}"]) for domain in domains}
+    extra = joined_schema({domain: ExtraRows(artifact).schema for domain, artifact in pairs.items()})
     work = _Writing(
         path=builder.path,
         inputs=step.inputs,
@@ -78,7 +81,8 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
         batch_size=step.config["batch_size"],
         group_sizes=group_sizes,
         num_batches={domain: counts.batches for domain, counts in packed.items()},
-        with_negatives=any(artifact.manifest.counts["negatives"] for artifact in pairs),
+        with_negatives=any(artifact.manifest.counts["negatives"] for artifact in pairs.values()),
+        extra=extra,
     )
     units = _units(work.num_batches, count_packings(packed), step.config["batches_per_part"])
     names = run_pending(builder, executor, work, units, progress, "write shards")
@@ -95,7 +99,7 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
     with write_unit(builder.path, "index") as writer:
         pq.write_table(index, writer.add_file("index.parquet", rows=len(index)), compression="zstd")
         licences = {domain: dataset["licence"] for domain, dataset in datasets.items()}
-        card = data_card(step.domain, step.key, licences, summary, work.with_negatives)
+        card = data_card(step.domain, step.key, licences, summary, work.schema.names, extra)
         writer.add_file("README.md").write_text(card, encoding="utf-8")
     return StageResult(units=[*names, "index"], counts=summary.counts() | negatives, warnings=corpus_warnings(summary))
 
@@ -139,6 +143,17 @@ class _Writing:
     group_sizes: dict[str, int]
     num_batches: dict[str, int]  # of each packing, by domain, in the order of the batch ids
     with_negatives: bool
+    extra: pa.Schema
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of the part files, in their order; a column without any value holds text."""
+        schema = schemas.SHARDS_WITH_NEGATIVES if self.with_negatives else schemas.SHARDS
+        if self.with_negatives and len(self.extra):
+            schema = schema.insert(schema.get_field_index("negatives") + 1, schemas.NEGATIVE_PLACES)
+        for field in self.extra:
+            schema = schema.append(_without_null(field))
+        return schema
 
     def open(self) -> _WritingWorker:
         return _WritingWorker(self)
@@ -168,7 +183,8 @@ class _BatchFigures:
 class _WritingWorker:
     def __init__(self, work: _Writing) -> None:
         self._work = work
-        self._schema = schemas.SHARDS_WITH_NEGATIVES if work.with_negatives else schemas.SHARDS
+        self._schema = work.schema
+        self._compressed = [*_TEXTS, *filter(None, (_text_leaf(self._schema.field(name)) for name in work.extra.names))]
         self._group = ""
         self._domain = lru_cache(maxsize=len(work.datasets))(work.open_domain)
         self._packing = lru_cache(maxsize=1)(work.read_packing)
@@ -193,7 +209,7 @@ class _WritingWorker:
             with pq.ParquetWriter(
                 path,
                 self._schema,
-                compression=dict.fromkeys(_TEXTS, "zstd"),
+                compression=dict.fromkeys(self._compressed, "zstd"),
                 column_encoding=dict.fromkeys(_INTEGERS, "DELTA_BINARY_PACKED"),
                 use_dictionary=["domain", "query_prompt", "document_prompt"],
                 write_statistics=["batch_id", "pair_id"],
@@ -234,11 +250,18 @@ class _WritingWorker:
             "positive_slots": _slot_lists(certain_BB),
             "equivalent_slots": _slot_lists(mask_BB),
         }
-        if self._work.with_negatives:
-            columns["negatives"] = [None] * self._work.batch_size
-            for domain, at in parts:
-                for slot in at:
-                    columns["negatives"][slot] = self._negatives(slots, slot, domain, counts)
+        # Slots of a domain without an extra column keep null there.
+        optional = ("negatives", "negative_places", *self._work.extra.names)
+        columns |= {name: [None] * self._work.batch_size for name in optional}
+        for domain, at in parts:
+            for name, values in domain.extra.take(slots.pair_id[at]).items():
+                for slot, value in zip(at, values, strict=True):
+                    columns[name][slot] = value
+            for slot in at if self._work.with_negatives else ():
+                columns["negatives"][slot], kept = self._negatives(slots, slot, domain, counts)
+                if domain.pairs.negative_places is not None:
+                    places = domain.pairs.places_of(slots.pair_id[slot])[kept]
+                    columns["negative_places"][slot] = [None if place < 0 else place for place in places.tolist()]
         table = pa.table({name: columns[name] for name in self._schema.names}, schema=self._schema)
 
         hardness = measure_batch(
@@ -251,25 +274,29 @@ class _WritingWorker:
         )
         return table, _BatchFigures(hardness=hardness, negatives=count_negatives(mask_BB, certain_BB))
 
-    def _negatives(self, slots: Slots, slot: int, domain: OpenDomain, counts: Counter[str]) -> list[str]:
+    def _negatives(self, slots: Slots, slot: int, domain: OpenDomain, counts: Counter[str]) -> tuple[list[str], Array]:
         """The hard negatives of a slot, without those that answer its query, or are likely to.
 
         Those that another domain holds out are left out too.
+
+        Returns:
+            Their texts, and their numbers among all hard negatives of the pair.
         """
         rows = domain.pairs.negatives_of(slots.pair_id[slot])
+        numbers = np.arange(len(rows))
         if len(rows) == 0:
-            return []
+            return [], numbers
         is_held_out = np.isin(rows, domain.leaking_documents)
         counts["negatives_removed_held_out"] += int(is_held_out.sum())
-        rows = rows[~is_held_out]
+        rows, numbers = rows[~is_held_out], numbers[~is_held_out]
 
         has_vector = domain.surrogate.has_document[rows]
         counts["negatives_removed_no_vector"] += int((~has_vector).sum())
-        rows = rows[has_vector]
+        rows, numbers = rows[has_vector], numbers[has_vector]
 
         is_known = domain.answers(slots.query_id[slot], rows)
         counts["negatives_removed_known"] += int(is_known.sum())
-        rows = rows[~is_known]
+        rows, numbers = rows[~is_known], numbers[~is_known]
 
         query_D, document_D = slots.surrogate_queries_BD[slot], slots.surrogate_documents_BD[slot]
         vectors = domain.surrogate.documents.take(rows)
@@ -278,7 +305,22 @@ class _WritingWorker:
         keeps &= ~repeats_query([slots.query[slot]], texts.tolist())[0]
         counts["negatives_removed_equivalent"] += int((~keeps).sum())
         counts["negatives_kept"] += int(keeps.sum())
-        return list(texts[keeps])
+        return list(texts[keeps]), numbers[keeps]
+
+
+def _without_null(field: pa.Field) -> pa.Field:
+    """A field that Parquet and its readers know a type of: without any value, text."""
+    if pa.types.is_null(field.type):
+        return field.with_type(pa.large_utf8())
+    is_empty = pa.types.is_list(field.type) and pa.types.is_null(field.type.value_type)
+    return field.with_type(pa.list_(pa.large_utf8())) if is_empty else field
+
+
+def _text_leaf(field: pa.Field) -> str | None:
+    """The path of the texts of a column in a Parquet file, or None if it has none."""
+    if pa.types.is_list(field.type):
+        return f"{field.name}.list.element" if pa.types.is_large_string(field.type.value_type) else None
+    return str(field.name) if pa.types.is_large_string(field.type) else None
 
 
 def _slot_lists(mask_BB: Array) -> pa.ListArray:

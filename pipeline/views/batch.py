@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from hardbatch.pipeline.artifacts.artifact import diagnose_damage
 from hardbatch.pipeline.errors import ConfigError
+from hardbatch.pipeline.schemas import NEGATIVE_PLACES, SHARDS_WITH_NEGATIVES
 from hardbatch.pipeline.views.masks import BatchMasks, Mask, explain_masks
 from hardbatch.pipeline.views.report import command, read_shards
 
@@ -87,6 +89,7 @@ def _slot_lines(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], masks
         f"      q: {_shorten(row['query'])}",
         f"      d: {_shorten(row['document'])}",
         *(f"      hard negative: {_shorten(negative)}" for negative in row.get("negatives") or []),
+        *(f"      {_shorten(name)}: {_shorten(value)}" for name, value in _extra_values(row)),
     ]
     masked = masks.by_slot[row["slot"]]
     if not masked:
@@ -104,6 +107,16 @@ def _slot_lines(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], masks
     if rest := masked[_MASKS_LISTED:]:
         lines.append(f"        … and {_count_reasons(rest)}")
     return lines
+
+
+def _extra_values(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The extra columns of a slot and what they hold."""
+    own = (*SHARDS_WITH_NEGATIVES.names, NEGATIVE_PLACES.name)
+    return [
+        (name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        for name, value in row.items()
+        if name not in own
+    ]
 
 
 def _count_reasons(masks: Sequence[Mask]) -> str:

@@ -208,9 +208,9 @@ def _difference(step: Step, rerun: set[Path]) -> str:
         except IntegrityError:
             continue  # damaged: nothing to compare with
         changed = [
-            f"{name} {_short(manifest.config.get(name))} → {_short(value)}"
-            for name, value in step.config.items()
-            if manifest.config.get(name) != json.loads(json.dumps(value))
+            f"{name} {_short(manifest.config.get(name))} → {_short(step.config.get(name))}"
+            for name in {**step.config, **manifest.config}  # a key may be in one of them alone
+            if manifest.config.get(name) != json.loads(json.dumps(step.config.get(name)))
         ]
         if manifest.sources != [dict(source) for source in step.sources]:
             changed.append("source files differ")
