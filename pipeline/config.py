@@ -59,7 +59,10 @@ class Columns(Table):
         given = [tuple(self.names(field)) for field in ("query", "document", "negatives")]
         if given[0] == given[1] or given[2] in given[:2]:
             names = ", ".join(str(name) for names in given for name in names)
-            raise ValueError(f"query, document and negatives must be different columns, given {names}")
+            raise ValueError(
+                f"query, document and negatives must be different columns, given {names}; if queries and documents are "
+                "in files of their own, give the folder of both and their qrels as the source"
+            )
         return self
 
     def names(self, field: str) -> list[Column]:

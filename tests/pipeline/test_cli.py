@@ -204,6 +204,13 @@ def test_mistakes_end_in_a_clear_line(
         (b"", [], 3, ["pairs.jsonl", "empty (0 bytes)"]),
         (b"\x1f\x8b\x08\x00cut", [], 3, ["pairs.jsonl", "cut off or broken"]),
         (b"not json\n" * 9, [], 7, ["dataset 'numbers': 9 of 9 rows are broken", "broken_json 9", "staged"]),
+        (
+            b"not json\n" * 9,
+            ["ingest.max_quarantined_fraction=1"],
+            3,
+            ["numbers 0 of 9 rows: broken_json 9); fix the source"],
+        ),
+        (b'{"query": "a", "document": "a"}\n', [], 3, ["columns.query and columns.document have the same texts"]),
         (None, ["pack.batch_size=64"], 3, ["no domain fills a batch of 64", "48", "lower pack.batch_size"]),
     ],
 )

@@ -123,7 +123,9 @@ def test_a_column_without_a_value_is_refused(root: Path, format_: str, empty: ob
     """In the only file of a dataset; of several files, one may have nothing in it."""
     rows = [{"query": f"q{i}", "document": empty, "body": "b"} for i in range(30)]
     write_as(root / f"x.{format_}", rows)
-    with pytest.raises(InputError, match=r"'document' \(document\) has no value in any of its 30 rows\. .*: query, doc"):
+    with pytest.raises(
+        InputError, match=r"'document' \(document\) has no value in any of its 30 rows\. .*: query, doc"
+    ):
         read_dataset(root)
     write_as(root / f"y.{format_}", [{"query": "q", "document": "d"}])
     assert [row.document for row in read_dataset(root)] == [None] * 30 + ["d"]
