@@ -515,7 +515,8 @@ def _explain(item: Any, content: dict[str, Any]) -> str:
     except ValueError:  # an integer with thousands of digits
         given = "a number too long to print"
     advice = advice_on_value(item["loc"], item["type"], item["input"])
-    return f"{where}: {item['msg'][0].lower()}{item['msg'][1:]}, given {given[:80]}{advice}"
+    message = "input should be a table" if item["type"] == "model_type" else item["msg"]
+    return f"{where}: {message[0].lower()}{message[1:]}, given {given[:80]}{advice}"
 
 
 def _fields_at(location: Sequence[str | int]) -> list[str]:

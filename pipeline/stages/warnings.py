@@ -16,6 +16,10 @@ _NOTABLE_SHARE = 0.05  # of texts that are cut, and of pairs without a vector
 _ID_SHARE = 0.9
 _LEAST_ROWS = 10  # fewer show no habit
 _LATER_REASONS = ("duplicate_pair", "held_out_copy")  # of rows that staging kept
+_NO_VECTOR = {
+    "zero_vector": "zero_vector: the model finds no word in them; check these texts, or set another model",
+    "nan_vector": "nan_vector: its numbers overflow; set embed.dtype to float32",
+}
 _ABSENT = ("null", "empty")  # a place without a hard negative, rather than one that cannot be used
 REMOVED = {
     "known": "same answers",
@@ -45,7 +49,10 @@ def domain_warnings(name: str, domain: DomainSummary, summary: Summary) -> list[
             *_vectors(domain),
         ]
         if source["pairs"] > 0 and domain.batches == 0 and not domain.leftover.get("mixed"):
-            lines.append(f"no full batch of {summary.batch_size}: its pairs are in the ledger")
+            lines.append(
+                f"its {source['pairs']:,} pairs do not fill a batch of {summary.batch_size}, so training has none of "
+                "them; add data, lower pack.batch_size, or set pack.remainder to mix"
+            )
     return [f"warning: {name}: {line}" for line in lines]
 
 
@@ -167,10 +174,8 @@ def _vectors(domain: DomainSummary) -> Iterator[str]:
 def no_vector_text(found: Sequence[Mapping[str, Any]]) -> str:
     """Which models gave no vectors for texts, why, and what to do about it."""
     models = "; ".join(f"{item['model']}: {reasons_text(item['reasons'])}" for item in found)
-    return (
-        f"texts have no vector ({models}): zero_vector means that the model knows none of their words, nan_vector "
-        "that it overflows; set another model, or embed.dtype to float32"
-    )
+    reasons = [text for reason, text in _NO_VECTOR.items() if any(item["reasons"].get(reason) for item in found)]
+    return f"texts have no vector ({models}); {'; '.join(reasons)}"
 
 
 def _negatives(domain: DomainSummary, summary: Summary) -> Iterator[str]:

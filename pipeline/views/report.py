@@ -83,12 +83,13 @@ def _hard_negatives_text(artifact: Artifact, summary: Summary) -> list[str]:
         sum(source.get(name, 0) for source in sources) for name in ("negatives_dropped", "negatives_joined")
     )
     removed = {text: counts.get(f"negatives_removed_{name}", 0) for name, text in REMOVED.items()}
-    if not counts["negatives_kept"] and not dropped and not any(removed.values()):
+    removed["unusable in the source"] = dropped
+    if not counts["negatives_kept"] and not any(removed.values()):
         return []
-    shown = ", ".join(f"{count:,} {text}" for text, count in removed.items())
+    shown = ", ".join(f"{count:,} {text}" for text, count in removed.items() if count)
     return [
-        f"hard negatives{' of all packings' if summary.packings > 1 else ''}: {counts['negatives_kept']:,} kept; "
-        f"removed: {shown}, {dropped:,} unusable in the source"
+        f"hard negatives{' of all packings' if summary.packings > 1 else ''}: {counts['negatives_kept']:,} kept"
+        + (f"; removed: {shown}" if shown else "")
         + (f"; {joined:,} come from rows that repeat a pair" if joined else "")
     ]
 
