@@ -60,7 +60,7 @@ def summary_text(shards: Path) -> str:
 
 
 def _reasons_text(summary: Summary) -> list[str]:
-    """A line for each domain that says why rows are not read, or in quarantine, and why pairs are left over."""
+    """A line for each domain: why rows are not read, or in quarantine, why pairs are left over, and texts cut."""
     lines = []
     for name, domain in summary.domains.items():
         left = {reason: count for reason, count in domain.leftover.items() if reason != "mixed"}
@@ -68,6 +68,7 @@ def _reasons_text(summary: Summary) -> list[str]:
             "not read": {"where": domain.source.get("rows_filtered", 0)},
             "quarantined": domain.source.get("quarantined", {}),
             "left over": left,
+            "cut": {"at ingest.max_characters": domain.source.get("texts_cut", 0)},
         }
         texts = [f"{what}: {reasons_text(counts)}" for what, counts in parts.items() if any(counts.values())]
         if texts:
