@@ -30,6 +30,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Completed, Failed
 
 from hardbatch.flows import service
+from hardbatch.pipeline.artifacts.files import user_path
 from hardbatch.pipeline.errors import ConfigError, HardbatchError
 from hardbatch.pipeline.reproducible import make_reproducible
 
@@ -63,6 +64,7 @@ def cluster_corpus(
     workspace: str = "workspace",
     data_root: str | None = None,
     overrides: list[str] | None = None,
+    follow_links: bool = False,
 ) -> str:
     """Turn the corpus of a manifest into shards.
 
@@ -73,6 +75,7 @@ def cluster_corpus(
         workspace: Folder of the artifacts.
         data_root: Folder at which the manifest's local sources start; by default the manifest's own folder.
         overrides: Settings that replace those of the manifest, as strings `stage.field=value`.
+        follow_links: Whether links below the data root may lead out of it.
 
     Returns:
         The folder of the shards. The message of the run's state is `shards: FOLDER`.
@@ -83,7 +86,13 @@ def cluster_corpus(
     """
     # A state of our own has the plain message, which an exception would bury under a traceback. Prefect raises `data`.
     try:
-        shards = _make_shards(Path(manifest), Path(workspace), Path(data_root) if data_root else None, overrides or ())
+        shards = _make_shards(
+            user_path(manifest),
+            user_path(workspace).absolute(),
+            user_path(data_root) if data_root else None,
+            overrides or (),
+            follow_links=follow_links,
+        )
     except HardbatchError as error:
         get_run_logger().error("%s", error)
         return Failed(message=str(error), data=error)  # type: ignore[return-value]
@@ -91,7 +100,9 @@ def cluster_corpus(
     return Completed(message=f"shards: {shards}", data=str(shards))  # type: ignore[return-value]
 
 
-def _make_shards(manifest: Path, workspace: Path, data_root: Path | None, overrides: Sequence[str]) -> Path:
+def _make_shards(
+    manifest: Path, workspace: Path, data_root: Path | None, overrides: Sequence[str], *, follow_links: bool
+) -> Path:
     """Run the steps of a manifest as tasks and publish their summary; return the folder of the shards."""
     from hardbatch.pipeline.run import plan_corpus
     from hardbatch.pipeline.runlog import open_run_log
@@ -99,7 +110,7 @@ def _make_shards(manifest: Path, workspace: Path, data_root: Path | None, overri
 
     if not manifest.is_absolute() and not manifest.exists():
         raise ConfigError(f"{manifest}: no such manifest below {Path.cwd()}, where this runs; give an absolute path")
-    plan = plan_corpus(manifest, workspace.absolute(), data_root=data_root, overrides=overrides)
+    plan = plan_corpus(manifest, workspace, data_root=data_root, overrides=overrides, follow_links=follow_links)
     with open_run_log(plan.corpus, manifest, overrides) as log:
         for step in plan.steps:
             run = complete_step.with_options(name=step.stage, task_run_name=f"{step.stage} of {step.domain}")
@@ -158,6 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workspace", default="workspace")
     parser.add_argument("--data-root")
     parser.add_argument("--set", dest="overrides", metavar="STAGE.FIELD=VALUE", action="append")
+    parser.add_argument("--follow-links", action="store_true")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     arguments = argv if argv is not None else sys.argv[1:]
     options = vars(parser.parse_args(arguments))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hardbatch.flows import service
+from hardbatch.pipeline.artifacts.files import user_path
 from hardbatch.pipeline.errors import ConfigError, HardbatchError, printable
 
 DEPLOYMENT = "cluster-corpus/local"
@@ -25,16 +26,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m hardbatch.flows.submit", description="Ask the Prefect service for a run, and wait for its end."
     )
-    parser.add_argument("manifest", type=Path)
-    parser.add_argument("--workspace", type=Path, default=Path("workspace"))
-    parser.add_argument("--data-root", type=Path)
+    parser.add_argument("manifest", type=user_path)
+    parser.add_argument("--workspace", type=user_path, default=Path("workspace"))
+    parser.add_argument("--data-root", type=user_path)
     parser.add_argument("--set", dest="overrides", metavar="STAGE.FIELD=VALUE", action="append", default=[])
+    parser.add_argument("--follow-links", action="store_true")
     options = parser.parse_args(argv)
     parameters = {
         "manifest": str(options.manifest.absolute()),
         "workspace": str(options.workspace.absolute()),
         "data_root": options.data_root and str(options.data_root.absolute()),
         "overrides": options.overrides,
+        "follow_links": options.follow_links,
     }
     try:
         # Prefect reads its settings when it is imported.

@@ -66,7 +66,10 @@ class Columns(Table):
         given = [tuple(self.names(field)) for field in ("query", "document", "negatives")]
         if given[0] == given[1] or given[2] in given[:2]:
             names = ", ".join(str(name) for names in given for name in names)
-            raise ValueError(f"query, document and negatives must be different columns, given {names}")
+            raise ValueError(
+                f"query, document and negatives must be different columns, given {names}; if queries and documents are "
+                "in files of their own, give the folder of both and their qrels as the source"
+            )
         return self
 
     def names(self, field: str) -> list[Column]:
@@ -565,7 +568,8 @@ def _explain(item: Any, content: dict[str, Any]) -> str:
     except ValueError:  # an integer with thousands of digits
         given = "a number too long to print"
     advice = advice_on_value(item["loc"], item["type"], item["input"])
-    return f"{where}: {item['msg'][0].lower()}{item['msg'][1:]}, given {given[:80]}{advice}"
+    message = "input should be a table" if item["type"] == "model_type" else item["msg"]
+    return f"{where}: {message[0].lower()}{message[1:]}, given {given[:80]}{advice}"
 
 
 def _fields_at(location: Sequence[str | int]) -> list[str]:

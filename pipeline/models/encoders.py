@@ -22,6 +22,7 @@ from hardbatch.pipeline.models.resolve import LEXICAL_FEATURES, ModelSpec
 LEXICAL_DIMENSION = 256
 _LENGTH_MULTIPLE = 8
 _ROW_MULTIPLE = 4
+_CHARACTERS_PER_CALL = 2**20
 _NO_LIMIT = 1_000_000  # tokenizers that have no limit of their own state a huge one
 
 
@@ -109,10 +110,21 @@ class SentenceEncoder:
         if not texts:
             return []
         stripped = [text.strip() for text in texts]
-        tokens = self._tokenizer(
-            stripped, truncation=True, max_length=self.max_length, padding=False, return_attention_mask=False
-        )
-        return list(tokens["input_ids"])
+
+        # The tokenizer cuts only after it has made all tokens, at some 100 bytes for each character of long texts.
+        tokens: list[list[int]] = []
+        block = np.cumsum([len(text) for text in stripped]) // _CHARACTERS_PER_CALL
+        for number in np.unique(block):
+            first, last = np.searchsorted(block, [number, number + 1])
+            found = self._tokenizer(
+                stripped[first:last],
+                truncation=True,
+                max_length=self.max_length,
+                padding=False,
+                return_attention_mask=False,
+            )
+            tokens += found["input_ids"]
+        return tokens
 
     def encode(self, tokens: list[list[int]]) -> Array:
         """Unit vectors, float32 (N, D)."""

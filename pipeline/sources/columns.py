@@ -152,7 +152,7 @@ class _Judged:
     """What the values of a field were so far."""
 
     def __init__(self) -> None:
-        self.num_texts = self.num_lists = 0
+        self.num_texts = self.num_lists = self.num_others = 0
         self.list_as_text: tuple[int, str] | None = None
         self.unusable: tuple[int, Any] | None = None
 
@@ -278,20 +278,22 @@ class PairReader:
                 raise self._no_column(field, absent[0])
 
     def _no_column(self, field: str, name: str) -> InputError:
-        names = [name[:_NAME_CHARACTERS] for name in self._present]
         key = "where" if field == "where" else f"columns.{field}"
-        message = f"{self._file.name}: no column '{name}' for {field}; it has: {', '.join(names[:_NAMES_SHOWN])}"
+        message = f"{self._file.name}: no column '{name}' for {field}; it has: {self._names_shown()}"
         if field == _EXTRA:
-            return InputError(message + closest(name, names))
+            return InputError(message + closest(name, [name[:_NAME_CHARACTERS] for name in self._present]))
         advice = f"Map it in the manifest: {key}" if field != "where" else "A name with signs is put in double quotes"
         if self._file.format in ("csv", "tsv"):
-            others = [sign for sign in ";\t|," if len(names) == 1 and sign in self._present[0]]
+            others = [sign for sign in ";\t|," if len(self._present) == 1 and sign in self._present[0]]
             advice += (
                 f"; if fields end with {others[0]!r}: csv = {{ delimiter = {others[0]!r} }}"
                 if others
                 else "; if its first line names no columns: csv = { header = false }, and columns by number"
             )
         return InputError(f"{message}. {advice}")
+
+    def _names_shown(self) -> str:
+        return ", ".join(name[:_NAME_CHARACTERS] for name in self._present[:_NAMES_SHOWN])
 
     def _expand(self, name: str, values: Mapping[str, Any]) -> list[str]:
         """The columns that a pattern such as `negative_*` means, in the order of their numbers."""
@@ -324,8 +326,10 @@ class PairReader:
                 if text[:1] in _MAY_BE_LIST and _is_list_as_text(text, field):
                     judged.num_lists += 1
                     judged.list_as_text = judged.list_as_text or (row, text)
-            elif text is not None and judged.unusable is None and not _is_broken_text(text):
-                judged.unusable = (row, text)
+            elif text is not None:
+                judged.num_others += 1
+                if judged.unusable is None and not _is_broken_text(text):
+                    judged.unusable = (row, text)
 
     def _judge(self, *, is_whole: bool) -> None:
         """Raises InputError if a column of the file, or of its first part, cannot be what the manifest says."""
@@ -341,6 +345,12 @@ class PairReader:
                 raise InputError(
                     f"{self._file.name}: column '{name}' ({field}) is {kind}, expected {wanted}; "
                     f"row {row} has {value!r:.60}{_advice(name, value)}"
+                )
+            is_null = judged.num_texts + judged.num_others == 0 and field != "negatives"
+            if is_null and is_whole and self._is_only:
+                raise InputError(
+                    f"{self._file.name}: column '{name}' ({field}) has no value in any of its {self._num_rows:,} rows. "
+                    f"Map another one in the manifest: columns.{field}; it has: {self._names_shown()}"
                 )
             if judged.list_as_text is not None and 2 * judged.num_lists > judged.num_texts:
                 row, text = judged.list_as_text

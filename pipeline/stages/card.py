@@ -146,7 +146,7 @@ def negatives_rows(domains: Mapping[str, DomainSummary]) -> tuple[list[str], lis
         if (found := domain.negatives) is not None:
             shares = [found.same_answer_share, found.query_text_share, found.likely_share, found.concentration]
             left = [f"{found.mean:.1f}", f"{found.q05:,}", f"{found.without:,}"]
-            ranks = ", ".join(f"{domain.source[rank]:,g}" for rank in OWN_RANKS if rank in domain.source)
+            ranks = ", ".join(f"{domain.source[rank]:,.0f}" for rank in OWN_RANKS if rank in domain.source)
             rows.append([name, *left, *map(_percent, shares), f"{found.mostly_masked_batches:,}", ranks])
     return header, rows
 

@@ -5,7 +5,8 @@ Shape letters: M batches of a packing, B slots of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -254,6 +255,8 @@ def refuse_empty(step: Step, packed: Mapping[str, Packed]) -> None:
         for reason in ("invalid_vector", "held_out_elsewhere", "weak_pair")
     )
     causes = []
+    if not any(left.values()):
+        causes.append(_advice_on_rows(_counts(step, f"pairs/{domain}")["quarantined"] for domain in domains))
     if invalid:
         models = {item["model"]: item for domain in domains for item in _model_counts(step, domain)["no_vectors"]}
         causes.append(f"{invalid} of these cannot be used, as {no_vector_text(list(models.values()))}")
@@ -261,10 +264,21 @@ def refuse_empty(step: Step, packed: Mapping[str, Packed]) -> None:
         causes.append(f"{elsewhere} of these have a text that another domain holds out; lower its holdout")
     if weak:
         causes.append(f"raise pack.weak_pair_rank, which leaves out {weak} of these")
-    if invalid < sum(left.values()) or not invalid:
+    if invalid < sum(left.values()):
         mix = schemas.MIXED_DOMAIN not in packed and sum(left.values()) >= size
         causes.append(f"lower pack.batch_size, add data{', or set pack.remainder to mix' if mix else ''}")
     raise InputError(f"no domain fills a batch of {size} pairs (pairs that came through: {found}); {'; '.join(causes)}")
+
+
+def _advice_on_rows(quarantined: Iterable[Mapping[str, int]]) -> str:
+    """What to do if every row of every domain is in quarantine, by the most frequent reason."""
+    total = sum((Counter(counts) for counts in quarantined), Counter[str]())
+    reasons = [reason for reason, _ in total.most_common(1)]
+    if reasons == ["contaminated"]:
+        return "these rows have texts of the evaluations in ingest.decontaminate; give other data, or leave these out"
+    if reasons == ["query_equals_document"]:
+        return "columns.query and columns.document have the same texts; name two different columns"
+    return "fix the source, or name other columns"
 
 
 def _came_through(step: Step, domain: str, num_pairs: int) -> str:

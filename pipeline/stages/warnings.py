@@ -12,10 +12,14 @@ from typing import Any
 from hardbatch.pipeline.schemas import SIDES
 from hardbatch.pipeline.stages.figures import DomainSummary, Summary
 
-_NOTABLE_SHARE = 0.05  # of texts that are cut, and of pairs without a vector
+_NOTABLE_SHARE = 0.05  # of texts that are cut, of pairs without a vector, and of copies of held-out texts
 _ID_SHARE = 0.9
 _LEAST_ROWS = 10  # fewer show no habit
 _LATER_REASONS = ("duplicate_pair", "held_out_copy")  # of rows that staging kept
+_NO_VECTOR = {
+    "zero_vector": "zero_vector: the model finds no word in them; check these texts, or set another model",
+    "nan_vector": "nan_vector: its numbers overflow; set embed.dtype to float32",
+}
 _ABSENT = ("null", "empty")  # a place without a hard negative, rather than one that cannot be used
 REMOVED = {
     "known": "same answers",
@@ -38,7 +42,7 @@ def domain_warnings(name: str, domain: DomainSummary, summary: Summary) -> list[
     if "rows" in source:  # batches that mix domains have no source of their own
         lines += [
             *_rows(source),
-            *_held_out(domain),
+            *_held_out(domain, summary),
             *_texts(source),
             *_files(source),
             *_given_negatives(source),
@@ -46,7 +50,10 @@ def domain_warnings(name: str, domain: DomainSummary, summary: Summary) -> list[
             *_vectors(domain),
         ]
         if source["pairs"] > 0 and domain.batches == 0 and not domain.leftover.get("mixed"):
-            lines.append(f"no full batch of {summary.batch_size}: its pairs are in the ledger")
+            lines.append(
+                f"its {source['pairs']:,} pairs do not fill a batch of {summary.batch_size}, so training has none of "
+                "them; add data, lower pack.batch_size, or set pack.remainder to mix"
+            )
     return [f"warning: {name}: {line}" for line in lines]
 
 
@@ -70,16 +77,20 @@ def _rows(source: Mapping[str, Any]) -> Iterator[str]:
         yield f"{num_quarantined:,} of {num_rows:,} rows are in quarantine ({reasons_text(quarantined)})"
 
 
-def _held_out(domain: DomainSummary) -> Iterator[str]:
+def _held_out(domain: DomainSummary, summary: Summary) -> Iterator[str]:
     source = domain.source
+
+    # A handful of copies is left out, and counted among the reasons, but it is not worth a line of its own.
+    num_held_out = sum(other.source.get("held_out", 0) for other in summary.domains.values())
+    notable = _NOTABLE_SHARE * min(source["pairs"], num_held_out)
     if source["held_out"] < source["holdout_target"] / 2:
         yield (
             f"{source['held_out']:,} of {source['holdout_target']:,} pairs could be held out: "
             "shared texts, hard negatives included, tie the others together"
         )
-    if copies := source["quarantined"].get("held_out_copy"):
+    if (copies := source["quarantined"].get("held_out_copy", 0)) > notable:
         yield f"{copies:,} pairs have a near-copy of a held-out text and are in quarantine (held_out_copy)"
-    if leaking := domain.leftover.get("held_out_elsewhere"):
+    if (leaking := domain.leftover.get("held_out_elsewhere", 0)) > notable:
         yield (
             f"{leaking:,} of {source['pairs']:,} pairs have a text that another domain holds out, or a near-copy of "
             "it, and are in no batch (held_out_elsewhere)"
@@ -98,8 +109,8 @@ def _texts(source: Mapping[str, Any]) -> Iterator[str]:
                 f"{num_ids:,} of {checked:,} {plural} look like ids, not texts; map columns.{side} to the column "
                 "with the texts, or join them to the ids first"
             )
-    if source["texts_cut"]:
-        yield f"{source['texts_cut']:,} texts are cut at ingest.max_characters"
+    if source["texts_cut"] > _NOTABLE_SHARE * source["rows"]:
+        yield f"{source['texts_cut']:,} texts are cut at ingest.max_characters; raise it to keep them whole"
 
 
 def _cut_texts(summary: Summary) -> Iterator[str]:
@@ -119,7 +130,9 @@ def _cut_texts(summary: Summary) -> Iterator[str]:
 
 def _files(source: Mapping[str, Any]) -> Iterator[str]:
     num_files, num_read = source.get("files", 0), source.get("files_read", 0)
-    if without := source.get("files_without_pairs"):
+    without = source.get("files_without_pairs", 0)
+    is_package = any(name.startswith("python:") for name in source.get("such_files", ()))
+    if without > (_NOTABLE_SHARE * num_read if is_package else 0):  # some modules have no docstring to read
         more = ", ..." if without > len(source["such_files"]) else ""
         yield (
             f"{without:,} of {num_read:,} files gave no pair: {', '.join(source['such_files'])}{more}; they have no "
@@ -178,10 +191,8 @@ def _vectors(domain: DomainSummary) -> Iterator[str]:
 def no_vector_text(found: Sequence[Mapping[str, Any]]) -> str:
     """Which models gave no vectors for texts, why, and what to do about it."""
     models = "; ".join(f"{item['model']}: {reasons_text(item['reasons'])}" for item in found)
-    return (
-        f"texts have no vector ({models}): zero_vector means that the model knows none of their words, nan_vector "
-        "that it overflows; set another model, or embed.dtype to float32"
-    )
+    reasons = [text for reason, text in _NO_VECTOR.items() if any(item["reasons"].get(reason) for item in found)]
+    return f"texts have no vector ({models}); {'; '.join(reasons)}"
 
 
 def _negatives(domain: DomainSummary, summary: Summary) -> Iterator[str]:

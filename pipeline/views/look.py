@@ -18,6 +18,7 @@ from hardbatch.pipeline.artifacts.files import DigestCache, user_path
 from hardbatch.pipeline.config import Columns, Dataset, Dialect, IngestConfig, Reading
 from hardbatch.pipeline.errors import InputError, printable
 from hardbatch.pipeline.sources.files import SourceFile, list_source_files
+from hardbatch.pipeline.sources.head import fetch_head
 from hardbatch.pipeline.sources.rows import check_dataset, open_table, read_rows
 from hardbatch.pipeline.stages.ingest import clean_row
 from hardbatch.pipeline.views.plan import size
@@ -74,12 +75,14 @@ def look_text(source: str, data_root: Path | None = None, *, format: str = "auto
     dataset = Dataset.model_validate({"name": _name_of(relative), "source": relative, "format": format})
     files = list_source_files(dataset, root, _Unread(root), follow_links=True)
     with TemporaryDirectory(prefix="hardbatch-") as scratch:
-        dialect, records = _read_first(files[0], Path(scratch))
+        # Of a remote source, only the beginning of the first file is fetched.
+        first = fetch_head(files[0], Path(scratch), _ROWS_CHECKED)
+        dialect, records = _read_first(first, Path(scratch))
         columns = _propose(records)
         reading = Reading.model_validate({"columns": columns, "limit": _ROWS_CHECKED, "csv": dialect})
         checked = ["no row checked: name the columns first"]
         if columns:
-            checked = _check(dataset.name, files, reading, Path(scratch))
+            checked = _check(dataset.name, files if first is files[0] else [first], reading, Path(scratch))
 
     lines = [
         f"{source}: {len(files)} file{'s' * (len(files) > 1)} ({files[0].format}), "

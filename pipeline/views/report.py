@@ -60,7 +60,7 @@ def summary_text(shards: Path) -> str:
 
 
 def _reasons_text(summary: Summary) -> list[str]:
-    """A line for each domain that says why rows are not read, or in quarantine, and why pairs are left over."""
+    """A line for each domain: why rows are not read, or in quarantine, why pairs are left over, and texts cut."""
     lines = []
     for name, domain in summary.domains.items():
         left = {reason: count for reason, count in domain.leftover.items() if reason != "mixed"}
@@ -68,6 +68,7 @@ def _reasons_text(summary: Summary) -> list[str]:
             "not read": {"where": domain.source.get("rows_filtered", 0)},
             "quarantined": domain.source.get("quarantined", {}),
             "left over": left,
+            "cut": {"at ingest.max_characters": domain.source.get("texts_cut", 0)},
         }
         texts = [f"{what}: {reasons_text(counts)}" for what, counts in parts.items() if any(counts.values())]
         if texts:
@@ -83,12 +84,13 @@ def _hard_negatives_text(artifact: Artifact, summary: Summary) -> list[str]:
         sum(source.get(name, 0) for source in sources) for name in ("negatives_dropped", "negatives_joined")
     )
     removed = {text: counts.get(f"negatives_removed_{name}", 0) for name, text in REMOVED.items()}
-    if not counts["negatives_kept"] and not dropped and not any(removed.values()):
+    removed["unusable in the source"] = dropped
+    if not counts["negatives_kept"] and not any(removed.values()):
         return []
-    shown = ", ".join(f"{count:,} {text}" for text, count in removed.items())
+    shown = ", ".join(f"{count:,} {text}" for text, count in removed.items() if count)
     return [
-        f"hard negatives{' of all packings' if summary.packings > 1 else ''}: {counts['negatives_kept']:,} kept; "
-        f"removed: {shown}, {dropped:,} unusable in the source"
+        f"hard negatives{' of all packings' if summary.packings > 1 else ''}: {counts['negatives_kept']:,} kept"
+        + (f"; removed: {shown}" if shown else "")
         + (f"; {joined:,} come from rows that repeat a pair" if joined else "")
     ]
 

@@ -133,6 +133,17 @@ def test_the_state_of_a_run_has_its_message(server: None, manifest: Path, tmp_pa
         cluster_corpus(str(manifest), str(tmp_path / "w"), overrides=["pack.batch_size=65"])
 
 
+def test_links_out_of_the_data_root_are_followed_if_asked(server: None, manifest: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "pairs.jsonl").symlink_to(manifest.with_name("pairs.jsonl"))
+    linked = shutil.copy(manifest, folder)
+    where, overrides = str(tmp_path / "w"), ["pack.batch_size=8"]
+    with pytest.raises(ConfigError, match=r"leads out of .* through a link"):
+        cluster_corpus(str(linked), where, overrides=overrides)
+    assert Path(cluster_corpus(str(linked), where, overrides=overrides, follow_links=True), "manifest.json").exists()
+
+
 def test_a_relative_manifest_that_is_not_there_names_the_folder_of_the_run(server: None) -> None:
     with pytest.raises(ConfigError, match=f"no such manifest below {Path.cwd()}, where this runs"):
         cluster_corpus("none.toml")

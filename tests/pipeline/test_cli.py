@@ -110,7 +110,7 @@ def test_json_has_the_warnings_and_the_log(small_manifest: Path, tmp_path: Path,
     small_manifest.write_text(small_manifest.read_text() + '[[dataset]]\nname = "few"\nsource = "few.jsonl"\n')
     _, out, _ = cli("run", small_manifest, "--workspace", tmp_path / "w", "--json")
     found = json.loads(out)
-    assert found["warnings"][-1] == "warning: few: no full batch of 8: its pairs are in the ledger"
+    assert found["warnings"][-1].startswith("warning: few: its 1 pairs do not fill a batch of 8, so")
     assert Path(found["log"]).parent == tmp_path / "w" / "small" / "logs"
 
 
@@ -204,6 +204,13 @@ def test_mistakes_end_in_a_clear_line(
         (b"", [], 3, ["pairs.jsonl", "empty (0 bytes)"]),
         (b"\x1f\x8b\x08\x00cut", [], 3, ["pairs.jsonl", "cut off or broken"]),
         (b"not json\n" * 9, [], 7, ["dataset 'numbers': 9 of 9 rows are broken", "broken_json 9", "staged"]),
+        (
+            b"not json\n" * 9,
+            ["ingest.max_quarantined_fraction=1"],
+            3,
+            ["numbers 0 of 9 rows: broken_json 9); fix the source"],
+        ),
+        (b'{"query": "a", "document": "a"}\n', [], 3, ["columns.query and columns.document have the same texts"]),
         (None, ["pack.batch_size=64"], 3, ["no domain fills a batch of 64", "48", "lower pack.batch_size"]),
     ],
 )

@@ -119,7 +119,7 @@ FORMATS = [
             ("lists of numbers", pa.array([[1]] * GOOD), "list<"),
         )
     ),
-    file("a column of nulls", parquet(query=pa.nulls(GOOD)), "numbers 0", source="pairs.parquet"),
+    file("a column of nulls", parquet(query=pa.nulls(GOOD)), "no value in any of its", source="pairs.parquet"),
     good(
         "a column of lists of texts",
         parquet(query=pa.array([[query] for query in TABLE["query"].to_pylist()])),

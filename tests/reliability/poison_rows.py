@@ -98,6 +98,6 @@ ROWS = [
         name="not one good row",
         write=lambda folder: (folder / "pairs.jsonl").write_bytes(b"nonsense\n" * 9),
         code=3,
-        says=("no domain fills a batch", "numbers 0"),
+        says=("no domain fills a batch", "numbers 0 of 9 rows: broken_json 9", "fix the source"),
     ),
 ]

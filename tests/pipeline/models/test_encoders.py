@@ -133,6 +133,21 @@ def test_a_vector_depends_on_its_text_alone(folders, resolve, name, dtype):
         assert np.array_equal(encode(encoder, [texts[place]]).astype(np.float16)[0], reference[place])
 
 
+def test_long_texts_are_tokenised_a_few_at_a_time(folders, resolve, monkeypatch):
+    encoder = open_encoder(resolve(folders["minilm"]))
+    texts = ["", *make_texts(20), "river stone " * 400, "", "river " * 100, ""]
+    expected, sizes, tokenizer = encoder.tokenize(texts), [], encoder._tokenizer
+
+    def record(texts, **settings):
+        sizes.append(sum(map(len, texts)))
+        return tokenizer(texts, **settings)
+
+    monkeypatch.setattr("hardbatch.pipeline.models.encoders._CHARACTERS_PER_CALL", 500)
+    monkeypatch.setattr(encoder, "_tokenizer", record)
+    assert encoder.tokenize(texts) == expected
+    assert len(sizes) > 2 and sum(sizes) == sum(len(text.strip()) for text in texts)
+
+
 def test_maximum_length_cuts(folders, resolve):
     encoder = open_encoder(resolve(folders["gtr"], max_length_tokens=8))
     assert encoder.tokenize([]) == []

@@ -117,6 +117,20 @@ def test_a_row_without_a_key_is_quarantined_wherever_it_is(root: Path, position:
     assert [row.row for row in read_dataset(root) if row.document is None] == [position]
 
 
+@FORMATS
+@pytest.mark.parametrize("empty", [None, []])
+def test_a_column_without_a_value_is_refused(root: Path, format_: str, empty: object) -> None:
+    """In the only file of a dataset; of several files, one may have nothing in it."""
+    rows = [{"query": f"q{i}", "document": empty, "body": "b"} for i in range(30)]
+    write_as(root / f"x.{format_}", rows)
+    with pytest.raises(
+        InputError, match=r"'document' \(document\) has no value in any of its 30 rows\. .*: query, doc"
+    ):
+        read_dataset(root)
+    write_as(root / f"y.{format_}", [{"query": "q", "document": "d"}])
+    assert [row.document for row in read_dataset(root)] == [None] * 30 + ["d"]
+
+
 def test_a_key_that_no_row_has_is_refused_before_all_are_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hardbatch.pipeline.sources.columns._ROWS_TO_JUDGE", 10)
     with (root / "x.jsonl").open("w") as file:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 from hardbatch.pipeline.errors import InputError
@@ -162,6 +163,32 @@ def test_what_is_held_out(run_corpus: Callable[..., Any], write_jsonl: Callable[
         lines = [line for line in text.splitlines() if "held" in line and line.startswith("warning")]
         assert [line[: len(start)] for line, start in zip(lines, expected, strict=True)] == expected
     assert "b: left over: held_out_elsewhere 8" in summary_text(shards)
+
+
+def test_a_cut_text_is_counted_and_many_are_warned_of(warn: Warn, tmp_path: Path) -> None:
+    long = " again" * 7_000
+    rows = [make_pair(i) for i in range(40)]
+    rows[7]["document"] += long
+    assert warn(rows) == []
+    shards = next((tmp_path / "workspace" / "c" / "shards").glob("*"))
+    assert "d: cut: at ingest.max_characters 1" in summary_text(shards)
+    (line,) = warn([row | {"query": row["query"] + long} for row in rows[:3]] + rows[10:])
+    assert line.startswith("3 texts are cut at ingest.max_characters; raise it")
+
+
+def test_one_copy_of_many_held_out_texts_is_counted(
+    run_corpus: Callable[..., Any], write_jsonl: Callable[..., Path]
+) -> None:
+    write_jsonl("a.jsonl", [make_pair(i) for i in range(120)])
+    write_jsonl("b.jsonl", [make_pair(i) for i in range(200, 240)])
+    text = "".join(f'[[dataset]]\nname = "{name}"\nsource = "{name}.jsonl"\nholdout = 0.3\n' for name in "ab")
+    text = f'corpus = "c"\n{text}[pack]\nbatch_size = 4\n{LEXICAL}'
+    plan = run_corpus(text)
+    held_out = pl.read_parquet(next(step.path for step in plan.steps if step.domain == "a") / "holdout/queries.parquet")
+    copy = {"query": held_out["text"][0], "document": "somewhere else"}
+    write_jsonl("b.jsonl", [*(make_pair(i) for i in range(200, 240)), copy])
+    shown = summary_text(run_corpus(text, overrides=["dataset.b.holdout=0"]).shards)
+    assert "b: left over: held_out_elsewhere 1" in shown and "warning: b" not in shown
 
 
 def test_reasons_come_with_the_largest_first() -> None:

@@ -70,8 +70,8 @@ def test_a_domain_without_a_full_batch_is_warned_of_and_left_in_the_ledger(
     for name in ("big", "small"):
         text += f'[[dataset]]\nname = "{name}"\nsource = "{name}.jsonl"\n'
     plan = run_corpus(text)
-    (warning,) = [line for line in summary_text(plan.shards).splitlines() if "full batch" in line]
-    assert warning.startswith("warning: small: no full batch of 8")
+    (warning,) = [line for line in summary_text(plan.shards).splitlines() if "do not fill" in line]
+    assert warning.startswith("warning: small: its 5 pairs do not fill a batch of 8")
     ledger = {step.domain: step.path / "leftover.parquet" for step in plan.steps if step.stage == "batches"}
     assert sorted(pq.read_table(ledger["small"])["pair_id"].to_pylist()) == list(range(5))
     assert set(pq.read_table(ledger["small"])["reason"].to_pylist()) == {"remainder"}
