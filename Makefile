@@ -20,7 +20,7 @@ DEMO_CONTEXTUAL = --num-layers 3 --dropout 0 --context-size 24 --max-length 48 -
 	--learning-rate 1e-4 --log-every 5
 DEMO = workspace/demo-training
 
-.PHONY: demo demo-contextual speedrun test soak lint check up down clean
+.PHONY: demo demo-contextual examples speedrun test soak lint check up down clean
 
 demo: .venv/.installed-demo
 	$(call train-and-search,trained,$(DEMO_TRAINING))
@@ -46,6 +46,13 @@ endef
 # the entries of benchmarks/quality/speedrun.toml; see docs/speedrun.md
 speedrun: .venv/.installed-demo
 	$(BIN)/python benchmarks/quality/speedrun.py --workspace workspace/speedrun
+
+# each under two minutes on two cores
+examples: .venv/.installed-dev
+	@set -e; for example in batches_for_sentence_transformers your_own_loop second_round; do \
+		echo "examples/$$example.py"; $(BIN)/python examples/$$example.py; \
+	done
+	$(BIN)/python examples/run_notebook.py examples/notebook.ipynb
 
 test: .venv/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests

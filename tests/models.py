@@ -64,6 +64,19 @@ def save_nomic(folder: Path, *, seed: int = 0, max_length: int | None = MAX_LENG
     return _save(model, folder)
 
 
+def save_static(folder: Path, *, seed: int = 0) -> Path:
+    """A vector for each token of MiniLM's tokenizer, and their mean: StaticEmbedding."""
+    import numpy as np
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from tokenizers import Tokenizer
+
+    weights = np.random.default_rng(seed).standard_normal((VOCABULARY_SIZE, 24)).astype(np.float32)
+    tokenizer = Tokenizer.from_file(str(minilm_folder() / "tokenizer.json"))
+    tokenizer.no_truncation()
+    return _save(SentenceTransformer(modules=[StaticEmbedding(tokenizer, weights)], device="cpu"), folder)
+
+
 def poison(model: Path, folder: Path, word: str) -> Path:
     """A copy of `model` at `folder` that gives NaN for every text with `word`."""
     import shutil

@@ -13,7 +13,7 @@ import pytest
 from hardbatch.pipeline.artifacts.files import DigestCache
 from hardbatch.pipeline.config import EmbedConfig
 from hardbatch.pipeline.errors import ConfigError
-from hardbatch.pipeline.models.encoders import LexicalEncoder, SentenceEncoder, open_encoder
+from hardbatch.pipeline.models.encoders import LexicalEncoder, SentenceEncoder, StaticEncoder, open_encoder
 from hardbatch.pipeline.models.resolve import resolve_model
 from tests import models
 from tests.samples import WORDS
@@ -399,3 +399,43 @@ def test_lexical_puts_like_beside_like_and_weighs_rare_words():
     encoder = LexicalEncoder([corpus])
     query, rare, common = encode(encoder, ["aardvark shared", "the aardvark", "the shared"])
     assert query @ rare > query @ common
+
+
+# static vectors
+
+
+@pytest.fixture(scope="module")
+def static(tmp_path_factory):
+    models.require_minilm()
+    return models.save_static(tmp_path_factory.mktemp("static") / "tokens")
+
+
+def test_static_vectors_are_those_of_sentence_transformers(resolve, static):
+    from sentence_transformers import SentenceTransformer
+
+    texts = [*make_texts(40), "", "one"]
+    encoder = open_encoder(resolve(static, dtype="bfloat16"))
+    assert isinstance(encoder, StaticEncoder) and encoder.max_length == 0
+    found = encoder.encode(encoder.tokenize(texts))
+    expected = SentenceTransformer(str(static), device="cpu").encode(texts, normalize_embeddings=True)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert not found[40].any()  # no token
+
+    alone = np.concatenate([encoder.encode(encoder.tokenize([text])) for text in texts])
+    np.testing.assert_array_equal(found, alone)
+
+
+def test_static_vectors_of_cut_texts(resolve, static):
+    encoder = open_encoder(resolve(static, max_length_tokens=4))
+    long, short = "river stone bread market winter letter", "river stone bread market"
+    np.testing.assert_array_equal(*(encoder.encode(encoder.tokenize([text])) for text in (long, short)))
+    assert [len(ids) for ids in encoder.tokenize([long])] == [4]
+
+
+def test_batches_by_static_vectors(static, run_corpus, write_jsonl, rows):
+    write_jsonl("pairs.jsonl", rows(48))
+    plan = run_corpus(
+        'corpus = "c"\n[[dataset]]\nname = "n"\nsource = "pairs.jsonl"\n[pack]\nbatch_size = 8\n',
+        overrides=[f"embed.model={static}", f"embed.surrogate_model={static}"],
+    )
+    assert (plan.shards / "index.parquet").exists()
