@@ -262,12 +262,19 @@ class PairReader:
         return bool(needed_columns(self._present, [name]))
 
     def _note_keys(self, values: Mapping[str, Any]) -> None:
-        if len(self._present) < _NAMES_SHOWN:  # for messages
-            self._present += [name for name in values if name not in self._present]
         for name in self._unseen:
             if look_up(values, name) is not ABSENT or self._expand(name, values):
                 self._seen.add(name)
         self._unseen = [name for name in self._unseen if name not in self._seen]
+
+        # What there is instead, for messages: the columns, and the keys beside the last one of a path.
+        names = list(values)
+        for name in self._unseen:
+            head = name.rpartition(".")[0]
+            if head and isinstance(inner := look_up(values, head), dict):
+                names += [f"{head}.{key}" for key in inner]
+        if len(self._present) < _NAMES_SHOWN:
+            self._present += [name for name in names if name not in self._present]
 
     def _refuse_absent(self, *, is_whole: bool) -> None:
         """Raises InputError if a query or document has no column; in the only file, whole, for any absent column."""

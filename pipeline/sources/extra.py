@@ -138,7 +138,7 @@ class ExtraReader:
             raise InputError(
                 f"{self._file.name}: extra column '{name}' is {other} in row {kinds[other][0]} "
                 f"({kinds[other][1]!r:.40}), but {kind} in row {row} ({value!r:.40}); make its values one kind, "
-                "or leave it out"
+                "or leave the column out"
             )
 
 
@@ -192,7 +192,8 @@ def extra_schema(counts: Counter[str], columns: Iterable[str], domain: str) -> p
         if type_ is None:
             where = ", ".join(f"{kind} in {file}" for kind, file in sorted(found[name].items()))
             raise InputError(
-                f"dataset '{domain}': extra column '{name}' is {where}; make its values one kind, or leave the column out"
+                f"dataset '{domain}': extra column '{name}' is {where}; make its values one kind, "
+                "or leave the column out"
             )
     return pa.schema(list(types.items()))
 

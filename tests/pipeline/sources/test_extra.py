@@ -232,9 +232,12 @@ def test_an_absent_column_is_refused_with_the_closest_one(root: Path, format_: s
     write_as(root / f"y.{format_}", rows_of(lang=["de", "fr"]))
     with pytest.raises(InputError, match=r"no row has 'lagn' \(extra_columns\).*it has: .*lang.*Did you mean 'lang'\?"):
         read_extra(root, ["score", "lagn"])
+    write_as(root / f"z.{format_}", rows_of(meta=[{"url": "a"}, {"url": "b"}]))
+    with pytest.raises(InputError, match=r"no column 'meta\.urk' for extra_columns; .*Did you mean 'meta\.url'\?"):
+        read_extra(root, ["meta.urk"], f"z.{format_}")
     assert read_extra(root, ["score", "lang"]).to_pydict() == {
-        "lang": [None, None, "de", "fr"],
-        "score": [1, 2, None, None],
+        "lang": [None, None, "de", "fr", None, None],
+        "score": [1, 2, None, None, None, None],
     }
 
 
