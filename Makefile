@@ -20,7 +20,7 @@ DEMO_CONTEXTUAL = --num-layers 3 --dropout 0 --context-size 24 --max-length 48 -
 	--learning-rate 1e-4 --log-every 5
 DEMO = workspace/demo-training
 
-.PHONY: demo demo-contextual examples speedrun test soak lint check up down clean
+.PHONY: demo demo-contextual docs examples speedrun test soak lint check up down clean
 
 demo: .venv/.installed-demo
 	$(call train-and-search,trained,$(DEMO_TRAINING))
@@ -66,6 +66,11 @@ lint: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# the site of docs/, into workspace/site
+docs: .venv/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "workspace/site/index.html"
 
 check: lint test
 
