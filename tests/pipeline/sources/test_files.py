@@ -336,6 +336,19 @@ def test_a_json_array_is_read_item_by_item(
             read("a.json", cut)
 
 
+@pytest.mark.parametrize("size", [1, 2**16])
+def test_objects_over_several_lines_are_read(read: Read, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """As `jq` writes them, and as a whole file that is one object."""
+    monkeypatch.setattr("hardbatch.pipeline.sources.text._MIN_ARRAY_READ", size)
+    content = "\n".join(json.dumps(pair, indent=2) for pair in PAIRS).encode() + b"\n"
+    rows = read("a.json", content)
+    assert texts(rows) == GOOD and [row.row for row in rows] == list(range(6))
+    assert texts(read("b.jsonl", content.replace(b"\n", b"\r\n"))) == GOOD
+    for cut in (content[:-9], content.replace(b"q3", b'"'), content + b"]"):
+        with pytest.raises(InputError, match=r"a\.json: broken JSON after row \d"):
+            read("a.json", cut)
+
+
 def test_negatives_of_json_are_optional(read: Read) -> None:
     lines = b'{"query": "a", "document": "b"}\n{"query": "c", "document": "d", "neg": ["e", null]}\n'
     assert [row.negatives for row in read("a.jsonl", lines, {"negatives": "neg"})] == [[], ["e", None]]
