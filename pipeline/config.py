@@ -507,7 +507,8 @@ def _explain(item: Any, content: dict[str, Any]) -> str:
         advice = '; to choose rows by a column: where = "label = 1"' if allowed == list(Columns.model_fields) else ""
         return f"{where}: unknown key{meant}; allowed: {', '.join(allowed)}{advice}"
     if item["type"] == "missing":
-        return f"{where}: is required"
+        advice = "; every dataset begins with a line [[dataset]], followed by its name and source"
+        return f"{where}: is required{advice if item['loc'] == ('dataset',) else ''}"
     if item["type"] == "value_error":
         return (f"{where}: " if where else "") + str(item["ctx"]["error"])
     try:

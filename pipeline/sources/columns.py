@@ -157,7 +157,7 @@ def check_columns(counts: Counter[str], reading: Reading, where: Sequence[str], 
     seen = {name.removeprefix(_SEEN) for name in list(counts) if name.startswith(_SEEN) and counts.pop(name)}
     for name in where:
         if counts["rows"] + counts["rows_filtered"] and name not in seen:
-            raise InputError(f"{files[0].name}: no row has '{name}'; fix where, or leave it out")
+            raise InputError(f"{files[0].name}: no row has a column '{name}'; fix where; text is put in single quotes")
     for field in ("query", "document", "negatives"):
         for given in reading.columns.names(field):
             if _READABLE in seen and str(given) not in seen:
@@ -289,7 +289,11 @@ class PairReader:
     def _no_column(self, field: str, name: str) -> InputError:
         key = "where" if field == "where" else f"columns.{field}"
         message = f"{self._file.name}: no column '{name}' for {field}; it has: {self._names_shown()}"
-        advice = f"Map it in the manifest: {key}" if field != "where" else "A name with signs is put in double quotes"
+        advice = (
+            f"Map it in the manifest: {key}"
+            if field != "where"
+            else "Text is put in single quotes, a name with signs in double quotes"
+        )
         if self._file.format in ("csv", "tsv"):
             others = [sign for sign in ";\t|," if len(self._present) == 1 and sign in self._present[0]]
             advice += (

@@ -158,7 +158,7 @@ def _given_negatives(source: Mapping[str, Any]) -> Iterator[str]:
             f"({reasons_text(lost)}); it must hold a list of texts, or one text"
         )
     elif column and num_usable == 0:
-        yield f"no row that came through has a hard negative in column '{column}'"
+        yield f"no row has a hard negative in column '{column}': its cells are empty, or repeat the row's own document"
 
 
 def _removed_negatives(domain: DomainSummary) -> Iterator[str]:

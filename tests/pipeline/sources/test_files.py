@@ -139,6 +139,7 @@ def test_a_link_that_stays_below_the_root_is_followed(root: Path, list_files: Li
     ("source", "message"),
     [
         ("none.jsonl", r"no file 'none\.jsonl' below"),
+        ("org/set-v1", r"no file 'org/set-v1' below .*: hf://datasets/org/set-v1/\*\*/\*\.parquet"),
         ("*.none", r"no file matches '\*\.none' below"),
         ("folder", r"'folder' is a folder; name its files"),
         ("", r"is a folder"),
