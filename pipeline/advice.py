@@ -34,6 +34,9 @@ _ALIASES = {  # what other tools call a key of ours
 }  # fmt: skip
 
 
+_CURLY_QUOTES = "“”„‘’"
+
+
 def advice_on_key(key: str, allowed: Sequence[str], settings: Sequence[str]) -> str:
     """Suggests what an unknown key was meant to be.
 
@@ -69,6 +72,8 @@ def advice_on_value(location: Sequence[str | int], kind: str, given: Any) -> str
         return "; every dataset begins with a line [[dataset]], followed by its name and source"
     if kind == "model_type":
         return f"; write its settings below a line [{key}]"
+    if (isinstance(given, str) and given.endswith("%")) or (kind == "less_than" and key == "holdout"):
+        return "; write a fraction, for example 0.1"
     if isinstance(given, str) and kind in ("int_type", "float_type", "bool_type"):
         return "; write it without quotes"
     if isinstance(given, int | float) and kind == "string_type":
@@ -94,6 +99,8 @@ def advice_on_toml(text: str, error: str) -> str:
         return f"{quoted}: this looks like YAML, but a manifest is TOML, with = instead of a colon; {_EXAMPLE}"
     if "\\" in line and '"' in line:
         return f"{quoted}: a backslash in double quotes begins an escape; write paths with /"
+    if equals and value[:1] in tuple(_CURLY_QUOTES):
+        return f'{quoted}: write text in straight quotes, "'
     if equals and value.rstrip(",") in ("True", "False"):
         return f"{quoted}: write true and false in lower case"
     if equals and value in ("None", "null", "nil", ""):

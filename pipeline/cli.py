@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _EXIT_CODES = """exit codes: 0 done, 1 disk failure, 2 usage or settings, 3 bad input, 4 integrity, 5 locked by
 another process, 6 no space, 7 too many broken rows, 130 and 143 interrupted"""
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _DEMO_SLOTS = 16
 _BATCHES_LISTED = 20
 _SORTS = ("mask-rate", "negatives", "hardness")  # as in `views.report.SORTS`, which is imported late
@@ -47,11 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character still shows the rest
     leave = _Leave()
-    previous = {
-        number: signal.signal(number, leave)
-        for number in (signal.SIGTERM, signal.SIGINT)
-        if signal.getsignal(number) is not signal.SIG_IGN  # as nohup sets it
-    }
+    handled = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup sets it
+    is_main = threading.current_thread() is threading.main_thread()  # others may not handle signals
+    previous = {number: signal.signal(number, leave) for number in handled if is_main}
     try:
         code = leave.watch(options)
         sys.stdout.flush()  # here, so that a full disk behind it is reported

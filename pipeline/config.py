@@ -562,7 +562,8 @@ def _explain(item: Any, content: dict[str, Any]) -> str:
             advice += f"extra_columns = {json.dumps([item['input']] if isinstance(item['input'], str) else ['score'])}"
         return f"{where}: unknown key{meant}; allowed: {', '.join(allowed)}{advice}"
     if item["type"] == "missing":
-        return f"{where}: is required"
+        advice = "; every dataset begins with a line [[dataset]], followed by its name and source"
+        return f"{where}: is required{advice if item['loc'] == ('dataset',) else ''}"
     if item["type"] == "value_error":
         return (f"{where}: " if where else "") + str(item["ctx"]["error"])
     try:

@@ -96,6 +96,36 @@ def _descend(value: Any, path: str) -> Any:
     return ABSENT
 
 
+def _shared_path(names: Mapping[str, Sequence[str]]) -> list[str]:
+    """The parts with which the paths of query and document begin, up to a list from which a number selects an item."""
+    paths = [name.split(".") for found in names.values() for name in found]
+    wanted = [name.split(".") for field in ("query", "document") for name in names[field]]
+    shared: list[str] = []
+    for part in wanted[0][:-1]:
+        shared.append(part)
+        size = len(shared)
+        chosen = any(path[:size] == shared and "".join(path[size : size + 1]).isdigit() for path in paths)
+        if chosen or any(path[:size] != shared or len(path) == size for path in wanted):
+            return shared[:-1]
+    return shared
+
+
+def _items(values: Mapping[str, Any], shared: Sequence[str]) -> list[Mapping[str, Any]]:
+    """The record once for each item of the lists that both the query and the document are in.
+
+    With `qas.question` and `qas.answer`, each question belongs to its own answer, not to all of the list.
+    """
+    if not shared or shared[0] not in values:
+        return [values]
+    found = values[shared[0]]
+    items = found if isinstance(found, list) and found else [found]
+    return [
+        {**values, shared[0]: inner}
+        for item in items
+        for inner in (_items(item, shared[1:]) if isinstance(item, dict) else [item])
+    ]
+
+
 def needed_columns(present: Sequence[str], wanted: Sequence[Column]) -> list[str]:
     """The columns of a file that `wanted` needs: names, numbers, patterns, or heads of dotted paths."""
     return [
@@ -135,7 +165,7 @@ def check_columns(counts: Counter[str], reading: Reading, where: Sequence[str], 
     )
     for name in where:
         if counts["rows"] + counts["rows_filtered"] and name not in seen:
-            raise InputError(f"{files[0].name}: no row has '{name}'; fix where, or leave it out")
+            raise InputError(f"{files[0].name}: no row has a column '{name}'; fix where; text is put in single quotes")
     for field in _FIELDS:
         for given in reading.columns.names(field):
             if _READABLE in seen and str(given) not in seen:
@@ -190,6 +220,7 @@ class PairReader:
         self._names = {field: [self._name(name) for name in names] for field, names in self._given.items()}
         self._extra_names = self._names.get(_EXTRA, [])
         self._extra = ExtraReader(file, dict(zip(reading.extra_columns, self._extra_names, strict=True)))
+        self._shared = _shared_path(self._names)
         self._is_only = is_only
         self._seen: set[str] = set()
         self._judged = {field: _Judged() for field in _FIELDS}
@@ -204,6 +235,10 @@ class PairReader:
             return [RawRow(record.row, None, None, None, record.problem, record.detail)]
         if self._unseen:
             self._note_keys(record.values)
+        items = _items(record.values, self._shared)
+        return [row for values in items for row in self._pairs(record._replace(values=values))]
+
+    def _pairs(self, record: Record) -> list[RawRow]:
         queries = self._texts("query", record)
         documents = self._texts("document", record)
         negatives = self._texts("negatives", record) if self._names["negatives"] else None
@@ -289,7 +324,11 @@ class PairReader:
         message = f"{self._file.name}: no column '{name}' for {field}; it has: {self._names_shown()}"
         if field == _EXTRA:
             return InputError(message + closest(name, [name[:_NAME_CHARACTERS] for name in self._present]))
-        advice = f"Map it in the manifest: {key}" if field != "where" else "A name with signs is put in double quotes"
+        advice = (
+            f"Map it in the manifest: {key}"
+            if field != "where"
+            else "Text is put in single quotes, a name with signs in double quotes"
+        )
         if self._file.format in ("csv", "tsv"):
             others = [sign for sign in ";\t|," if len(self._present) == 1 and sign in self._present[0]]
             advice += (

@@ -42,6 +42,7 @@ _SPLIT = "train"  # of a collection that has several
 
 # What Spark, Hadoop and Delta Lake leave beside the data.
 _MARKER = re.compile(r"_SUCCESS|_metadata|_common_metadata|_temporary|_delta_log|_(committed|started)_.*")
+_HUB_NAME = re.compile(r"[\w-]+/[\w-]+")
 _VERSION_FIELDS = (  # what the filesystems call the version of a file
     "ETag", "etag", "sha256", "blob_id", "last_commit", "md5Hash", "Content-MD5", "Digest", "generation",
     "LastModified", "Last-Modified", "last_modified", "updated", "mtime",
@@ -187,8 +188,10 @@ def _list_local(
             checked(part)
             name = part.relative_to(root).as_posix()
             if not part.exists():
-                link = ": it is a link to a file that is not there; fetch that" if part.is_symlink() else ""
-                raise InputError(f"{where}: no file '{name}' below {root}{link}; --data-root names another folder")
+                why = ": it is a link to a file that is not there; fetch that" if part.is_symlink() else ""
+                hub = f"; of a dataset on the Hugging Face hub, name the files: hf://datasets/{source}/**/*.parquet"
+                why += hub if _HUB_NAME.fullmatch(source) else ""
+                raise InputError(f"{where}: no file '{name}' below {root}{why}; --data-root names another folder")
             if part.stat().st_size > 0 or not _is_written_by_spark(part, root):
                 files.append(_local_file(name, part, _format_of(name, dataset), digests))
     if not files:

@@ -47,7 +47,10 @@ def _json_records(file: SourceFile, lines: Iterator[bytes], keys: list[bytes]) -
             continue
         row += 1
         if row == 0 and line.lstrip()[:1] == b"[":
-            yield from _array_records(file, chain([line.lstrip()[1:]], lines))
+            yield from _spread_records(file, chain([line.lstrip()[1:]], lines), end="]")
+            return
+        if row == 0 and line.strip() == b"{":  # objects over several lines, as `jq` and `json.dump(indent=2)` write
+            yield from _spread_records(file, chain([line], lines), end="")
             return
         problem = ""
         values: Any = None
@@ -72,22 +75,29 @@ def _json_records(file: SourceFile, lines: Iterator[bytes], keys: list[bytes]) -
         yield Record(row, None, "broken_json", f"line {number}: {problem}") if problem else Record(row, values)
 
 
-def _array_records(file: SourceFile, lines: Iterator[bytes]) -> Iterator[Record]:
-    """The records of a JSON array, after its opening bracket; a few of them are in memory at a time."""
+def _spread_records(file: SourceFile, lines: Iterator[bytes], end: str) -> Iterator[Record]:
+    """Objects that are not a line each; a few of them are in memory at a time.
+
+    `end` is the bracket of an array, whose opening one has been read; empty if there is no array around the objects.
+    """
     decoder = json.JSONDecoder()
     text, start, row = "", 0, 0
     while True:
         while start < len(text) and text[start] in _BETWEEN_ITEMS:
             start += 1
-        if text[start : start + 1] == "]":
+        if end and text[start : start + 1] == end:
             return
         try:
             values, start = decoder.raw_decode(text, start)
         except (ValueError, RecursionError) as error:
             # The item may go on. Twice as much is read each time, as it is parsed from its start again.
             more = list(_lines_of(lines, max(len(text) - start, _MIN_ARRAY_READ)))
+            if not more and not end and start == len(text):
+                return
             if not more or len(text) - start > _MAX_LINE_BYTES:
-                raise InputError(f"{file.name}: broken JSON array after row {row}: {first_line(error)}") from None
+                raise InputError(
+                    f"{file.name}: broken JSON{' array' * bool(end)} after row {row}: {first_line(error)}"
+                ) from None
             text, start = text[start:] + b"".join(more).decode("utf-8", errors="surrogateescape"), 0
             continue
         is_object = isinstance(values, dict)

@@ -115,16 +115,18 @@ def _texts(source: Mapping[str, Any]) -> Iterator[str]:
 
 def _cut_texts(summary: Summary) -> Iterator[str]:
     """A line for each model and limit, as domains usually share them."""
-    shares: dict[tuple[str, int], list[str]] = {}
+    shares: dict[tuple[str, int], dict[str, list[str]]] = {}
     for name, domain in summary.domains.items():
         for cut in domain.source.get("cut_for_models", ()):
-            found = [f"{cut[side]:.0%} of the {side} of {name}" for side in SIDES if cut[side] >= _NOTABLE_SHARE]
-            if found:
-                shares.setdefault((cut["model"], cut["max_length_tokens"]), []).extend(found)
+            for side in SIDES:
+                if cut[side] >= _NOTABLE_SHARE:
+                    found = shares.setdefault((cut["model"], cut["max_length_tokens"]), {})
+                    found.setdefault(side, []).append(f"{name} ({cut[side]:.0%})")
     for (model, limit), found in shares.items():
+        texts = " and ".join(f"{side} of {', '.join(domains)}" for side, domains in found.items())
         yield (
-            f"{model} reads {limit:,} tokens of a text, which is where it cuts {', '.join(found)}; for clusters and "
-            "masks the rest does not count; raise embed.max_length_tokens, or set a model that reads more"
+            f"{model} reads {limit:,} tokens of a text and cuts {texts}; clusters and masks do not see the rest; "
+            "raise embed.max_length_tokens, or set a model that reads more"
         )
 
 
@@ -159,7 +161,7 @@ def _given_negatives(source: Mapping[str, Any]) -> Iterator[str]:
             f"({reasons_text(lost)}); it must hold a list of texts, or one text"
         )
     elif column and num_usable == 0:
-        yield f"no row that came through has a hard negative in column '{column}'"
+        yield f"no row has a hard negative in column '{column}': its cells are empty, or repeat the row's own document"
 
 
 def _extra_columns(source: Mapping[str, Any]) -> Iterator[str]:

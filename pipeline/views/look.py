@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +17,7 @@ from typing import Any
 from hardbatch.pipeline.artifacts.files import DigestCache, user_path
 from hardbatch.pipeline.config import Columns, Dataset, Dialect, IngestConfig, Reading
 from hardbatch.pipeline.errors import InputError, printable
+from hardbatch.pipeline.sources.columns import look_up
 from hardbatch.pipeline.sources.files import SourceFile, list_source_files
 from hardbatch.pipeline.sources.head import fetch_head
 from hardbatch.pipeline.sources.rows import check_dataset, open_table, read_rows
@@ -30,6 +31,8 @@ _ROWS_CHECKED = 10_000
 _MAX_WORDS_OF_NAME = 3
 _CELL_CHARACTERS = 40
 _NUMBERED_NEGATIVES = re.compile(r"((?:hard_)?neg(?:ative)?s?_?)\d+", re.IGNORECASE)
+_TURNS = (("role", "content"), ("from", "value"))  # how the turns of a chat say who speaks, and what
+_ASKING = ("user", "human")
 _LABELS = ("label", "labels", "is_duplicate", "is_relevant", "relevance")
 _NAMES = {  # what people call the columns, the most usual names first
     "query": (
@@ -78,7 +81,7 @@ def look_text(source: str, data_root: Path | None = None, *, format: str = "auto
         # Of a remote source, only the beginning of the first file is fetched.
         first = fetch_head(files[0], Path(scratch), _ROWS_CHECKED)
         dialect, records = _read_first(first, Path(scratch))
-        columns = _propose(records)
+        columns = _propose(records) or _propose_turns(records) or _propose(_flattened(records))
         reading = Reading.model_validate({"columns": columns, "limit": _ROWS_CHECKED, "csv": dialect})
         checked = ["no row checked: name the columns first"]
         if columns:
@@ -210,19 +213,20 @@ def _propose(records: Sequence[Mapping[str, Any]]) -> dict[str, str | list[str]]
     kinds = {name: _type_of([record.get(name) for record in records]) for name in _column_names(records)}
     found: dict[str, str | list[str]] = {}
     for field, names in _NAMES.items():
-        known = [name for wanted in names for name in kinds if name.lower() == wanted and "text" in kinds[name]]
+        texts = [name for name, kind in kinds.items() if "text" in kind]
+        known = [name for wanted in names for name in texts if name.lower().rpartition(".")[2] == wanted]
         known = [name for name in known if name not in found.values()]
         if known:
             found[field] = known[0]
 
-    texts = sorted(
+    by_length = sorted(
         (_mean_words(records, name), name)
         for name, kind in kinds.items()
         if kind == "text" and name not in found.values()
     )
     for field in ("query", "document"):
         # A column of single words holds ids, labels or links.
-        long_enough = [name for num_words, name in texts if num_words >= 2 and name not in found.values()]
+        long_enough = [name for num_words, name in by_length if num_words >= 2 and name not in found.values()]
         if field not in found and long_enough:
             found[field] = long_enough[0 if field == "query" else -1]
     if not {"query", "document"} <= set(found):
@@ -235,6 +239,32 @@ def _propose(records: Sequence[Mapping[str, Any]]) -> dict[str, str | list[str]]
     if has_title and found["document"] in ("text", "body", "content", "passage"):
         found["document"] = ["title", str(found["document"])]
     return {field: found[field] for field in _NAMES if field in found}
+
+
+def _flattened(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The records with a column for each dotted path that leads to texts."""
+    names = dict.fromkeys(name for record in records for name in _paths(record))
+    return [{name: look_up(record, name, None) for name in names} for record in records]
+
+
+def _paths(value: Any, path: str = "") -> Iterator[str]:
+    if isinstance(value, str):
+        yield path
+    for item in value if isinstance(value, list) else ():
+        yield from _paths(item, path)
+    for key, item in value.items() if isinstance(value, dict) else ():
+        yield from _paths(item, f"{path}.{key}".lstrip("."))
+
+
+def _propose_turns(records: Sequence[Mapping[str, Any]]) -> dict[str, str | list[str]]:
+    """The first question and its answer, if a column has the turns of a chat: [{role: user, content: ...}, ...]."""
+    for name, turns in ((name, turns) for record in records[:1] for name, turns in record.items()):
+        for role, content in _TURNS if isinstance(turns, list) else ():
+            roles = [str(turn.get(role)) for turn in turns if isinstance(turn, dict) and content in turn]
+            asked = next((number for number, found in enumerate(roles) if found in _ASKING), None)
+            if asked is not None and asked + 1 < len(roles) == len(turns):
+                return {"query": f"{name}.{asked}.{content}", "document": f"{name}.{asked + 1}.{content}"}
+    return {}
 
 
 def _mean_words(records: Sequence[Mapping[str, Any]], name: str) -> float:

@@ -136,7 +136,7 @@ def _totals(planned: Sequence[PlannedStep]) -> list[str]:
         left = f"time {at_least}{duration(sum(each.seconds or 0.0 for each in known))}, "
         left += f"to write {at_least}{size(num_bytes)}"
     elif to_run:
-        left = "unknown, no earlier run to estimate from"
+        left = f"unknown, {'as the rows are not known' if unknown else 'no earlier run to estimate from'}"
     lines.append(f"left: {left}; free on the workspace's disk: {size(free)}")
 
     if num_bytes > free:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,14 @@ def test_a_file_in_the_place_of_the_corpus_folder(small_manifest: Path, tmp_path
 
 
 # signals and pipes
+
+
+def test_a_command_runs_in_a_thread(finished_run: Finished, cli: Any) -> None:
+    """As web servers and notebooks call it; only the main thread may handle signals."""
+    manifest, workspace, shards = finished_run
+    with ThreadPoolExecutor(1) as pool:
+        code, out, err = pool.submit(cli, "run", manifest, "--workspace", workspace).result()
+    assert (code, out.splitlines()[-1:]) == (0, [str(shards)]), err
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -299,6 +299,10 @@ def test_a_wrong_value_of_a_dataset_is_traced_to_its_override(load: Load) -> Non
         (MINIMAL + 'columns = ["q", "d"]\n', "write columns = { query = "),
         (MINIMAL + 'limit = "5"\n', "write it without quotes"),
         (MINIMAL + "revision = 5\n", "write it in quotes"),
+        (MINIMAL + 'holdout = "10%"\n', "write a fraction, for example 0.1"),
+        (MINIMAL + "holdout = 10\n", "write a fraction, for example 0.1"),
+        (MINIMAL.replace('"x.jsonl"', "“x.jsonl”"), "write text in straight quotes"),
+        ('corpus = "c"\n', "dataset: is required; every dataset begins with a line [[dataset]]"),
         (MINIMAL.replace("x.jsonl", "data\\train.jsonl"), "write paths with /"),  # a tab to TOML
         (MINIMAL.replace("x.jsonl", "data\\x.jsonl"), "write paths with /"),  # an escape that TOML does not know
         (MINIMAL.replace('"x.jsonl"', "x.jsonl"), "the line is 'source = x.jsonl': write text in quotes: source = \"x"),

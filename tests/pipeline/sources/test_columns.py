@@ -101,6 +101,23 @@ def test_a_dotted_path_leads_into_nested_values(root: Path, format_: str) -> Non
         read_dataset(root, columns={**columns, "document": "data.answer"})
 
 
+@FORMATS
+def test_paths_through_one_list_pair_the_texts_of_each_item(root: Path, format_: str) -> None:
+    """A question has its own answers, not those of the other items."""
+    items = [{"q": f"q{i}", "a": f"a{i}", "bad": [f"n{i}"]} for i in range(3)]
+    groups = [{"text": f"t{i}", "qas": [{"q": f"q{i}"}, {"q": f"r{i}"}]} for i in range(2)]
+    write_as(root / f"x.{format_}", [{"qa": items, "data": [{"parts": groups}]}, {"qa": items[:1], "data": []}])
+    read = read_dataset(root, columns={"query": "qa.q", "document": "qa.a", "negatives": "qa.bad"})
+    assert [(row.query, row.document, row.negatives) for row in read] == [
+        ("q0", "a0", ["n0"]), ("q1", "a1", ["n1"]), ("q2", "a2", ["n2"]), ("q0", "a0", ["n0"])
+    ]  # fmt: skip
+    read = read_dataset(root, columns={"query": "data.parts.qas.q", "document": "data.parts.text"})
+    assert pairs_of(read)[:4] == [("q0", "t0"), ("r0", "t0"), ("q1", "t1"), ("r1", "t1")]
+    assert [row.row for row in read] == [0, 0, 0, 0, 1]
+    chosen = read_dataset(root, columns={"query": "qa.0.q", "document": "qa.a"})
+    assert pairs_of(chosen)[:3] == [("q0", "a0"), ("q0", "a1"), ("q0", "a2")]
+
+
 def test_a_column_whose_name_has_dots_is_preferred() -> None:
     assert look_up({"a.b": 1, "a": {"b": 2}}, "a.b") == 1
     assert look_up({"a": {"b.c": 3}}, "a.b.c") == 3

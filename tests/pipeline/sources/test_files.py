@@ -139,6 +139,7 @@ def test_a_link_that_stays_below_the_root_is_followed(root: Path, list_files: Li
     ("source", "message"),
     [
         ("none.jsonl", r"no file 'none\.jsonl' below"),
+        ("org/set-v1", r"no file 'org/set-v1' below .*: hf://datasets/org/set-v1/\*\*/\*\.parquet"),
         ("*.none", r"no file matches '\*\.none' below"),
         ("folder", r"'folder' is a folder; name its files"),
         ("", r"is a folder"),
@@ -333,6 +334,19 @@ def test_a_json_array_is_read_item_by_item(
     assert read("b.json", b"\n [ ] \n") == []
     for cut in (content[:-1], content[: len(content) // 2], content.replace(b"q3", b'"')):
         with pytest.raises(InputError, match=r"a\.json: broken JSON array after row \d"):
+            read("a.json", cut)
+
+
+@pytest.mark.parametrize("size", [1, 2**16])
+def test_objects_over_several_lines_are_read(read: Read, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """As `jq` writes them, and as a whole file that is one object."""
+    monkeypatch.setattr("hardbatch.pipeline.sources.text._MIN_ARRAY_READ", size)
+    content = "\n".join(json.dumps(pair, indent=2) for pair in PAIRS).encode() + b"\n"
+    rows = read("a.json", content)
+    assert texts(rows) == GOOD and [row.row for row in rows] == list(range(6))
+    assert texts(read("b.jsonl", content.replace(b"\n", b"\r\n"))) == GOOD
+    for cut in (content[:-9], content.replace(b"q3", b'"'), content + b"]"):
+        with pytest.raises(InputError, match=r"a\.json: broken JSON after row \d"):
             read("a.json", cut)
 
 

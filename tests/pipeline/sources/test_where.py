@@ -102,7 +102,7 @@ def test_rows_are_counted_and_an_unknown_column_is_named(tmp_path: Path) -> None
         rows = read_dataset(root, f"{format_}/*", counts, where="label = 1")
         assert [row.query for row in rows] == [f"q{i}" for i in range(1, 3_000, 4)]
         assert counts["rows_filtered"] == 2_250
-        with pytest.raises(InputError, match=r"no (column|row has) 'lable'.*where"):
+        with pytest.raises(InputError, match=r"no (column|row has a column) 'lable'.*where"):
             read_dataset(root, f"{format_}/*", where="lable = 1")
         with pytest.raises(InputError, match=r"none of 3000 rows in .* meets where 'label = 7'; fix it"):
             read_dataset(root, f"{format_}/*", where="label = 7")

@@ -12,6 +12,7 @@ import pytest
 
 from hardbatch.pipeline.errors import InputError
 from hardbatch.pipeline.run import run_corpus as run_with_log
+from hardbatch.pipeline.stages import warnings
 from hardbatch.pipeline.stages.warnings import reasons_text
 from hardbatch.pipeline.views.log import log_text
 from hardbatch.pipeline.views.report import batches_text, summary_markdown, summary_text
@@ -61,8 +62,8 @@ def test_a_sound_corpus_has_no_warning(warn: Warn) -> None:
     ("bad", "expected"),
     [
         (["one \0", "two \0"], "none of 80 hard negatives of column 'bad' can be used (nul_character 80)"),
-        ([], "no row that came through has a hard negative in column 'bad'"),
-        ([None, ""], "no row that came through has a hard negative in column 'bad'"),
+        ([], "no row has a hard negative in column 'bad'"),
+        ([None, ""], "no row has a hard negative in column 'bad'"),
         (
             ["one \0", 3, "a good one"],
             "only 40 of 120 hard negatives of column 'bad' can be used (nul_character 40, wr",
@@ -109,6 +110,16 @@ def test_files_that_gave_no_pair(warn: Warn) -> None:
     ]
 
 
+def test_modules_without_docstrings_are_as_they_should_be() -> None:
+    def lines(num_without: int, name: str) -> list[str]:
+        counts = {"files": 73, "files_read": 73, "files_without_pairs": num_without, "such_files": [name]}
+        return list(warnings._files(counts))
+
+    assert lines(3, "python:numpy/x.py") == []
+    assert lines(4, "python:numpy/x.py")[0].startswith("4 of 73 files gave no pair: python:numpy/x.py, ...; they")
+    assert lines(1, "x.jsonl")[0].startswith("1 of 73 files gave no pair: x.jsonl; they")
+
+
 def test_a_limit_that_reads_what_represents_nothing(warn: Warn) -> None:
     rows = sorted((make_pair(i) for i in range(40)), key=lambda row: row["document"])
     found = warn({"a.jsonl": rows, "b.jsonl": [make_pair(i) for i in range(50, 60)]}, "limit = 30")
@@ -123,10 +134,7 @@ def test_texts_that_the_model_cuts(warn: Warn) -> None:
     for row in rows[:10]:
         row["document"] += " and more of it" * 10
     (line,) = warn(rows, embed="[embed]\nmax_length_tokens = 32\n")
-    assert line.startswith(
-        "warning: embed.model 'minilm' reads 32 tokens of a text, which is where it cuts 25% of the doc"
-    )
-    assert "25% of the documents of d; for clusters" in line
+    assert line.startswith("warning: embed.model 'minilm' reads 32 tokens of a text and cuts documents of d (25%); cl")
     assert warn(rows, embed="[embed]\nmax_length_tokens = 128\n") == []
 
 

@@ -113,6 +113,24 @@ def test_lists_numbered_negatives_and_titles_are_proposed_as_they_are_read(tmp_p
     assert "of the first 10 pairs, 10 would be kept" in text
 
 
+def test_texts_inside_of_objects_and_lists_are_proposed_by_their_paths(tmp_path: Path) -> None:
+    groups = [{"name": "x", "qas": [{"question": f"why {i}", "answers": [{"text": f"so {i}"}]}]} for i in range(9)]
+    text = look_text(str(write(tmp_path, "jsonl", [{"version": 1, "data": groups}])))
+    assert proposed(text)["dataset"][0]["columns"] == {
+        "query": "data.qas.question", "document": "data.qas.answers.text"
+    }  # fmt: skip
+    assert "of the first 9 pairs, 9 would be kept" in text
+
+
+@pytest.mark.parametrize(("role", "content"), [("role", "content"), ("from", "value")])
+def test_the_first_answer_of_a_chat_is_proposed(tmp_path: Path, role: str, content: str) -> None:
+    turns = [{role: name, content: f"{name} speaks"} for name in ("system", "user", "assistant", "user")]
+    text = look_text(str(write(tmp_path, "jsonl", [{"id": i, "chat": turns} for i in range(9)])))
+    assert proposed(text)["dataset"][0]["columns"] == {
+        "query": f"chat.1.{content}", "document": f"chat.2.{content}"
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("header", "row", "csv", "columns"),
     [
