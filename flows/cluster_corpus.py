@@ -106,6 +106,7 @@ def _make_shards(
     """Run the steps of a manifest as tasks and publish their summary; return the folder of the shards."""
     from hardbatch.pipeline.run import plan_corpus
     from hardbatch.pipeline.runlog import open_run_log
+    from hardbatch.pipeline.views.html import report_html
     from hardbatch.pipeline.views.report import summary_markdown
 
     if not manifest.is_absolute() and not manifest.exists():
@@ -116,7 +117,10 @@ def _make_shards(
             run = complete_step.with_options(name=step.stage, task_run_name=f"{step.stage} of {step.domain}")
             run(step, log)
 
-    create_markdown_artifact(summary_markdown(plan.shards), key="cluster-corpus", description=str(plan.shards))
+    page = plan.corpus / f"report-{plan.shards.name}.html"
+    page.write_text(report_html(plan.shards), encoding="utf-8")
+    text = f"{summary_markdown(plan.shards)}\nFigures, a map and batches to read: [{page}]({page.as_uri()})\n"
+    create_markdown_artifact(text, key="cluster-corpus", description=str(plan.shards))
     return plan.shards
 
 

@@ -247,7 +247,7 @@ class PairReader:
             self._judge(is_whole=False)
         extra: list[Any] = []
         if self._extra_names:
-            found = [look_up(record.values, name, None) for name in self._extra_names]
+            found = [look_up(record.values or {}, name, None) for name in self._extra_names]
             extra, broken = self._extra.read(record.row, found)
             if broken:
                 return [RawRow(record.row, None, None, None, "invalid_utf8", broken)]

@@ -120,6 +120,9 @@ def test_the_flow_writes_shards_and_a_summary(server: None, manifest: Path, tmp_
     assert len(artifacts) == 3
     assert shards in {artifact.description for artifact in artifacts}
     assert all("|" in str(artifact.data) for artifact in artifacts)
+    page = tmp_path / "workspace" / "tiny" / f"report-{Path(shards).name}.html"
+    assert page.read_text().startswith("<!doctype html>")
+    assert any(page.as_uri() in str(artifact.data) for artifact in artifacts)
 
 
 def test_the_state_of_a_run_has_its_message(server: None, manifest: Path, tmp_path: Path) -> None:
