@@ -9,6 +9,7 @@ Shape letters: n pairs, N texts of a side, M batches, B slots of a batch, D dime
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -178,9 +179,6 @@ class Batches:
         found: pl.DataFrame = self._frame[self.indices[number]]
         return found
 
-    def __iter__(self) -> Any:
-        return (self[number] for number in range(len(self)))
-
     def __repr__(self) -> str:
         left = _reasons_text(self.leftover)
         return (
@@ -273,7 +271,7 @@ class Batches:
         """For `SentenceTransformerTrainingArguments(batch_sampler=...)`: each epoch, all batches in a new order."""
         from hardbatch.integration import BatchSamplerMaker
 
-        return BatchSamplerMaker(len(self), self.batch_size)
+        return BatchSamplerMaker(self.batch_size)
 
     def loss(self, model: SentenceTransformer, *, temperature: float = 0.02) -> MaskedInfoNCELoss:
         """InfoNCE from queries to documents without the false negatives, for `SentenceTransformerTrainer`.
@@ -400,7 +398,7 @@ def _embed(
     config = EmbedConfig(model=model, query_prompt=queries, document_prompt=documents)
     if role == "surrogate":
         config = EmbedConfig(surrogate_model=model)
-    spec = resolve_model(config, role, Path(), DigestCache(Path("/nonexistent")))
+    spec = resolve_model(config, role, Path(), DigestCache(Path(os.devnull)))
     encoder = open_encoder(spec, [texts[1]])
     sides = []
     for side, prompt in zip(texts, (spec.query_prompt, spec.document_prompt), strict=True):

@@ -32,13 +32,14 @@ class MaskedBatches(Protocol):
 class BatchSamplerMaker:
     """Makes the batch sampler when the trainer asks for it, as `SentenceTransformerTrainingArguments` expects.
 
+    It fits every dataset that `Batches.to_dataset` made of batches of this size, so one will do for several.
+
     Args:
-        num_batches: M.
         batch_size: B.
     """
 
-    def __init__(self, num_batches: int, batch_size: int) -> None:
-        self._num_batches, self._batch_size = num_batches, batch_size
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
 
     def __call__(
         self,
@@ -50,18 +51,18 @@ class BatchSamplerMaker:
         seed: int = 0,
     ) -> WholeBatches:
         """Makes the sampler; raises ValueError if the dataset or the batch size is not that of the batches."""
-        num_rows = self._num_batches * self._batch_size
-        if len(dataset) != num_rows or "label" not in getattr(dataset, "column_names", ["label"]):
+        labels = np.asarray(dataset["label"]) if "label" in dataset.column_names else np.empty(0)
+        if len(labels) % self._batch_size or not np.array_equal(labels, np.arange(len(dataset))):
             raise ValueError(
-                f"the trainer's dataset must be batches.to_dataset(), {num_rows} rows with a column `label`; "
-                f"given {len(dataset)} rows"
+                f"the trainer's dataset must be batches.to_dataset(), whole: batches of {self._batch_size} rows, which "
+                f"its column `label` numbers; given {len(dataset)} rows with the columns {dataset.column_names}"
             )
         if batch_size != self._batch_size:
             raise ValueError(
                 f"per_device_train_batch_size is {batch_size}, but the batches hold {self._batch_size} pairs; set it "
                 f"to {self._batch_size} (a model that runs on several GPUs of one process multiplies it: use torchrun)"
             )
-        return WholeBatches(self._num_batches, self._batch_size, seed)
+        return WholeBatches(len(dataset) // batch_size, batch_size, seed)
 
 
 class WholeBatches(BatchSampler):

@@ -125,6 +125,20 @@ def test_the_trainer_of_sentence_transformers_sees_whole_batches(batches, backbo
     assert np.mean(losses[-6:]) < 0.8 * np.mean(losses[:6])
 
 
+def test_two_datasets_in_one_training(batches, backbone, tmp_path):
+    """Each has a loss of its own; the trainer draws from both."""
+    others = hardbatch.build_batches(pairs(40).reverse(), model="lexical", batch_size=SIZE)
+    model = open_model(backbone)
+    made = {"one": batches, "two": others}
+    trainer = sentence_transformers.SentenceTransformerTrainer(
+        model=model,
+        args=arguments(batches, tmp_path, num_train_epochs=1),
+        train_dataset={name: of_name.to_dataset() for name, of_name in made.items()},
+        loss={name: of_name.loss(model) for name, of_name in made.items()},
+    )
+    assert trainer.train().global_step == len(batches) + len(others)
+
+
 def test_two_ranks_take_turns(backbone, tmp_path):
     """Five batches for two ranks: two batches each, all different, and other ones in the next epoch."""
     script = tmp_path / "two_ranks.py"
@@ -174,8 +188,13 @@ def test_what_does_not_fit_is_refused(batches, backbone):
     dataset = batches.to_dataset()
     with pytest.raises(ValueError, match=r"per_device_train_batch_size is 8, but the batches hold 16 pairs"):
         batches.batch_sampler(dataset, batch_size=8)
-    with pytest.raises(ValueError, match=r"must be batches.to_dataset\(\), 96 rows with a column `label`; given 50"):
+    with pytest.raises(
+        ValueError, match=r"must be batches.to_dataset\(\), whole: batches of 16 rows, .* given 50 rows"
+    ):
         batches.batch_sampler(dataset.select(range(50)), batch_size=SIZE)
+    for other in (dataset.shuffle(seed=0), dataset.select(range(SIZE, 2 * SIZE)), dataset.remove_columns("label")):
+        with pytest.raises(ValueError, match="the trainer's dataset must be batches"):
+            batches.batch_sampler(other, batch_size=SIZE)
     loss = batches.loss(model.train())
     features = [model.preprocess(batches[0][name].to_list()) for name in ("query", "document")]
     with pytest.raises(ValueError, match="the loss got no labels; train on batches"):
