@@ -156,7 +156,8 @@ GRIDS: dict[str, list[Arm]] = {
     "few": [
         written(64, 1),
         written(64, 8),
-        written(64, 8, likely_rule="one-sided"),
+        written(64, 8, likely_rule="symmetric"),
+        written(64, 32),
         written(64, 64),
     ],
     # The contextual model beside the biencoder, on the same batches.
