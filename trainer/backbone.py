@@ -66,6 +66,37 @@ def _transformer_folder(folder: Path) -> Path:
     return folder
 
 
+def ignored_modules(folder: Path) -> list[str]:
+    """What a sentence-transformers folder does after its transformer, besides what this trainer does there too.
+
+    Texts are pooled here by the mean over their tokens. A model that was trained with another pooling, or with
+    further layers, starts worse than it is.
+
+    Args:
+        folder: The folder of the transformer, or one that `find_backbone` found below the folder of the model.
+
+    Returns:
+        For example `pooling by cls` and `Dense`; empty if nothing is ignored, or if it is no such folder.
+    """
+    for root in (folder, folder.parent):
+        try:
+            modules = json.loads((root / "modules.json").read_bytes())
+            kinds = {str(module["type"]).rsplit(".", 1)[-1]: str(module["path"]) for module in modules}
+            pooling = json.loads((root / kinds["Pooling"] / "config.json").read_bytes()) if "Pooling" in kinds else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        modes = pooling.get("pooling_mode")
+        if modes is None:  # older folders have a switch for each
+            modes = [
+                key.removeprefix("pooling_mode_").removesuffix("_token") for key in pooling if pooling[key] is True
+            ]
+        modes = modes if isinstance(modes, list) else [modes]
+        others = [mode for mode in modes if mode not in ("mean", "mean_tokens", "include_prompt")]
+        found = [f"pooling by {mode}" for mode in others]
+        return found + [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
+    return []
+
+
 def build_encoder(config: TrainConfig, folder: Path) -> Encoder:
     """Builds a new encoder on the backbone in `folder`, pretrained or with random weights drawn by the seed.
 

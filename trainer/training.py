@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from hardbatch.pipeline.artifacts.files import as_user_error
 from hardbatch.pipeline.artifacts.lock import lock
 from hardbatch.pipeline.errors import ConfigError
-from hardbatch.trainer.backbone import build_encoder, find_backbone, initial_encoder
+from hardbatch.trainer.backbone import build_encoder, find_backbone, ignored_modules, initial_encoder
 from hardbatch.trainer.batch import Tokenizer, load_tokenizer
 from hardbatch.trainer.checkpoint import TrainState, check_resumable, load_optimizer, read_state
 from hardbatch.trainer.collection import Collection, load_collection
@@ -139,6 +139,11 @@ def start_training(config: TrainConfig, ranks: Ranks, checkpoint: Path | None, n
         notices.append(f"resuming from {checkpoint}, step {state.step:,}, batch {state.position:,}")
     else:
         folder = config.init_from or find_backbone(config.backbone)
+        if config.init_from is None and (ignored := ignored_modules(folder)):
+            notices.append(
+                f"warning: --backbone {config.backbone} has {' and '.join(ignored)}, which this training leaves out; "
+                "it pools by the mean over tokens, so the model starts worse than it is"
+            )
         encoder = (
             initial_encoder(config, folder, flag="--init-from", verified=not ranks.is_main)  # every rank reads them
             if config.init_from

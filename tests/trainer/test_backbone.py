@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from hardbatch.pipeline.errors import ConfigError
-from hardbatch.trainer.backbone import build_encoder, find_backbone, initial_encoder
+from hardbatch.trainer.backbone import build_encoder, find_backbone, ignored_modules, initial_encoder
 from hardbatch.trainer.batch import load_tokenizer
 from hardbatch.trainer.config import parse_flags
 from hardbatch.trainer.embed import Embedder
@@ -195,3 +195,33 @@ def test_what_cannot_be_a_backbone(tmp_path):
         with pytest.raises(ConfigError, match=message) as caught:
             act()
         assert "\n" not in str(caught.value)
+
+
+def test_what_a_training_leaves_out_of_a_model_is_known(tmp_path):
+    """Of folders that sentence-transformers writes itself, and of an older one."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+
+    tiny_backbone(tmp_path / "raw")
+    assert ignored_modules(tmp_path / "raw") == []
+    transformer = Transformer(str(tmp_path / "raw"), max_seq_length=24)
+    for name, modules, expected in (
+        ("mean", [Pooling(32, "mean"), Normalize()], []),
+        ("cls", [Pooling(32, "cls"), Dense(32, 8)], ["pooling by cls", "Dense"]),
+        ("both", [Pooling(32, ["mean", "max"])], ["pooling by max"]),
+    ):
+        folder = tmp_path / name
+        SentenceTransformer(modules=[transformer, *modules], device="cpu").save(str(folder), create_model_card=False)
+        found = ignored_modules(find_backbone(str(folder)))
+        assert [word.removesuffix("_tokens") for word in found] == expected
+
+    older = tmp_path / "older"
+    shutil.copytree(tmp_path / "cls", older)
+    modules = json.loads((older / "modules.json").read_text())
+    modules[0]["path"] = "0_Transformer"
+    (older / "modules.json").write_text(json.dumps(modules))
+    (older / "1_Pooling" / "config.json").write_text(
+        json.dumps({"word_embedding_dimension": 32, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False})
+    )
+    shutil.copytree(tmp_path / "raw", older / "0_Transformer")
+    assert ignored_modules(find_backbone(str(older))) == ["pooling by cls", "Dense"]
