@@ -65,8 +65,8 @@ def main() -> int:
             script = _MEASURE.replace("WIDTH", str(width))
             page.write_text(report.replace("</body>", f"{script}</body>"), encoding="utf-8")
             for scheme, number in SCHEMES.items():
-                words = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900",
-                         f"--blink-settings=preferredColorScheme={number}", f"--user-data-dir={folder}/profile"]  # fmt: skip
+                words = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/profile"]
+                words += [f"--window-size={max(width, 500)},900", f"--blink-settings=preferredColorScheme={number}"]
                 dumped = subprocess.run(
                     [*words, "--dump-dom", page.as_uri()], capture_output=True, text=True, check=True
                 )
