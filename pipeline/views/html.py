@@ -186,6 +186,7 @@ def _negatives_part(summary: Summary, slots: _Slots) -> str:
 
 def _masks_part(summary: Summary) -> str:
     parts = []
+    shown: set[str] = set()
     for name, domain in summary.domains.items():
         found, hardness = domain.negatives, domain.hardness
         if found is None or hardness is None or found.same_answer_share is None:
@@ -195,13 +196,14 @@ def _masks_part(summary: Summary) -> str:
             "text of the query": found.query_text_share or 0.0,
             "likely": found.likely_share or 0.0,
         }
+        shown |= {reason for reason, share in shares.items() if share}
         text = f"{hardness.mask_rate:.2%} of the slots are masked; of these " + ", ".join(
             f"{share:.0%} {reason}" for reason, share in shares.items() if share
         )
         parts.append(_row(name, _stack(shares), text))
     if not parts:
         return "<p>Nothing is masked.</p>"
-    return _legend(_REASONS) + "".join(parts)
+    return _legend(_REASONS, shown) + "".join(parts)
 
 
 def _map_part(artifact: Artifact, summary: Summary, slots: _Slots) -> str:
