@@ -54,7 +54,7 @@ for batch in BatchStream(shards, seed=0, stop=NUM_STEPS):
     queries_BD = embed(batch.query_prompts, batch.queries)
     documents_BD = embed(batch.document_prompts, batch.documents)
 
-    # Documents that may answer a query as well as its own does are no negatives of it.
+    # Documents that may answer a query as well as its own does are not negatives of it.
     scores_BB = queries_BD @ documents_BD.T / TEMPERATURE
     scores_BB = scores_BB.masked_fill(torch.from_numpy(batch.equivalent_BB), -torch.inf)
     loss = F.cross_entropy(scores_BB, torch.arange(len(scores_BB)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from hardbatch.embeddings import EmbeddedPairs, pack_points, rule_of
+from hardbatch.embeddings import EmbeddedPairs, pack_points, rule_of, settings_of
 from hardbatch.pipeline.arrays import Array
 from hardbatch.pipeline.artifacts.answers import Answers
 from hardbatch.pipeline.artifacts.files import DigestCache
@@ -70,8 +70,8 @@ def build_batches(
         model: The model whose embeddings say which pairs are alike: a `SentenceTransformer`, or a name as
             `embed.model` takes it (`minilm`, `lexical`, a folder, or a name on the hub).
         guide: The model that judges false negatives. By default `model`.
-        anchor_column_name: The column of queries. By default the first column.
-        positive_column_name: The column of documents. By default the second column.
+        anchor_column_name: The column of queries. By default the first column, other than that of documents.
+        positive_column_name: The column of documents. By default the next column.
         batch_size: B, the number of pairs in every batch.
         group_size: K, the dial of hardness: a batch is B / K groups of K alike pairs. See `pack_embeddings`.
         margin: How far below its own document's score a document may score to count as a false negative.
@@ -85,18 +85,20 @@ def build_batches(
         The batches.
 
     Raises:
-        TypeError: `dataset` is of no kind that is known here.
+        TypeError: `dataset` is something else.
         ValueError: A column is missing, a setting is not allowed, or the pairs do not fill one batch.
         ConfigError: A model cannot be loaded.
     """
-    config = PackConfig(batch_size=batch_size, group_size=group_size, seed=seed).with_group_size()
+    config = settings_of(PackConfig, batch_size=batch_size, group_size=group_size, seed=seed).with_group_size()
+    rule = rule_of(settings_of(WriteConfig, margin=margin))
     frame = _frame(dataset)
     names = _column_names(frame, anchor_column_name, positive_column_name)
     rows, texts, leftover = _usable(*(frame[name].to_list() for name in names))
     if len(rows) < batch_size:
         raise ValueError(
-            f"{len(rows)} of {len(frame)} rows can be used ({_reasons_text(leftover)}), which do not fill a batch "
-            f"of {batch_size}; lower batch_size, or see whether {names[0]!r} and {names[1]!r} are the right columns"
+            f"{len(rows)} of {len(frame)} rows can be used (not used: {_reasons_text(leftover)}), which do not fill a "
+            f"batch of {batch_size}; lower batch_size, or check that {names[0]!r} and {names[1]!r} are the columns of "
+            "queries and documents"
         )
 
     distinct, numbers = zip(*(_distinct(side) for side in texts), strict=True)
@@ -130,7 +132,7 @@ def build_batches(
         guide_points=guide_points,
         answers=answers,
         kept=kept,
-        rule=rule_of(WriteConfig(margin=margin)),
+        rule=rule,
     )
     batches._warn()
     return batches
@@ -182,8 +184,8 @@ class Batches:
     def __repr__(self) -> str:
         left = _reasons_text(self.leftover)
         return (
-            f"Batches({len(self)} of {self.batch_size} pairs in groups of {self.group_size}, share {self.share:.3f}, "
-            f"mask rate {self.mask_rate:.4f}; not in a batch: {left})"
+            f"Batches({len(self)} batches of {self.batch_size} pairs in groups of {self.group_size}; hardness "
+            f"{self.share:.3f} (0: random, 1: bound); {self.mask_rate:.2%} of slots masked; rows in no batch: {left})"
         )
 
     @cached_property
@@ -203,7 +205,7 @@ class Batches:
         return same_BB
 
     def false_negatives(self, number: int) -> Array:
-        """Marks the documents of batch `number` that are no negatives of a query (bool, B × B, Eq. 4).
+        """Marks the documents of batch `number` that are not negatives of a query (bool, B × B, Eq. 4).
 
         These are `same_answers`, likely answers by the guide, and documents that repeat the query. Row i belongs
         to the query of slot i; the diagonal is False.
@@ -244,7 +246,8 @@ class Batches:
 
         Args:
             masks: Whether to add the columns `batch_id`, `slot` and `equivalent_slots`, the slots of the batch that
-                are false negatives of the row's query.
+                are false negatives of the row's query. They are for other trainers: `SentenceTransformerTrainer`
+                would take them for texts.
 
         Returns:
             The columns of queries and documents, and `label`, the number of the row. Losses of sentence-transformers
@@ -307,20 +310,33 @@ def _frame(dataset: Any) -> pl.DataFrame:
         queries, documents = map(list, dataset)
         if len(queries) != len(documents):
             raise ValueError(f"two lists must be of the same length, given {len(queries)} and {len(documents)}")
-        return pl.DataFrame({"anchor": queries, "positive": documents}, strict=False)
+        return _table({"anchor": queries, "positive": documents}.items())
     if isinstance(dataset, Mapping):
         if any(hasattr(value, "column_names") for value in dataset.values()):
             raise TypeError(f"dataset has the splits {', '.join(dataset)}; give one of them, such as dataset['train']")
-        return pl.DataFrame({name: list(column) for name, column in dataset.items()}, strict=False)
+        return _table(dataset.items())
     if hasattr(dataset, "to_polars"):  # datasets.Dataset
         found: pl.DataFrame = dataset.to_polars()
         return found
     if type(dataset).__module__.split(".")[0] == "pandas" and type(dataset).__name__ == "DataFrame":
-        return pl.from_pandas(dataset)
+        return _table(dataset.items())
     raise TypeError(
         f"dataset is a {type(dataset).__name__}; give a datasets.Dataset, a polars or pandas frame, a mapping of "
-        "columns, or two lists (queries, documents)"
+        "columns, or two lists (queries, documents). Other things become one of these: a list of pairs by "
+        "tuple(zip(*pairs)), a list of dictionaries by polars.DataFrame(rows), a file by polars.read_parquet(path)"
     )
+
+
+def _table(columns: Iterable[tuple[Any, Iterable[Any]]]) -> pl.DataFrame:
+    """Columns of Python values as a polars frame."""
+    return pl.DataFrame([_series(str(name), list(values)) for name, values in columns])
+
+
+def _series(name: str, values: list[Any]) -> pl.Series:
+    # polars would write numbers among texts as texts, so the NaN that pandas has for a missing text became "NaN".
+    if any(isinstance(value, str) for value in values):
+        values = [value if isinstance(value, str) else None for value in values]
+    return pl.Series(name, values, strict=False)
 
 
 def _column_names(frame: pl.DataFrame, anchor: str | None, positive: str | None) -> tuple[str, str]:

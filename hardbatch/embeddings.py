@@ -5,9 +5,10 @@ Shape letters: n pairs, N texts of a side, B pairs of a batch, D dimension.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
+from pydantic import BaseModel, ValidationError
 
 from hardbatch.pipeline.arrays import Array
 from hardbatch.pipeline.batching.consistency import floor_at, own_scores, percentiles
@@ -16,6 +17,8 @@ from hardbatch.pipeline.batching.pack import Packing, PackSettings, pack
 from hardbatch.pipeline.batching.points import PairPoints
 from hardbatch.pipeline.config import ClusterConfig, PackConfig, WriteConfig
 from hardbatch.pipeline.stages.cluster import cluster
+
+_Settings = TypeVar("_Settings", bound=BaseModel)
 
 _PACK_FIELDS = ("batch_size", "group_size", "seed", "exact_tour_below", "refine_rounds", "refine_tolerance")
 
@@ -82,16 +85,16 @@ def pack_embeddings(
     Pairs are clustered by folded K-Means (Eq. 3) and packed as `hardbatch run` does it.
 
     Args:
-        query_embeddings: A row for each pair's query, an array or a CPU tensor (n × D). Rows are scaled to unit
-            length.
+        query_embeddings: A row for each pair's query (n × D): an array, a tensor or a column of lists. Rows are
+            scaled to unit length.
         document_embeddings: A row for each pair's document (n × D).
         batch_size: B, the number of pairs in every batch.
         group_size: K, the dial of hardness: a batch is B / K groups of K alike pairs, drawn at random. 1 makes
             random batches, `batch_size` batches that are as hard as can be. By default it is the largest
             divisor of B from 4 to 8, or else B.
-        answer_classes: The class of each pair's query and of its document (integers, n × 2), each side numbered
-            by itself. Pairs of one class answer each other's queries, so they go to different batches where
-            that is possible. By default no two pairs share a class.
+        answer_classes: The class of each pair's query and of its document (integers or strings, n × 2). The two
+            sides have nothing in common. Pairs of one class answer each other's queries, so they go to different
+            batches if that is possible. By default no two pairs share a class.
         seed: Draws first centroids, the start of the tour and the groups of a batch.
 
     Returns:
@@ -109,15 +112,18 @@ def pack_embeddings(
             f"query_embeddings and document_embeddings must have the same shape, given {queries.shape} and "
             f"{documents.shape}; row i of each belongs to pair i"
         )
-    settings = PackConfig(batch_size=batch_size, group_size=group_size, seed=seed)
+    settings = settings_of(PackConfig, batch_size=batch_size, group_size=group_size, seed=seed)
     if len(queries) < batch_size:
         raise ValueError(f"{len(queries)} pairs do not fill a batch of {batch_size}; lower batch_size")
 
     classes = None
     if answer_classes is not None:
-        classes = np.asarray(answer_classes, dtype=np.int64)
-        if classes.shape != (len(queries), 2):
-            raise ValueError(f"answer_classes must have a row of 2 for each pair, given the shape {classes.shape}")
+        classes = np.asarray(answer_classes)
+        if classes.shape != (len(queries), 2) or classes.dtype.kind not in "iuU":
+            raise ValueError(
+                "answer_classes must have a row of 2 for each pair, integers or strings, given "
+                f"{classes.dtype} of the shape {classes.shape}"
+            )
         classes = np.stack([np.unique(side, return_inverse=True)[1] for side in classes.T], axis=1)
     rows = np.arange(len(queries))
     return pack_points(EmbeddedPairs(queries, documents, rows, rows), settings, classes)
@@ -148,11 +154,11 @@ def false_negative_mask(
     floor: float | None = None,
     max_likely: float = 0.25,
 ) -> Array:
-    """Marks the documents of a batch that are no negatives of a query, since they may answer it as well (Eq. 4).
+    """Marks the documents of a batch that are not negatives of a query, since they may answer it as well (Eq. 4).
 
     Args:
-        query_embeddings: Embeddings of the batch's queries by the guide model, an array or a CPU tensor (B × D).
-            Rows are scaled to unit length.
+        query_embeddings: Embeddings of the batch's queries by the guide model (B × D): an array, a tensor or a
+            column of lists. Rows are scaled to unit length.
         document_embeddings: The same of their documents.
         same_answer: Documents that are known to answer (bool, B × B): `same_answer[i, j]` says that document j
             answers query i. They are marked whatever they score.
@@ -162,7 +168,7 @@ def false_negative_mask(
             that it leads by this much.
         margin_strategy: `absolute` subtracts the margin from the own score, `relative` that part of it.
         floor: No document below this score is marked. By default it is the median of the batch's own scores
-            f(q_i, d_i). The median over the whole corpus is better: see `Batches.floor`.
+            f(q_i, d_i). The median over all pairs of the corpus is better; `Batches.floor` is that.
         max_likely: The largest part of the batch that is marked for one query, besides `same_answer`.
 
     Returns:
@@ -183,10 +189,30 @@ def false_negative_mask(
         np.fill_diagonal(certain, False)
     if floor is None:
         floor = floor_at(percentiles(own_scores(queries, documents)), WriteConfig().floor_quantile)
-    checked = WriteConfig(
-        likely_rule=likely_rule, margin=margin, margin_strategy=margin_strategy, max_likely=max_likely
+    checked = settings_of(
+        WriteConfig, likely_rule=likely_rule, margin=margin, margin_strategy=margin_strategy, max_likely=max_likely
     )
     return np.asarray(likely_answers(queries, documents, rule_of(checked), floor, certain).mask_BB | certain)
+
+
+def settings_of(kind: type[_Settings], **arguments: Any) -> _Settings:
+    """The settings that a caller gives as arguments, with the pipeline's checks.
+
+    Raises:
+        ValueError: An argument is not allowed; the message says what is.
+    """
+    arguments = {name: given.item() if isinstance(given, np.generic) else given for name, given in arguments.items()}
+    try:
+        return kind(**arguments)
+    except ValidationError as error:
+        # For a mistake, pydantic names the class of settings and its own website, which a caller has not heard of.
+        lines = [
+            f"{item['loc'][0]}: {item['ctx']['error']}"
+            if item["type"] == "value_error"
+            else f"{item['loc'][0]}: {item['msg'][0].lower()}{item['msg'][1:]}, given {item['input']!r}"
+            for item in error.errors()
+        ]
+        raise ValueError("; ".join(lines)) from None
 
 
 def rule_of(config: WriteConfig) -> LikelyRule:
@@ -201,13 +227,30 @@ def rule_of(config: WriteConfig) -> LikelyRule:
 
 def _unit_rows(name: str, embeddings: Any) -> Array:
     """The embeddings as float32 with rows of unit length."""
-    given = np.asarray(embeddings, dtype=np.float32)
+    if hasattr(embeddings, "detach"):  # a tensor: numpy takes none in bfloat16, on a GPU or with a gradient
+        embeddings = embeddings.detach().float().cpu()
+    try:
+        given = np.asarray(embeddings, dtype=np.float32)
+    except (TypeError, ValueError):
+        given = _stacked(name, embeddings)
     if given.ndim != 2 or 0 in given.shape:
         raise ValueError(f"{name} must have a row for each pair (n × D), given the shape {given.shape}")
     lengths = np.linalg.norm(given, axis=1, keepdims=True)
     faulty = np.flatnonzero(~(np.isfinite(lengths[:, 0]) & (lengths[:, 0] > 0)))
     if len(faulty):
         raise ValueError(
-            f"{name}: {len(faulty)} of {len(given)} rows are zero or not finite, the first is row {faulty[0]}"
+            f"{name}: {len(faulty)} of {len(given)} rows are zero or not finite, the first is row {faulty[0]}; leave "
+            "these pairs out on both sides"
         )
     return np.asarray(given / lengths)
+
+
+def _stacked(name: str, embeddings: Any) -> Array:
+    """The rows of a column of lists, as a frame of polars or pandas has them."""
+    try:
+        return np.stack([np.asarray(row, dtype=np.float32) for row in embeddings])
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} must have a row of D numbers for each pair (n × D), given a {type(embeddings).__name__} of "
+            f"something else ({error})"
+        ) from None

@@ -52,10 +52,12 @@ class BatchSamplerMaker:
     ) -> WholeBatches:
         """Makes the sampler; raises ValueError if the dataset or the batch size is not that of the batches."""
         labels = np.asarray(dataset["label"]) if "label" in dataset.column_names else np.empty(0)
-        if len(labels) % self._batch_size or not np.array_equal(labels, np.arange(len(dataset))):
+        is_whole = len(labels) % self._batch_size == 0 and np.array_equal(labels, np.arange(len(dataset)))
+        if not is_whole or "equivalent_slots" in dataset.column_names:
             raise ValueError(
                 f"the trainer's dataset must be batches.to_dataset(), whole: batches of {self._batch_size} rows, which "
-                f"its column `label` numbers; given {len(dataset)} rows with the columns {dataset.column_names}"
+                "its column `label` numbers, without the columns of masks=True; given "
+                f"{len(dataset)} rows with the columns {dataset.column_names}"
             )
         if batch_size != self._batch_size:
             raise ValueError(
@@ -97,7 +99,7 @@ def _num_ranks() -> int:
 
 
 class MaskedInfoNCELoss(nn.Module):
-    """InfoNCE from queries to documents, in which a batch's false negatives are no negatives (Eq. 4).
+    """InfoNCE from queries to documents, which leaves a batch's false negatives out (Eq. 4).
 
     Negatives are those of one batch; ranks do not exchange any.
 

@@ -82,7 +82,11 @@ def list_artifacts(workspace: Path) -> list[StoredArtifact]:
     corpora = [folder for folder in (workspace, *sorted(workspace.iterdir())) if (folder / _STAGES[0]).is_dir()]
     if not corpora:
         raise InputError(f"{workspace}: holds no corpus; give a workspace, the folder that `hardbatch run` writes to")
-    return [artifact for corpus in corpora for artifact in _list_corpus(corpus)]
+    listed = {corpus: _list_corpus(corpus) for corpus in corpora}
+    # The folder of a corpus named `pairs` looks like the stage of a corpus, so `workspace` counts last.
+    if any(found for corpus, found in listed.items() if corpus != workspace):
+        listed.pop(workspace, None)
+    return [artifact for found in listed.values() for artifact in found]
 
 
 def delete_artifacts(artifacts: Sequence[StoredArtifact]) -> None:

@@ -73,7 +73,7 @@ def test_every_row_is_in_one_batch_or_left_over_with_a_reason():
     found = np.concatenate([batches.indices.ravel(), *batches.leftover.values()])
     assert sorted(found.tolist()) == list(range(len(frame)))
     assert batches.indices.shape == (6, SIZE)
-    assert repr(batches).startswith("Batches(6 of 16 pairs in groups of 8, share ")
+    assert repr(batches).startswith("Batches(6 batches of 16 pairs in groups of 8; hardness ")
     assert "1 empty, 1 duplicate_pair" in repr(batches)
 
 
@@ -115,13 +115,24 @@ def test_all_kinds_of_datasets_give_the_same_batches():
         (pairs(), {"anchor_column_name": "question"}, ValueError, "no column 'question'; the columns are"),
         (pairs().with_row_index(), {}, ValueError, "column 'index' holds UInt32, not texts"),
         (pairs(), {"batch_size": 200}, ValueError, "99 of 103 rows can be used .*, which do not fill a batch of 200"),
-        (pairs(), {"batch_size": 16, "group_size": 5}, ValueError, "must divide pack.batch_size, 16, given 5"),
+        (pairs(), {"batch_size": 16, "group_size": 5}, ValueError, "^group_size: must divide pack.batch_size, 16, "),
+        (pairs(), {"batch_size": 1}, ValueError, "^batch_size: input should be greater than or equal to 2, given 1$"),
+        ([("a", "b")] * 9, {}, TypeError, r"dataset is a list; .* a list of pairs by tuple\(zip\(\*pairs\)\)"),
         (pairs(), {"model": 3}, TypeError, "a model is a SentenceTransformer or a name, given a int"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_refused(dataset, options, error, message):
     with pytest.raises(error, match=message):
         hardbatch.build_batches(dataset, **{"model": "lexical", **options})
+
+
+def test_what_is_not_a_text_among_texts_is_left_over():
+    frame = pairs().drop_nulls()
+    queries = [float("nan"), 3, *frame["query"][2:]]
+    table = pd.DataFrame({"query": queries, "document": frame["document"]}, dtype=object)
+    for dataset in ((queries, frame["document"]), (table["query"], table["document"]), table):
+        batches = hardbatch.build_batches(dataset, model="lexical", batch_size=np.int64(SIZE))
+        assert batches.leftover["null"].tolist() == [0, 1]
 
 
 def test_a_useless_result_is_warned_of(caplog):
@@ -210,6 +221,26 @@ def test_pairs_of_one_answer_class_are_spread():
     assert most == 2  # 16 pairs of a class in 8 batches
 
 
+def test_embeddings_may_be_tensors_or_columns_of_lists_and_classes_strings():
+    queries, documents = (side.astype(np.float32) for side in vectors())
+    expected = hardbatch.pack_embeddings(queries, documents, 16).batches
+    as_column = pl.Series(queries.tolist(), dtype=pl.List(pl.Float32))
+    for given in (torch.tensor(queries, requires_grad=True), as_column, as_column.to_pandas()):
+        np.testing.assert_array_equal(hardbatch.pack_embeddings(given, documents, 16).batches, expected)
+    half = torch.tensor(queries).bfloat16()
+    np.testing.assert_array_equal(
+        hardbatch.pack_embeddings(half, documents, 16).batches,
+        hardbatch.pack_embeddings(half.float(), documents, 16).batches,
+    )
+
+    classes = np.stack([np.arange(128), np.arange(128) % 8], axis=1)
+    by_number, by_name = (
+        hardbatch.pack_embeddings(queries, documents, 16, answer_classes=given).batches
+        for given in (classes, [[f"{query:03}", f"{document}"] for query, document in classes])
+    )
+    np.testing.assert_array_equal(by_name, by_number)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -217,6 +248,8 @@ def test_pairs_of_one_answer_class_are_spread():
         (lambda q, d: (q[0], d, 16), r"query_embeddings must have a row .*, given the shape \(12,\)"),
         (lambda q, d: (q * (np.arange(128) != 5)[:, None], d, 16), "1 of 128 rows are zero or .* the first is row 5"),
         (lambda q, d: (q, d, 129), "128 pairs do not fill a batch of 129"),
+        (lambda q, d: (q, d, 1), "^batch_size: input should be greater than or equal to 2, given 1$"),
+        (lambda q, d: (["a text"] * 128, d, 16), "query_embeddings must have a row of D numbers .* 'a text'"),
     ],
 )  # fmt: skip
 def test_embeddings_that_cannot_be_packed_are_refused(change, message):

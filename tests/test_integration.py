@@ -192,7 +192,8 @@ def test_what_does_not_fit_is_refused(batches, backbone):
         ValueError, match=r"must be batches.to_dataset\(\), whole: batches of 16 rows, .* given 50 rows"
     ):
         batches.batch_sampler(dataset.select(range(50)), batch_size=SIZE)
-    for other in (dataset.shuffle(seed=0), dataset.select(range(SIZE, 2 * SIZE)), dataset.remove_columns("label")):
+    others = (dataset.shuffle(seed=0), dataset.select(range(SIZE, 2 * SIZE)), dataset.remove_columns("label"))
+    for other in (*others, batches.to_dataset(masks=True)):
         with pytest.raises(ValueError, match="the trainer's dataset must be batches"):
             batches.batch_sampler(other, batch_size=SIZE)
     loss = batches.loss(model.train())

@@ -127,5 +127,5 @@ def _mates_lines(first: Artifact, second: Artifact) -> list[str]:
         together = one.join(other, on="pair_id").group_by("a", "b").len()["len"]
         if (total := int((sizes * (sizes - 1)).sum())) > 0:
             share = int((together * (together - 1)).sum()) / total
-            lines.append(f"{domain}: {share:.1%} of the batch-mates of a pair in A are beside it in B too (packing 0)")
+            lines.append(f"{domain}: {share:.1%} of a pair's batch-mates in A are its batch-mates in B too (packing 0)")
     return lines

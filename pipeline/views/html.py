@@ -70,26 +70,28 @@ def report_html(shards: Path) -> str:
     )
 
 
-_ROWS = """Every row of the source is in a batch, or in one of the other parts, with the reason below. Batches are
-those of one packing."""
-_HARDNESS = """How alike the pairs of a batch are. The left end of a line is what random batches have, the right end is
-every pair beside its nearest pairs of the domain, which no batches reach. A group is as hard as its dot
-says, a batch of several groups less so. Masked: without false negatives. The bars count batches by their
-own hardness."""
-_NEGATIVES = """The other slots of its batch that are not masked for a query. A query with few of them learns little."""
-_MASKS = """A masked document is no negative of a query, because it answers the query for certain (equal texts or
-near-copies of a known pair), is the query's own text, or is likely to answer it by the surrogate."""
-_MAP = """Each dot is a cluster of alike pairs, its size the number of pairs. Clusters near each other are alike, as
-far as two dimensions can show it. The redder a dot, the more slots are masked for its queries, beside the
-others of the domain. Point at one to see its queries."""
+_ROWS = """Every row of the source is in a batch or in one of the other parts; the line below the bar gives the reasons.
+If there are several packings, this counts one of them."""
+_HARDNESS = """Hardness says how alike the pairs of a batch are. The left end of the line is the hardness of random
+batches. The right end is a bound that no batches reach: every pair together with its nearest pairs of the
+domain. The share is how far along the line the batches are. Groups are harder than batches, which mix
+several groups. “Batches, masked” leaves the false negatives out."""
+_NEGATIVES = """The negatives of a query are the other slots of its batch that are not masked for it. A query with few
+of them learns little."""
+_MASKS = """A document is masked for a query if it answers it for certain (equal texts or near-copies of a known pair),
+if it is the text of the query itself, or if the surrogate says that it is likely to answer it."""
+_MAP = """Each dot is a cluster of alike pairs, and a larger dot has more pairs. Clusters near each other are alike, as
+far as two dimensions can show it. The redder a dot, the more slots are masked for its queries. Point at a
+dot to see some of them."""
 _PARTS = (
     "in batches", "held out", "left over", "in batches of several domains, or left over there", "quarantined",
     "left out by `where`",
 )  # fmt: skip
 _DOTS = ("groups", "batches, masked", "batches")
 _REASONS = ("same answer", "text of the query", "likely")
-_BATCHES = """The hardest and the easiest batches. Lines divide groups of alike pairs. Would you be able to tell which
-document belongs to a query? Is a masked one an answer indeed?"""
+_BATCHES = """The hardest and the easiest batches; open one to read it. Thick lines divide groups of alike pairs. The
+last column has the slots whose documents are masked for the query. Can you tell which document belongs to a
+query? Do the masked documents answer it?"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +164,7 @@ def _hardness_part(summary: Summary, index: pl.DataFrame) -> str:
             if (value := marks.get(what)) is not None
         )
         own = index.filter(pl.col("domain") == name)["hardness"].to_numpy()
-        parts.append(_row(name, f'<div class="line">{points}</div>', text) + _histogram(own, "hardness"))
+        parts.append(_row(name, f'<div class="line">{points}</div>', text) + _histogram(own, "hardness", "batches"))
     return _legend(_DOTS, kind="m") + "".join(parts)
 
 
@@ -178,12 +180,13 @@ def _negatives_part(summary: Summary, slots: _Slots) -> str:
         )
         if domain.negatives is not None:
             text += f"; {domain.negatives.without:,} queries have none"
-        parts.append(f"<h3>{escape(name)}</h3><p>{text}</p>" + _histogram(kept, "negatives", (0, others)))
+        parts.append(f"<h3>{escape(name)}</h3><p>{text}</p>" + _histogram(kept, "negatives", "queries", (0, others)))
     return "".join(parts)
 
 
 def _masks_part(summary: Summary) -> str:
     parts = []
+    shown: set[str] = set()
     for name, domain in summary.domains.items():
         found, hardness = domain.negatives, domain.hardness
         if found is None or hardness is None or found.same_answer_share is None:
@@ -193,13 +196,14 @@ def _masks_part(summary: Summary) -> str:
             "text of the query": found.query_text_share or 0.0,
             "likely": found.likely_share or 0.0,
         }
-        text = f"{hardness.mask_rate:.2%} of the slots are masked: " + ", ".join(
+        shown |= {reason for reason, share in shares.items() if share}
+        text = f"{hardness.mask_rate:.2%} of the slots are masked; of these " + ", ".join(
             f"{share:.0%} {reason}" for reason, share in shares.items() if share
         )
         parts.append(_row(name, _stack(shares), text))
     if not parts:
         return "<p>Nothing is masked.</p>"
-    return _legend(_REASONS) + "".join(parts)
+    return _legend(_REASONS, shown) + "".join(parts)
 
 
 def _map_part(artifact: Artifact, summary: Summary, slots: _Slots) -> str:
@@ -319,7 +323,7 @@ def _legend(names: Sequence[str], shown: Collection[str] | None = None, kind: st
     return f'<ul class="legend">{keys}</ul>'
 
 
-def _histogram(values: Array, what: str, limits: tuple[float, float] | None = None) -> str:
+def _histogram(values: Array, what: str, counted: str, limits: tuple[float, float] | None = None) -> str:
     """Bars that say how many of the values are in each of some equal ranges."""
     low, high = limits or (float(values.min()), float(values.max()))
     high = high if high > low else low + 1
@@ -328,7 +332,8 @@ def _histogram(values: Array, what: str, limits: tuple[float, float] | None = No
         f'<i style="height:{100 * count / counts.max():.1f}%" title="{start:.4g} to {stop:.4g}: {count:,}"></i>'
         for count, start, stop in zip(counts, edges, edges[1:], strict=False)
     )
-    ends = f"<span>{low:.4g}</span><span>{what}</span><span>{high:.4g}</span>"
+    scale = f"{what} (highest bar: {counts.max():,} {counted})"
+    ends = f"<span>{low:.3g}</span><span>{scale}</span><span>{high:.3g}</span>"
     return f'<div class="histogram">{bars}</div><div class="ends">{ends}</div>'
 
 

@@ -51,6 +51,16 @@ def two_runs(copied_run: Finished) -> tuple[Path, Path, Path, Path]:
     return manifest, workspace, older, run_again(manifest, workspace, "pack.seed=1")
 
 
+def test_a_corpus_may_have_the_name_of_a_stage(copied_run: Finished) -> None:
+    _, workspace, _ = copied_run
+    expected = set(states(workspace).items())
+    (workspace / "small").rename(workspace / "pairs")
+    for folder in (workspace, workspace / "pairs"):
+        found = list_artifacts(folder)
+        assert {item.corpus for item in found} == {"pairs"}
+        assert {(item.path.relative_to(workspace / "pairs").as_posix(), item.state) for item in found} == expected
+
+
 def test_latest_leads_to_the_shards_of_the_latest_run(two_runs: tuple[Path, Path, Path, Path]) -> None:
     manifest, workspace, older, newer = two_runs
     link = workspace / "small" / LATEST

@@ -38,11 +38,11 @@ def test_settings_and_figures_that_differ(
         batch_of.append(frame["batch_id"].to_numpy())
     mates, mates_too = (of[:, None] == of for of in batch_of)
     np.fill_diagonal(mates, False)
-    assert f"n: {(mates & mates_too).sum() / mates.sum():.1%} of the batch-mates" in text
+    assert f"n: {(mates & mates_too).sum() / mates.sum():.1%} of a pair's batch-mates" in text
 
     assert main(["compare", str(hard), str(hard)]) == 0
     printed = capsys.readouterr().out
-    assert "no setting differs" in printed and "n: 100.0% of the batch-mates" in printed
+    assert "no setting differs" in printed and "n: 100.0% of a pair's batch-mates" in printed
 
 
 def test_shards_of_other_pairs(
