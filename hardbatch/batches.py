@@ -169,7 +169,6 @@ class Batches:
         self.leftover = dict(leftover)
         self.batch_size = config.batch_size
         self.group_size = config.group_size
-        self._seed = config.seed
         self._frame, self._names, self._pairs_MB = frame, names, pairs_MB
         self._points, self._guide_points, self._kept = points, guide_points, kept
         self._answers, self._rule = answers, rule
