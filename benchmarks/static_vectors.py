@@ -27,8 +27,8 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer
 
 import hardbatch
-from hardbatch.batches import _embed
 from hardbatch.embeddings import EmbeddedPairs
+from hardbatch.inputs import embed_texts
 from hardbatch.pipeline.arrays import Array
 from hardbatch.pipeline.batching.hardness import measure_bounds
 
@@ -80,7 +80,9 @@ def compare(domain: str, queries: list[str], documents: list[str], static: str) 
     points, seconds = {}, {}
     for name, model in (("minilm", "minilm"), ("static", static)):
         start = time.process_time()
-        points[name] = EmbeddedPairs(*_embed(model, "cluster", (queries, documents), (None, None), False), rows, rows)
+        points[name] = EmbeddedPairs(
+            *embed_texts(model, "cluster", (queries, documents), (None, None), False), rows, rows
+        )
         seconds[name] = time.process_time() - start
     bounds = measure_bounds(points["minilm"], _BATCH_SIZE, num_anchors=4_096, seed=0)
     assert bounds is not None

@@ -9,8 +9,7 @@ Shape letters: n pairs, N texts of a side, M batches, B slots of a batch, D dime
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,19 +18,15 @@ import numpy as np
 import polars as pl
 
 from hardbatch.embeddings import EmbeddedPairs, pack_points, rule_of, settings_of
+from hardbatch.inputs import as_frame, column_names, distinct_texts, embed_texts, usable_rows
 from hardbatch.pipeline.arrays import Array
 from hardbatch.pipeline.artifacts.answers import Answers
-from hardbatch.pipeline.artifacts.files import DigestCache
 from hardbatch.pipeline.artifacts.vectors import Pairs
 from hardbatch.pipeline.batching.consistency import floor_at, own_scores, percentiles
 from hardbatch.pipeline.batching.copies import find_copies
 from hardbatch.pipeline.batching.equivalence import LikelyRule, likely_answers, repeats_query
 from hardbatch.pipeline.batching.hardness import measure_bounds
-from hardbatch.pipeline.config import EmbedConfig, HardnessConfig, IngestConfig, PackConfig, WriteConfig
-from hardbatch.pipeline.models.encoders import open_encoder
-from hardbatch.pipeline.models.resolve import resolve_model
-from hardbatch.pipeline.sources.files import RawRow
-from hardbatch.pipeline.stages.ingest import clean_row
+from hardbatch.pipeline.config import HardnessConfig, PackConfig, WriteConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,7 +36,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TEXTS_PER_BLOCK = 8_192
 _BLOCK_PAIRS = 4_096
 _FEW_USED = 0.9  # below this part of the rows in batches, there is a warning
 _MANY_MASKED = 0.5  # above this part of the slots masked, there is a warning
@@ -91,9 +85,9 @@ def build_batches(
     """
     config = settings_of(PackConfig, batch_size=batch_size, group_size=group_size, seed=seed).with_group_size()
     rule = rule_of(settings_of(WriteConfig, margin=margin))
-    frame = _frame(dataset)
-    names = _column_names(frame, anchor_column_name, positive_column_name)
-    rows, texts, leftover = _usable(*(frame[name].to_list() for name in names))
+    frame = as_frame(dataset)
+    names = column_names(frame, anchor_column_name, positive_column_name)
+    rows, texts, leftover = usable_rows(*(frame[name].to_list() for name in names))
     if len(rows) < batch_size:
         raise ValueError(
             f"{len(rows)} of {len(frame)} rows can be used (not used: {_reasons_text(leftover)}), which do not fill a "
@@ -101,11 +95,11 @@ def build_batches(
             "queries and documents"
         )
 
-    distinct, numbers = zip(*(_distinct(side) for side in texts), strict=True)
-    embedded = _embed(model, "cluster", distinct, (query_prompt, corpus_prompt), show_progress_bar)
+    distinct, numbers = zip(*(distinct_texts(side) for side in texts), strict=True)
+    embedded = embed_texts(model, "cluster", distinct, (query_prompt, corpus_prompt), show=show_progress_bar)
     guided = embedded
     if guide is not None and guide is not model:
-        guided = _embed(guide, "surrogate", distinct, (None, None), show_progress_bar)
+        guided = embed_texts(guide, "surrogate", distinct, (None, None), show=show_progress_bar)
     points, guide_points = (EmbeddedPairs(*vectors, *numbers) for vectors in (embedded, guided))
 
     has_vectors = points.has_vectors() & guide_points.has_vectors()
@@ -297,140 +291,6 @@ class Batches:
                 "to most queries?",
                 100 * self.mask_rate,
             )
-
-
-def _frame(dataset: Any) -> pl.DataFrame:
-    """The dataset as a polars frame."""
-    if isinstance(dataset, pl.DataFrame):
-        return dataset
-    if isinstance(dataset, pl.LazyFrame):
-        return dataset.collect()
-    if isinstance(dataset, tuple | list) and len(dataset) == 2 and not any(isinstance(side, str) for side in dataset):
-        queries, documents = map(list, dataset)
-        if len(queries) != len(documents):
-            raise ValueError(f"two lists must be of the same length, given {len(queries)} and {len(documents)}")
-        return _table({"anchor": queries, "positive": documents}.items())
-    if isinstance(dataset, Mapping):
-        if any(hasattr(value, "column_names") for value in dataset.values()):
-            raise TypeError(f"dataset has the splits {', '.join(dataset)}; give one of them, such as dataset['train']")
-        return _table(dataset.items())
-    if hasattr(dataset, "to_polars"):  # datasets.Dataset
-        found: pl.DataFrame = dataset.to_polars()
-        return found
-    if type(dataset).__module__.split(".")[0] == "pandas" and type(dataset).__name__ == "DataFrame":
-        return _table(dataset.items())
-    raise TypeError(
-        f"dataset is a {type(dataset).__name__}; give a datasets.Dataset, a polars or pandas frame, a mapping of "
-        "columns, or two lists (queries, documents). Other things become one of these: a list of pairs by "
-        "tuple(zip(*pairs)), a list of dictionaries by polars.DataFrame(rows), a file by polars.read_parquet(path)"
-    )
-
-
-def _table(columns: Iterable[tuple[Any, Iterable[Any]]]) -> pl.DataFrame:
-    """Columns of Python values as a polars frame."""
-    return pl.DataFrame([_series(str(name), list(values)) for name, values in columns])
-
-
-def _series(name: str, values: list[Any]) -> pl.Series:
-    # polars would write numbers among texts as texts, so the NaN that pandas has for a missing text became "NaN".
-    if any(isinstance(value, str) for value in values):
-        values = [value if isinstance(value, str) else None for value in values]
-    return pl.Series(name, values, strict=False)
-
-
-def _column_names(frame: pl.DataFrame, anchor: str | None, positive: str | None) -> tuple[str, str]:
-    """The columns of queries and documents."""
-    names = frame.columns
-    for option, name in (("anchor_column_name", anchor), ("positive_column_name", positive)):
-        if name is not None and name not in names:
-            raise ValueError(f"{option}: there is no column {name!r}; the columns are {', '.join(names)}")
-    if len(names) < 2:
-        raise ValueError(f"a dataset of pairs needs two columns, given {', '.join(names) or 'none'}")
-    query = anchor or next(name for name in names if name != positive)
-    document = positive or next(name for name in names if name != query)
-    for name in (query, document):
-        if frame[name].dtype not in (pl.String, pl.Categorical, pl.Enum, pl.Null, pl.Object):
-            raise ValueError(
-                f"column {name!r} holds {frame[name].dtype}, not texts; name the columns of queries and documents with "
-                f"anchor_column_name and positive_column_name (the columns are {', '.join(names)})"
-            )
-    return query, document
-
-
-def _usable(queries: Sequence[Any], documents: Sequence[Any]) -> tuple[Array, tuple[list[str], list[str]], dict]:
-    """The rows that can be used, their texts, and by reason the rows that cannot; the rules are those of ingest."""
-    limit = IngestConfig().max_characters
-    rows: list[int] = []
-    texts: tuple[list[str], list[str]] = ([], [])
-    left: dict[str, list[int]] = {}
-    seen: set[tuple[str, str]] = set()
-    for row, (query, document) in enumerate(zip(queries, documents, strict=True)):
-        clean = clean_row(RawRow(row, query, document, None), limit)
-        pair = clean.query, clean.document
-        reason = clean.reason or ("duplicate_pair" if pair in seen else None)
-        if reason is not None:
-            left.setdefault(reason, []).append(row)
-            continue
-        seen.add(pair)
-        rows.append(row)
-        for side, text in zip(texts, pair, strict=True):
-            side.append(text)
-    leftover = {reason: np.array(numbers) for reason, numbers in left.items()}
-    return np.array(rows, dtype=np.int64), texts, leftover
-
-
-def _distinct(texts: list[str]) -> tuple[list[str], Array]:
-    """The distinct texts in order of first appearance, and the number of each text among them (int64)."""
-    number: dict[str, int] = {}
-    return_numbers = np.array([number.setdefault(text, len(number)) for text in texts], dtype=np.int64)
-    return list(number), return_numbers
-
-
-def _embed(
-    model: str | SentenceTransformer,
-    role: str,
-    texts: tuple[list[str], list[str]],
-    prompts: tuple[str | None, str | None],
-    show: bool,
-) -> tuple[Array, Array]:
-    """The vectors of queries and of documents, unit length, float16 as in the `vectors` artifact."""
-    if not isinstance(model, str):
-        if not hasattr(model, "encode_query"):
-            raise TypeError(f"a model is a SentenceTransformer or a name, given a {type(model).__name__}")
-        encoders = model.encode_query, model.encode_document
-        query_vectors, document_vectors = (
-            encode(
-                side,
-                normalize_embeddings=True,
-                show_progress_bar=show,
-                **({} if prompt is None else {"prompt": prompt}),
-            )
-            for encode, side, prompt in zip(encoders, texts, prompts, strict=True)
-        )
-        return query_vectors.astype(np.float16), document_vectors.astype(np.float16)
-
-    queries, documents = (prompt or "" for prompt in prompts)
-    config = EmbedConfig(model=model, query_prompt=queries, document_prompt=documents)
-    if role == "surrogate":
-        config = EmbedConfig(surrogate_model=model)
-    spec = resolve_model(config, role, Path(), DigestCache(Path(os.devnull)))
-    encoder = open_encoder(spec, [texts[1]])
-    sides = []
-    for side, prompt in zip(texts, (spec.query_prompt, spec.document_prompt), strict=True):
-        blocks = [side[start : start + _TEXTS_PER_BLOCK] for start in range(0, len(side), _TEXTS_PER_BLOCK)]
-        vectors = [
-            encoder.encode(encoder.tokenize([prompt + text for text in block])) for block in _shown(blocks, show)
-        ]
-        sides.append(np.concatenate(vectors).astype(np.float16))
-    return sides[0], sides[1]
-
-
-def _shown(blocks: list[list[str]], show: bool) -> Any:
-    if not show:
-        return blocks
-    from tqdm.auto import tqdm
-
-    return tqdm(blocks, desc="embed", unit="block")
 
 
 def _blocks(numbers: Array) -> list[Array]:
