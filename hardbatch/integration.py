@@ -131,7 +131,7 @@ class MaskedInfoNCELoss(nn.Module):
 
     def get_config_dict(self) -> dict[str, Any]:
         """What a model card says about the loss."""
-        return {"temperature": self.temperature, "batches": repr(self._batches)}
+        return {"temperature": self.temperature, "batch_size": self._batches.batch_size}
 
     def _mask(self, labels: Tensor | None, size: int) -> Tensor:
         if labels is None:
