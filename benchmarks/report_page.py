@@ -3,7 +3,7 @@
     python benchmarks/report_page.py SHARDS [--screenshots DIR]
 
 On a desktop and on a phone, in light and in dark: is every plot drawn, does nothing run out of the page, and can all
-text be read on its background? Needs Chromium (Debian's package `chromium`), and is no part of the tests.
+text be read on its background? It needs Chromium (Debian's package `chromium`), so the tests do not run it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> int:
     options = parser.parse_args()
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
-        raise SystemExit("there is no Chromium here: apt install chromium")
+        raise SystemExit("Chromium is not installed: apt install chromium")
 
     faults: list[str] = []
     with TemporaryDirectory() as folder:

@@ -18,7 +18,7 @@ import numpy as np
 import polars as pl
 
 from hardbatch.embeddings import EmbeddedPairs, pack_points, rule_of, settings_of
-from hardbatch.inputs import as_frame, column_names, distinct_texts, embed_texts, usable_rows
+from hardbatch.inputs import as_frame, column_names, distinct_texts, embed_texts, reasons_text, usable_rows
 from hardbatch.pipeline.arrays import Array
 from hardbatch.pipeline.artifacts.answers import Answers
 from hardbatch.pipeline.artifacts.vectors import Pairs
@@ -90,7 +90,7 @@ def build_batches(
     rows, texts, leftover = usable_rows(*(frame[name].to_list() for name in names))
     if len(rows) < batch_size:
         raise ValueError(
-            f"{len(rows)} of {len(frame)} rows can be used (not used: {_reasons_text(leftover)}), which do not fill a "
+            f"{len(rows)} of {len(frame)} rows can be used (not used: {reasons_text(leftover)}), which do not fill a "
             f"batch of {batch_size}; lower batch_size, or check that {names[0]!r} and {names[1]!r} are the columns of "
             "queries and documents"
         )
@@ -175,7 +175,7 @@ class Batches:
         return found
 
     def __repr__(self) -> str:
-        left = _reasons_text(self.leftover)
+        left = reasons_text(self.leftover)
         return (
             f"Batches({len(self)} batches of {self.batch_size} pairs in groups of {self.group_size}; hardness "
             f"{self.share:.3f} (0: random, 1: bound); {self.mask_rate:.2%} of slots masked; rows in no batch: {left})"
@@ -206,7 +206,8 @@ class Batches:
         certain_BB = self.same_answers(number)
         documents_BD, queries_BD = self._guide_points.sides(self._pairs_MB[number])
         likely = likely_answers(queries_BD, documents_BD, self._rule, self.floor, certain_BB)
-        queries, documents = (self[number][name].to_list() for name in self._names)
+        batch = self[number]
+        queries, documents = (batch[name].to_list() for name in self._names)
         mask_BB = certain_BB | likely.mask_BB | repeats_query(queries, documents)
         np.fill_diagonal(mask_BB, False)
         return mask_BB
@@ -246,7 +247,10 @@ class Batches:
             The columns of queries and documents, and `label`, the number of the row. Losses of sentence-transformers
             get nothing but texts and labels, so it tells `loss` which batch it sees.
         """
-        datasets = _import("datasets", "a dataset")
+        try:
+            import datasets
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError("a dataset needs the package `datasets`: pip install datasets") from None
         number = pl.int_range(self.indices.size, dtype=pl.Int64, eager=True)
         frame = self._frame[self.indices.ravel()].select(*self._names).with_columns(label=number)
         if masks:
@@ -284,7 +288,7 @@ class Batches:
         """Warns of what makes batches useless, or nearly so."""
         used = self.indices.size / len(self._frame)
         if used < _FEW_USED:
-            logger.warning("%.0f %% of the rows are in a batch: %s", 100 * used, _reasons_text(self.leftover))
+            logger.warning("%.0f %% of the rows are in a batch: %s", 100 * used, reasons_text(self.leftover))
         if self.mask_rate > _MANY_MASKED:
             logger.warning(
                 "%.0f %% of the slots are masked, so most queries have few negatives: is every document an answer "
@@ -295,16 +299,3 @@ class Batches:
 
 def _blocks(numbers: Array) -> list[Array]:
     return [numbers[start : start + _BLOCK_PAIRS] for start in range(0, len(numbers), _BLOCK_PAIRS)]
-
-
-def _reasons_text(leftover: Mapping[str, Array]) -> str:
-    return ", ".join(f"{len(rows)} {reason}" for reason, rows in leftover.items() if len(rows)) or "none"
-
-
-def _import(name: str, what: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(f"{what} needs the package `{name}`: pip install {name}") from None

@@ -28,7 +28,7 @@ _TEXTS_PER_BLOCK = 8_192
 
 
 def as_frame(dataset: Any) -> pl.DataFrame:
-    """Returns the dataset as a polars frame; raises TypeError if it is none that is known here."""
+    """Returns the dataset as a polars frame; raises TypeError if it is of a kind that cannot be read."""
     if isinstance(dataset, pl.DataFrame):
         return dataset
     if isinstance(dataset, pl.LazyFrame):
@@ -71,7 +71,7 @@ def column_names(frame: pl.DataFrame, anchor: str | None, positive: str | None) 
     names = frame.columns
     for option, name in (("anchor_column_name", anchor), ("positive_column_name", positive)):
         if name is not None and name not in names:
-            raise ValueError(f"{option}: there is no column {name!r}; the columns are {', '.join(names)}")
+            raise ValueError(f"{option}: the dataset has no column {name!r}; its columns are {', '.join(names)}")
     if len(names) < 2:
         raise ValueError(f"a dataset of pairs needs two columns, given {', '.join(names) or 'none'}")
     query = anchor or next(name for name in names if name != positive)
@@ -109,6 +109,11 @@ def usable_rows(queries: Sequence[Any], documents: Sequence[Any]) -> tuple[Array
             side.append(text)
     leftover = {reason: np.array(numbers) for reason, numbers in left.items()}
     return np.array(rows, dtype=np.int64), texts, leftover
+
+
+def reasons_text(leftover: Mapping[str, Array]) -> str:
+    """How many rows there are for each reason, for example `3 empty, 1 duplicate_pair`."""
+    return ", ".join(f"{len(rows)} {reason}" for reason, rows in leftover.items() if len(rows)) or "none"
 
 
 def distinct_texts(texts: list[str]) -> tuple[list[str], Array]:

@@ -200,7 +200,8 @@ class EmbedConfig(Table):
     """Embedding. `model` makes the vectors for clustering, `surrogate_model` those for the equivalence sets."""
 
     model: str = Field(
-        "minilm", description="minilm, lexical, a folder below the data root, or a hub name; static vectors will do"
+        "minilm",
+        description="minilm, lexical, a folder below the data root, or a hub name; static models work too",
     )
     revision: str | None = Field(None, description="commit of the model on the hub")
     surrogate_model: str = Field(

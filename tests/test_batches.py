@@ -112,7 +112,7 @@ def test_all_kinds_of_datasets_give_the_same_batches():
         ((["a"], ["b", "c"]), {}, ValueError, "two lists must be of the same length, given 1 and 2"),
         ({"train": pd.DataFrame()}, {}, ValueError, "two columns, given train"),
         (datasets.DatasetDict(train=datasets.Dataset.from_dict({"a": []})), {}, TypeError, r"dataset\['train'\]"),
-        (pairs(), {"anchor_column_name": "question"}, ValueError, "no column 'question'; the columns are"),
+        (pairs(), {"anchor_column_name": "question"}, ValueError, "no column 'question'; its columns are"),
         (pairs().with_row_index(), {}, ValueError, "column 'index' holds UInt32, not texts"),
         (pairs(), {"batch_size": 200}, ValueError, "99 of 103 rows can be used .*, which do not fill a batch of 200"),
         (pairs(), {"batch_size": 16, "group_size": 5}, ValueError, "^group_size: must divide pack.batch_size, 16, "),

@@ -76,7 +76,7 @@ def ignored_modules(folder: Path) -> list[str]:
         folder: The folder of the transformer, or one that `find_backbone` found below the folder of the model.
 
     Returns:
-        For example `pooling by cls` and `Dense`; empty if nothing is ignored, or if it is no such folder.
+        For example `pooling by cls` and `Dense`; empty if nothing is ignored, or if the folder is of another kind.
     """
     for root in (folder, folder.parent):
         try:

@@ -175,7 +175,7 @@ def load_tokenizer(
         reason = first_line(error)
         if not Path(folder, "tokenizer.json").is_file() and importlib.util.find_spec("sentencepiece") is None:
             for path in Path(folder).glob("*.model"):  # transformers would ask for another package, tiktoken
-                reason = f"there is no tokenizer.json, and {path.name} needs a package: pip install sentencepiece"
+                reason = f"without tokenizer.json, {path.name} needs a package: pip install sentencepiece"
         raise ConfigError(f"{folder}: no tokenizer that transformers can load: {reason}") from None
 
     try:

@@ -78,7 +78,7 @@ def _json_records(file: SourceFile, lines: Iterator[bytes], keys: list[bytes]) -
 def _spread_records(file: SourceFile, lines: Iterator[bytes], end: str) -> Iterator[Record]:
     """Objects that are not a line each; a few of them are in memory at a time.
 
-    `end` is the bracket of an array, whose opening one has been read; empty if there is no array around the objects.
+    `end` is the bracket that closes the array around the objects; it is empty if they are not in an array.
     """
     decoder = json.JSONDecoder()
     text, start, row = "", 0, 0

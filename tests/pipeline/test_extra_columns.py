@@ -198,7 +198,7 @@ def test_two_types_of_a_name_are_refused_before_anything_is_embedded(
         run_step(pairs[1])
     assert all(step.stage == "pairs" for step in plan.steps[:2])
 
-    # Without one of the values there is no quarrel, and the other artifact is reused.
+    # Once one of the two values is gone, the types agree, and the other artifact is reused.
     again = plan_corpus(
         write_manifest(text), tmp_path / "workspace", overrides=['dataset.b.extra_columns={ grade = "score" }']
     )
