@@ -42,7 +42,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,6 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-
-from packed_step import PackedStep, cosine_of_gradients, layers_of, step_flops, take_gradients  # noqa: E402
 
 Note = Callable[[str, Any], None]
 
@@ -284,7 +282,7 @@ def measure_padded(setting: Setting, note: Note) -> None:
             steps.append(seconds_of(lambda batch=batch: one_step(training, gradients, batch), setting))
             note(f"cudnn_{'on' if cudnn else 'off'}_step_s", steps)
         taken = float(np.median(steps[1:]))
-        flops = float(np.mean([step_flops(training.encoder, batch, shared=False) for batch in batches[1:]]))
+        flops = float(np.mean([flops_of(setting, training.encoder, batch) for batch in batches[1:]]))
         label = f"cudnn_{'on' if cudnn else 'off'}"
         note(f"{label}_pairs_per_s", len(batches[0].queries) / taken)
         note(f"{label}_model_flop_utilisation", flops / taken / peak if peak else None)
@@ -292,12 +290,11 @@ def measure_padded(setting: Setting, note: Note) -> None:
 
 
 class PackedTraining:
-    """A training on packed rows: the trainer's encoder and batches, and the steps of `PackedStep`."""
+    """A training whose encoder begins on padded texts, and changes to packed rows with a full or a shared context."""
 
     def __init__(self, setting: Setting, note: Note, *, num_batches: int) -> None:
         self.setting, self._note = setting, note
         self.half = setting.device == "cuda"
-        self.autocast = torch.bfloat16 if self.half else None
         precision = "bf16" if self.half else "fp32"
         self.training = start_training(
             setting, "packed", *("--sequence-dropout", "0", "--precision", precision, "--chunk-tokens", "98304")
@@ -325,14 +322,13 @@ class PackedTraining:
             for layer in layers_of(stage.backbone):
                 layer.compile(dynamic=True, fullgraph=True)
 
-    def rows(self, batch: Any) -> Tensor:
-        """Return the documents of a batch that are its context."""
-        from hardbatch.trainer.draws import draw_context
-
-        return draw_context(len(batch.documents), self.setting.context_size, seed=0, position=batch.position)
-
-    def step(self, *, shared: bool, chunk_tokens: int) -> PackedStep:
-        return PackedStep(self.encoder, self.autocast, shared=shared, chunk_tokens=chunk_tokens)
+    def step(self, *, shared: bool, chunk_tokens: int) -> Any:
+        """Return the trainer's step with that context and that chunk size."""
+        context_attention = "shared" if shared else "full"
+        self.encoder.config = replace(self.encoder.config, context_attention=context_attention)
+        self.encoder.second_stage_model.context_attention = context_attention
+        self.training.chunk_tokens = chunk_tokens
+        return self.training.gradients()
 
     def measure(self, label: str, *, shared: bool, chunk_tokens: int, num_steps: int) -> None:
         """Note seconds, pairs per second, utilisation and memory of whole steps, of which the first one warms up."""
@@ -342,7 +338,7 @@ class PackedTraining:
         packed = self.step(shared=shared, chunk_tokens=chunk_tokens)
 
         def once(batch: Any) -> None:
-            packed.backward(batch, self.rows(batch))
+            packed.backward(batch)
             torch.nn.utils.clip_grad_norm_(self.encoder.parameters(), 1.0)
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
@@ -359,7 +355,7 @@ class PackedTraining:
         timed = self.batches[1:num_steps]
         taken = sum(steps[1:])
         peak = device_peaks(self.setting)
-        flops = sum(step_flops(self.encoder, batch, shared=shared) for batch in timed)
+        flops = sum(flops_of(self.setting, self.encoder, batch) for batch in timed)
         self._note(f"{label}_pairs_per_s", sum(len(batch.queries) for batch in timed) / taken)
         self._note(f"{label}_tokens_per_s", sum(batch.num_tokens for batch in timed) / taken)
         self._note(f"{label}_model_flop_utilisation", flops / taken / peak if peak else None)
@@ -374,7 +370,7 @@ def measure_packed(setting: Setting, note: Note) -> None:
     run.training.gradients().backward(batch)
     padded = take_gradients(run.encoder)
     run.pack()
-    run.step(shared=False, chunk_tokens=chunk).backward(batch, run.rows(batch))
+    run.step(shared=False, chunk_tokens=chunk).backward(batch)
     note("full_packed_to_padded_gradient_cosine", cosine_of_gradients(padded, take_gradients(run.encoder)))
     del padded
 
@@ -708,10 +704,10 @@ def profile(note: Note, label: str, run: PackedTraining, chunk_tokens: int) -> N
     from torch.profiler import profile as profiler
 
     step, batch = run.step(shared=True, chunk_tokens=chunk_tokens), run.batches[1]
-    step.backward(batch, run.rows(batch))
+    step.backward(batch)
     torch.cuda.synchronize()
     with profiler(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
-        step.backward(batch, run.rows(batch))
+        step.backward(batch)
         torch.cuda.synchronize()
     events = [event for event in found.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
     events.sort(key=lambda event: -event.self_device_time_total)
@@ -789,6 +785,34 @@ def first_batches(training: Any, number: int) -> list[Any]:
 
     with BatchStream(training.shards, seed=0, tokenize=training.tokenizer, stop=number) as stream:
         return list(stream)
+
+
+def flops_of(setting: Setting, encoder: Any, batch: Any) -> float:
+    """Return the FLOPs of a batch over its real tokens, as the trainer's log counts them."""
+    from hardbatch.trainer.draws import draw_context
+    from hardbatch.trainer.log import model_flops
+
+    rows = draw_context(len(batch.documents), setting.context_size, seed=0, position=batch.position)
+    return model_flops(encoder, batch, rows)
+
+
+def layers_of(backbone: Any) -> Any:
+    return backbone.layers if hasattr(backbone, "layers") else backbone.encoder.layer
+
+
+def take_gradients(encoder: Any) -> dict[str, Tensor]:
+    """Move the gradients out of the encoder: return one for each parameter that has one, and leave None behind."""
+    found = {name: p.grad.flatten().double() for name, p in encoder.named_parameters() if p.grad is not None}
+    encoder.zero_grad(set_to_none=True)
+    return found
+
+
+def cosine_of_gradients(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Return the cosine over the parameters that have a gradient in both."""
+    names = sorted(one.keys() & other.keys())
+    product = sum(float(one[name] @ other[name]) for name in names)
+    norms = [math.sqrt(sum(float(side[name] @ side[name]) for name in names)) for side in (one, other)]
+    return product / (norms[0] * norms[1])
 
 
 def one_step(training: Any, gradients: Any, batch: Any) -> None:

@@ -1,7 +1,9 @@
-"""Cost of GradCache and of padding, and what a step computes on, over shards of real pairs.
+"""Cost of GradCache, of padding and of the context, over shards of real pairs.
 
-    python benchmarks/training.py --shards DIR [--backbone minilm] [--num-layers 3] [--rounds 5]
+    python benchmarks/training.py --shards DIR [--backbone minilm] [--num-layers 3] [--rounds 5] [--only attention]
 
+attention  pairs per CPU second of a step on padded pieces, packed rows, and packed rows with a shared context
+queries    CPU seconds of embedding 1,000 queries with one context of J documents, as a search does
 gradcache  CPU seconds of a step in chunks over those of the same step in one graph, rounds interleaved, medians
 padding    tokens computed with over tokens of the texts: chunks sorted by length, in pieces; sorted alone; in order
 """
@@ -11,19 +13,39 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from hardbatch.trainer.backbone import build_encoder, find_backbone
-from hardbatch.trainer.batch import Batch, chunk_by_tokens, concat, load_tokenizer, padding_ratio, split_tightly
+from hardbatch.trainer.batch import (
+    Batch,
+    Tokens,
+    chunk_by_length,
+    chunk_by_tokens,
+    concat,
+    load_tokenizer,
+    pad,
+    padding_ratio,
+    split_tightly,
+)
 from hardbatch.trainer.config import parse_flags
+from hardbatch.trainer.embed import evaluating
 from hardbatch.trainer.gradcache import GradCache, StepConfig
+from hardbatch.trainer.memory import CHUNK_TOKENS_ON_CPU
 from hardbatch.trainer.model import Encoder
 from hardbatch.trainer.stream import BatchStream
 
 CHUNKS = (2_048, 4_096, 8_192, 16_384)  # tokens, padding and context included
 WHOLE = 1_000_000_000
+WAYS = {  # of computing a step: flags by name
+    "pieces": ("--attention", "sdpa"),
+    "packed": ("--attention", "packed"),
+    "shared": ("--context-attention", "shared"),
+}
+NUM_QUERIES = 128
 
 
 def main() -> None:
@@ -34,18 +56,81 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--context-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=("attention", "queries", "padding", "gradcache"), help="default: all of them")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     folder = find_backbone(options.backbone)
     flags = ["--shards", str(options.shards), "--output", "-", "--backbone", str(folder), "--dropout", "0"]
     flags += ["--num-layers", str(options.num_layers), "--max-length", str(options.max_length)]
-    encoder = build_encoder(parse_flags([*flags, "--context-size", str(options.context_size)]), folder).train()
+    flags += ["--context-size", str(options.context_size)]
     tokenizer = load_tokenizer(folder, max_length_tokens=options.max_length)
     with BatchStream(options.shards, tokenize=tokenizer, stop=max(options.rounds, 64)) as stream:
         batches = list(stream)
-    print_padding(batches, options.context_size)
-    print_gradcache(encoder, batches[: options.rounds])
+
+    def build(*more: str) -> Encoder:
+        return build_encoder(parse_flags([*flags, *more]), folder).train()
+
+    if options.only in (None, "attention"):
+        print_attention({name: build(*way) for name, way in WAYS.items()}, batches[: options.rounds])
+    if options.only in (None, "queries"):
+        print_queries(build(*WAYS["pieces"]), build(*WAYS["shared"]), batches, options.rounds)
+    if options.only in (None, "padding"):
+        print_padding(batches, options.context_size)
+    if options.only in (None, "gradcache"):
+        print_gradcache(build(*WAYS["pieces"]), batches[: options.rounds])
+
+
+def print_attention(encoders: dict[str, Encoder], batches: Sequence[Batch]) -> None:
+    """Each way of computing a step against pieces, rounds interleaved: real lengths, and all texts at the limit."""
+    limit = encoders["pieces"].config.max_length_tokens
+    for lengths in ("real", str(limit)):
+        seconds: dict[str, list[float]] = {name: [] for name in encoders}
+        for number, batch in enumerate([batches[0], *batches]):
+            given = batch if lengths == "real" else even(batch, limit)
+            for name, encoder in encoders.items():
+                taken = time_step(encoder, given, CHUNK_TOKENS_ON_CPU)
+                if number:  # the first round warms up
+                    seconds[name].append(taken)
+
+        print(f"\nattention, lengths {lengths}: pairs per CPU second, and times as many as pieces")
+        for name, taken in seconds.items():
+            ratios = [one / own for one, own in zip(seconds["pieces"], taken, strict=True)]
+            speed = len(batches[0].queries) / statistics.median(taken)
+            print(f"{name:>8}{speed:>9.1f}{statistics.median(ratios):>9.2f}  ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
+def print_queries(full: Encoder, shared: Encoder, batches: Sequence[Batch], rounds: int) -> None:
+    """Full context attention, and shared with the states of the context computed for each chunk, or kept."""
+    tokens = concat([batch.queries for batch in batches])
+    documents = concat([batch.documents for batch in batches])
+    size = full.config.context_size
+    ways = {"full": (full, False), "shared": (shared, False), "kept": (shared, True)}
+    contexts = {}
+    for encoder in (full, shared):
+        padded = pad(documents, torch.arange(size), 0)
+        with evaluating(encoder):
+            contexts[encoder] = encoder.first_stage_model(padded.ids_CT, padded.mask_CT, padded.mask_CT)
+
+    mean_length = float(tokens.lengths_N[:NUM_QUERIES].double().mean())
+    print(f"\nqueries of {mean_length:.0f} tokens, {size} context documents: CPU seconds of 1,000")
+    for texts_per_chunk in (1, 32):
+        chunks = chunk_by_length(tokens.lengths_N[:NUM_QUERIES], texts_per_chunk)
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for number in range(rounds + 1):
+            for name, (encoder, kept) in ways.items():
+                start = time.process_time()
+                with evaluating(encoder):
+                    for rows in chunks:
+                        if not kept:
+                            encoder.second_stage_model._kept = None
+                        padded = pad(tokens, rows, 0)
+                        tensors = padded.ids_CT, padded.mask_CT, padded.mask_CT
+                        encoder.second_stage_model(*tensors, contexts[encoder])
+                if number:  # the first round warms up
+                    seconds[name].append((time.process_time() - start) * 1_000 / NUM_QUERIES)
+        found = (f"{name} {statistics.median(taken):.1f}" for name, taken in seconds.items())
+        print(f"in chunks of {texts_per_chunk}: " + ", ".join(found), flush=True)
 
 
 def print_padding(batches: list[Batch], context_size: int) -> None:
@@ -69,15 +154,15 @@ def print_padding(batches: list[Batch], context_size: int) -> None:
 
 def print_gradcache(encoder: Encoder, batches: list[Batch]) -> None:
     """A step in chunks against one graph: with the texts as they are, and all of one length."""
-    for told, same_length in (("as they are", False), ("all of the length of the median", True)):
+    for lengths, same_length in (("as they are", False), ("all of the length of the median", True)):
         seconds: dict[int, list[float]] = {size: [] for size in (WHOLE, *CHUNKS)}
         for number, batch in enumerate([batches[0], *batches]):
             for size in seconds:
-                taken = time_step(encoder, even(batch) if same_length else batch, size)
+                taken = time_step(encoder, even(batch, median_length(batch)) if same_length else batch, size)
                 if number:  # the first round warms up
                     seconds[size].append(taken)
         whole = seconds.pop(WHOLE)
-        print(f"\ngradcache, texts {told}: CPU seconds in chunks / in one graph ({statistics.median(whole):.2f} s)")
+        print(f"\ngradcache, texts {lengths}: CPU seconds in chunks / in one graph ({statistics.median(whole):.2f} s)")
         for size, taken in seconds.items():
             ratios = [mine / one for mine, one in zip(taken, whole, strict=True)]
             print(f"{size:>8}{statistics.median(ratios):>9.2f}  ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
@@ -99,13 +184,13 @@ def time_step(encoder: Encoder, batch: Batch, chunk_tokens: int) -> float:
     return time.process_time() - start
 
 
-def even(batch: Batch) -> Batch:
-    """The batch with all texts as long as its median text, cut or filled with their first token."""
-    from dataclasses import replace
+def median_length(batch: Batch) -> int:
+    """Tokens of the median text."""
+    return int(torch.cat([tokens.lengths_N for tokens in batch.sides]).median())
 
-    from hardbatch.trainer.batch import Tokens
 
-    length = int(torch.cat([tokens.lengths_N for tokens in batch.sides]).median())
+def even(batch: Batch, length: int) -> Batch:
+    """The batch with all texts cut to `length` tokens, or repeated up to it."""
 
     def cut(tokens: Tokens) -> Tokens:
         rows = [(row.tolist() * length)[:length] for row in tokens.ids.split(tokens.lengths_N.tolist())]

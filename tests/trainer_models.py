@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hardbatch.trainer.model import BACKBONES, Encoder, EncoderConfig, new_backbone
+from hardbatch.trainer.model import BACKBONES, Encoder, EncoderConfig, choose_attention, new_backbone
 from tests.models import MAX_LENGTH_TOKENS, VOCABULARY_SIZE, minilm_folder
 
 HIDDEN_SIZE = 32
@@ -44,16 +44,24 @@ def tiny_encoder(
     hidden_size: int = HIDDEN_SIZE,
     num_layers: int = 2,
     seed: int = 0,
+    attention: str = "auto",
+    context_attention: str = "full",
 ) -> Encoder:
     """An encoder in evaluation mode; the same seed gives the same weights. `context_size` 0: a biencoder."""
     import torch
 
-    config = EncoderConfig(context_size=context_size, max_length_tokens=max_length_tokens, pool_prompt=pool_prompt)
+    config = EncoderConfig(
+        context_size=context_size,
+        max_length_tokens=max_length_tokens,
+        pool_prompt=pool_prompt,
+        context_attention=context_attention,
+    )
+    attention = choose_attention(attention, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = tiny_config(model_type, hidden_size=hidden_size, num_layers=num_layers)
-        first = new_backbone(backbone) if context_size else None
-        encoder = Encoder(config, first, new_backbone(backbone))
+        first = new_backbone(backbone, attention) if context_size else None
+        encoder = Encoder(config, first, new_backbone(backbone, attention))
         if encoder.first_stage_model is not None:
             embeddings = encoder.second_stage_model.backbone.get_input_embeddings().weight
             encoder.first_stage_model.initialise_head(embeddings)

@@ -10,20 +10,22 @@ are equal in every layer, so one key whose score is raised by log(J − M) weigh
 copies of it.
 
 transformers calls `packed_attention` under the name `PACKED`. The keyword arguments `bounds`,
-`longest`, `num_context` and `null_weight` of a backbone's `forward` reach it through every layer of
-bert, nomic_bert and modernbert. transformers makes no mask for an attention function that it does
-not know, so it never waits for a GPU to inspect one.
+`longest` and so on of a backbone's `forward` reach it through every layer. transformers makes no mask
+for an attention function that it does not know, so it never waits for a GPU to inspect one.
 
-On CUDA in bf16 or fp16, both parts of the softmax run on torch's flash kernels. Elsewhere, texts are
-padded inside this function only, and torch's `scaled_dot_product_attention` computes both parts at
-once.
+On CUDA in bf16 or fp16, both parts of the softmax run on torch's flash kernels. Elsewhere, texts of
+the same length, which are neighbours in a row that is sorted by length, go through torch's
+`scaled_dot_product_attention` together, without padding and with both parts at once.
 
-Shapes: T tokens of the row, C of them context, N texts, L tokens of the longest text, H heads, D dimension of a head.
+An export carries a copy of this file.
+
+Shapes: T tokens of the row, C of them context, N texts, L tokens of a text, S = C + L, H heads, D dimension of a head.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -31,7 +33,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-PACKED = "hardbatch_packed"
+# The copy in an export has names of its own: an older copy must not replace what a training uses.
+_NAMESPACE = "hardbatch" if __name__.startswith("hardbatch.") else __name__.replace(".", "_")
+PACKED = f"{_NAMESPACE}_packed"
 _CONTEXT_SPLITS = 8  # sequences of the backward pass over the context; see `_context_backward`
 
 
@@ -46,6 +50,8 @@ def packed_attention(
     longest: int,
     num_context: int = 0,
     null_weight: int = 0,
+    num_carried: int = 0,
+    context_states: dict[torch.nn.Module, tuple[Tensor, Tensor]] | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -54,16 +60,20 @@ def packed_attention(
     """Computes the attention of one packed row, in the form that transformers expects of an attention function.
 
     Args:
-        module: The attention layer; not used.
+        module: The attention layer.
         query, key, value: (1, H, T, D).
         attention_mask: Must be None; `bounds` takes its place.
         bounds: int32 (N + 1), on the device of the row: text i is tokens `bounds[i]` to `bounds[i + 1]` of the text
             tokens, which begin after the context.
-        longest: Tokens of the longest text, L.
+        longest: Tokens of the longest text, or more.
         num_context: C, the tokens at the beginning of the row that every token reads.
         null_weight: How many null vectors the first token of the row stands for; 0 if it is not a null token.
+        num_carried: The tokens at the beginning of each text that a sliding window never hides: a context that the
+            text carries itself.
+        context_states: Keys and values of the context by layer. A layer that is not in it adds those of this row; a
+            layer that is in it reads them, and the row has no tokens of the context. For inference only.
         scaling: Factor of the scores; None for 1 / sqrt(D).
-        dropout: Rate of attention dropout; the flash kernels have none.
+        dropout: Rate of attention dropout. The flash kernels have none, so they are not used with it.
         sliding_window: As ModernBERT passes it, one more than the distance at which a token still reads another of
             its text. The context is always visible.
 
@@ -71,7 +81,7 @@ def packed_attention(
         The output (1, T, H, D), and None in the place of attention weights.
 
     Raises:
-        ValueError: For a mask, or for dropout on CUDA in half precision.
+        ValueError: For a mask.
     """
     if attention_mask is not None:
         raise ValueError("packed rows take no attention mask")
@@ -79,15 +89,28 @@ def packed_attention(
     scale = q_THD.shape[-1] ** -0.5 if scaling is None else scaling
     window = -1 if sliding_window is None else sliding_window - 1
 
-    if not _uses_flash(q_THD):
-        out_THD = _padded(q_THD, k_THD, v_THD, bounds, longest, num_context, null_weight, scale, window, dropout)
-        return out_THD[None], None
+    if context_states is not None:
+        if module in context_states:
+            k_CHD, v_CHD = context_states[module]
+            k_THD, v_THD = torch.cat([k_CHD, k_THD]), torch.cat([v_CHD, v_THD])
+        else:
+            context_states[module] = k_THD[:num_context].clone(), v_THD[:num_context].clone()
 
-    if dropout:
-        raise ValueError(f"attention dropout of {dropout} is not available with packed rows on CUDA; set it to 0")
-    out_THD, _lse = torch.ops.hardbatch.attention(
-        q_THD, k_THD, v_THD, bounds, longest, num_context, null_weight, scale, window
-    )
+    if dropout or not _uses_flash(q_THD) or (num_carried and window >= 0):
+        out_THD = _by_length(
+            q_THD,
+            k_THD,
+            v_THD,
+            bounds,
+            num_context,
+            null_weight,
+            scale,
+            window,
+            num_carried=num_carried,
+            dropout=dropout,
+        )
+    else:
+        out_THD, _lse = _attention(q_THD, k_THD, v_THD, bounds, longest, num_context, null_weight, scale, window)
     return out_THD[None], None
 
 
@@ -106,10 +129,15 @@ def _heads_last(states: Tensor) -> Tensor:
     return states_THD
 
 
+def _num_context_queries(q_THD: Tensor, k_THD: Tensor, num_context: int) -> int:
+    """Returns how many queries of the context the row has: C of them, or none if its keys come from elsewhere."""
+    return len(q_THD) - (len(k_THD) - num_context)
+
+
 # ------------------------------------------------------------------------------------------------- flash kernels, CUDA
 
 
-@torch.library.custom_op("hardbatch::attention", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::attention", mutates_args=())
 def _attention(
     q_THD: Tensor,
     k_THD: Tensor,
@@ -130,8 +158,9 @@ def _attention(
     Returns:
         The output (T, H, D), and the logarithm of the sum of the softmax (H, T, float32).
     """
+    lead = _num_context_queries(q_THD, k_THD, num_context)
     text_out, text_lse = _flash(
-        q_THD[num_context:], k_THD[num_context:], v_THD[num_context:], bounds, bounds, longest, longest, scale, window
+        q_THD[lead:], k_THD[num_context:], v_THD[num_context:], bounds, bounds, longest, longest, scale, window
     )
     if num_context == 0:
         return text_out, text_lse
@@ -144,10 +173,10 @@ def _attention(
         parts.append(_flash(q_THD, k_THD[context], v_THD[context], bounds_q, bounds_k, len(q_THD), size, scale, -1))
     if null_weight:
         null_lse = _null_scores(q_THD, k_THD, scale, null_weight)
-        parts.append((v_THD[:1].expand_as(v_THD), null_lse))
+        parts.append((v_THD[:1].expand_as(q_THD), null_lse))
     out, lse = parts[0] if len(parts) == 1 else _merge(*parts[0], *parts[1])
-    merged_out, merged_lse = _merge(out[num_context:], lse[:, num_context:], text_out, text_lse)
-    return torch.cat([out[:num_context], merged_out]), torch.cat([lse[:, :num_context], merged_lse], 1)
+    merged_out, merged_lse = _merge(out[lead:], lse[:, lead:], text_out, text_lse)
+    return torch.cat([out[:lead], merged_out]), torch.cat([lse[:, :lead], merged_lse], 1)
 
 
 @_attention.register_fake
@@ -155,7 +184,7 @@ def _(q_THD: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q_THD), q_THD.new_empty(q_THD.shape[1], q_THD.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("hardbatch::attention_backward", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::attention_backward", mutates_args=())
 def _attention_backward(
     gradient_THD: Tensor,
     q_THD: Tensor,
@@ -217,7 +246,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _backward(ctx: Any, gradient_THD: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.hardbatch.attention_backward(gradient_THD.contiguous(), *ctx.saved_tensors, *ctx.numbers)
+    gradients = _attention_backward(gradient_THD.contiguous(), *ctx.saved_tensors, *ctx.numbers)
     return (*gradients, *[None] * 6)
 
 
@@ -322,57 +351,65 @@ def _ends(length: int, like: Tensor) -> Tensor:
     return torch.arange(2, dtype=torch.int32, device=like.device).mul_(length)
 
 
-# ------------------------------------------------------------------------------------- padded texts, CPU and float32
+# ---------------------------------------------------------------------------------- texts by length, CPU and float32
 
 
-def _padded(
+def _by_length(
     q_THD: Tensor,
     k_THD: Tensor,
     v_THD: Tensor,
     bounds: Tensor,
-    longest: int,
     num_context: int,
     null_weight: int,
     scale: float,
     window: int,
-    dropout: float,
+    *,
+    num_carried: int = 0,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """Returns the output (T, H, D). Texts are padded to the longest, keys are the context and their own tokens."""
-    num_texts, num_tokens = len(bounds) - 1, len(q_THD) - num_context
-    lengths_N = bounds.diff()
-    text_of = torch.arange(num_texts, device=q_THD.device).repeat_interleave(lengths_N, output_size=num_tokens)
-    position = torch.arange(num_tokens, device=q_THD.device) - bounds[text_of]
-    offset = math.log(max(1, null_weight))
+    """Returns the output (T, H, D). Neighbours of the same length are computed together; no text is padded."""
+    options: dict[str, Any] = {"dropout_p": dropout, "scale": scale}
+    same_length = [(length, len(list(group))) for length, group in groupby(bounds.diff().tolist())]
+    sizes = [length * num_texts for length, num_texts in same_length]
 
-    def texts_NHLD(states_THD: Tensor) -> Tensor:  # noqa: N802 the shape of what it returns
-        padded = states_THD.new_zeros(num_texts, longest, *states_THD.shape[1:])
-        return padded.index_put((text_of, position), states_THD[num_context:]).transpose(1, 2)
+    # `split` and not slices, each of which would have a gradient as long as the row.
+    lead = _num_context_queries(q_THD, k_THD, num_context)
+    q_CHD, *queries = torch.split(q_THD, [lead, *sizes])
+    k_CHD, *keys = torch.split(k_THD, [num_context, *sizes])
+    v_CHD, *values = torch.split(v_THD, [num_context, *sizes])
+    k_HCD, v_HCD = k_CHD.transpose(0, 1), v_CHD.transpose(0, 1)
+    outputs: list[Tensor] = []
 
-    def with_context(states_THD: Tensor) -> Tensor:
-        context_HCD = states_THD[:num_context].transpose(0, 1)
-        return torch.cat([context_HCD.expand(num_texts, -1, -1, -1), texts_NHLD(states_THD)], 2)
+    if lead:
+        q_HCD = q_CHD.transpose(0, 1)
+        bias = _bias(q_THD, num_context, 0, null_weight, -1, 0)
+        context = F.scaled_dot_product_attention(q_HCD[None], k_HCD[None], v_HCD[None], attn_mask=bias, **options)
+        outputs.append(context[0].transpose(0, 1))
 
-    places_L = torch.arange(longest, device=q_THD.device)
-    reads_N1LL = (places_L < lengths_N[:, None])[:, None, None, :].expand(-1, 1, longest, -1)
-    if window >= 0:
-        reads_N1LL = reads_N1LL & ((places_L[:, None] - places_L).abs() <= window)
-    # A softmax over nothing is NaN, so a padding row, which reads no token, reads itself.
-    reads_N1LL = reads_N1LL | torch.eye(longest, dtype=torch.bool, device=q_THD.device)
-    bias = F.pad(reads_N1LL, (num_context, 0), value=True).to(q_THD.dtype).log()
+    for (length, num_texts), *states in zip(same_length, queries, keys, values, strict=True):
+        q_NHLD, k_NHSD, v_NHSD = (part.view(num_texts, length, *part.shape[1:]).transpose(1, 2) for part in states)
+        if num_context:
+            k_NHSD = torch.cat([k_HCD.expand(num_texts, -1, -1, -1), k_NHSD], 2)
+            v_NHSD = torch.cat([v_HCD.expand(num_texts, -1, -1, -1), v_NHSD], 2)
+        bias = _bias(q_THD, num_context, length, null_weight, window, num_carried)
+        texts = F.scaled_dot_product_attention(q_NHLD, k_NHSD, v_NHSD, attn_mask=bias, **options)
+        outputs.append(texts.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)
+
+
+def _bias(
+    like: Tensor, num_context: int, length: int, null_weight: int, window: int, num_carried: int
+) -> Tensor | None:
+    """Returns what is added to the scores (1 or L, S) of a text; None if that is nothing."""
+    if window < length - 1 and window >= 0:
+        places_L = torch.arange(length, device=like.device)
+        reads_LL = (places_L[:, None] - places_L).abs() <= window
+        reads_LL |= (places_L < num_carried) | (places_L[:, None] < num_carried)
+        bias = F.pad(reads_LL, (num_context, 0), value=True).to(like.dtype).log()
+    elif null_weight:
+        bias = like.new_zeros(1, num_context + length)
+    else:
+        return None
     if null_weight:
-        bias[..., 0] += offset
-    texts = F.scaled_dot_product_attention(
-        texts_NHLD(q_THD), with_context(k_THD), with_context(v_THD), attn_mask=bias, dropout_p=dropout, scale=scale
-    )
-    text_out = texts.transpose(1, 2)[text_of, position]
-    if num_context == 0:
-        return text_out
-
-    q_CHD, k_CHD, v_CHD = (states[:num_context].transpose(0, 1)[None] for states in (q_THD, k_THD, v_THD))
-    context_bias = q_THD.new_zeros(1, num_context)
-    if null_weight:
-        context_bias[0, 0] = offset
-    context = F.scaled_dot_product_attention(
-        q_CHD, k_CHD, v_CHD, attn_mask=context_bias, dropout_p=dropout, scale=scale
-    )
-    return torch.cat([context[0].transpose(0, 1), text_out])
+        bias[:, 0] += math.log(null_weight)
+    return bias

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from hardbatch.trainer.model import (
     EncoderConfig,
     attention_or_default,
     backbone_options,
+    choose_attention,
     family_of,
     load_encoder,
     longest_text_tokens,
@@ -106,7 +108,10 @@ def build_encoder(config: TrainConfig, folder: Path) -> Encoder:
     """
     backbone = _read_config(folder, config)
     own = EncoderConfig(
-        context_size=config.model_context_size, max_length_tokens=config.max_length, pool_prompt=config.pool_prompt
+        context_size=config.model_context_size,
+        max_length_tokens=config.max_length,
+        pool_prompt=config.pool_prompt,
+        context_attention=config.context_attention,
     )
     if not config.random_weights:
         require_safetensors(config.backbone, folder)
@@ -114,7 +119,8 @@ def build_encoder(config: TrainConfig, folder: Path) -> Encoder:
     num_stages = 2 if own.context_size else 1
     with _as_user_error(f"--backbone {config.backbone}"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        stages = [_load_backbone(folder, backbone, config) for _ in range(num_stages)]
+        attention = choose_attention(config.attention, own)
+        stages = [_load_backbone(folder, backbone, config, attention) for _ in range(num_stages)]
         encoder = Encoder(own, stages[0] if own.context_size else None, stages[-1])
         if encoder.first_stage_model is not None:
             encoder.first_stage_model.initialise_head(stages[-1].get_input_embeddings().weight)
@@ -146,7 +152,11 @@ def initial_encoder(config: TrainConfig, folder: Path, *, flag: str, verified: b
     with _as_user_error(flag):
         encoder = load_encoder(folder, attention=config.attention)
 
-    given = {"context_size": config.model_context_size, "pool_prompt": config.pool_prompt}
+    given = {
+        "context_size": config.model_context_size,
+        "pool_prompt": config.pool_prompt,
+        "context_attention": config.context_attention,
+    }
     for name, value in given.items():
         saved = getattr(encoder.config, name)
         if saved != value:
@@ -156,11 +166,7 @@ def initial_encoder(config: TrainConfig, folder: Path, *, flag: str, verified: b
                 f"this training asks for {value}; give the same --architecture and {setting}"
             )
     _check_length(encoder.backbone_config, config, str(folder))
-    encoder.config = EncoderConfig(
-        context_size=encoder.config.context_size,
-        max_length_tokens=config.max_length,
-        pool_prompt=encoder.config.pool_prompt,
-    )
+    encoder.config = replace(encoder.config, max_length_tokens=config.max_length)
     return encoder
 
 
@@ -199,15 +205,15 @@ def _check_length(backbone: PreTrainedConfig, config: TrainConfig, name: str) ->
         raise ConfigError(f"--max-length {config.max_length}: {name} reads at most {limit} tokens")
 
 
-def _load_backbone(folder: Path, backbone: PreTrainedConfig, config: TrainConfig) -> PreTrainedModel:
+def _load_backbone(folder: Path, backbone: PreTrainedConfig, config: TrainConfig, attention: str) -> PreTrainedModel:
     if config.random_weights:
-        return new_backbone(backbone, config.attention)
-    options: dict[str, Any] = backbone_options(backbone, config.attention)
+        return new_backbone(backbone, attention)
+    options: dict[str, Any] = backbone_options(backbone, attention)
     with _quiet():
         model, report = AutoModel.from_pretrained(
             folder,
             config=backbone,
-            attn_implementation=attention_or_default(config.attention),
+            attn_implementation=attention_or_default(attention),
             dtype=torch.float32,
             use_safetensors=True,
             output_loading_info=True,

@@ -117,8 +117,17 @@ class TrainConfig:
     backbone: str = _setting("minilm, a folder, or NAME or NAME@COMMIT on the Hugging Face hub", str, "minilm")
     num_layers: int | None = _setting("number of the backbone's first layers to keep; default: all", _Whole(1), None)
     random_weights: bool = _setting("start from random weights with the backbone's configuration", _switch, False)
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = _setting(
-        "attention implementation", _Choice(("sdpa", "eager", "flash_attention_2")), "sdpa"
+    attention: Literal["auto", "packed", "sdpa", "eager", "flash_attention_2"] = _setting(
+        "attention implementation; packed: texts in one row, without padding; auto: packed if the context is shared, "
+        "otherwise sdpa",
+        _Choice(("auto", "packed", "sdpa", "eager", "flash_attention_2")),
+        "auto",
+    )
+    context_attention: Literal["full", "shared"] = _setting(
+        "full: context and text read each other, as in the paper; shared: the context reads only itself and is "
+        "computed once for all texts",
+        _Choice(("full", "shared")),
+        "full",
     )
     dropout: float | None = _setting(
         "dropout of the backbone; default: that of its configuration", _Number(least=0, below=1), None
@@ -233,6 +242,12 @@ def parse_flags(arguments: Sequence[str]) -> TrainConfig:
     chosen = config.random_weights or config.num_layers is not None or config.dropout is not None
     if config.init_from is not None and chosen:
         raise ConfigError("--init-from brings its own model: remove --random-weights, --num-layers and --dropout")
+    if config.context_attention == "shared" and config.architecture == "biencoder":
+        raise ConfigError("--context-attention shared: --architecture biencoder reads no context; remove one of them")
+    if config.context_attention == "shared" and config.attention not in ("auto", "packed"):
+        raise ConfigError(
+            f"--context-attention shared: needs --attention packed, given '{config.attention}'; remove --attention"
+        )
     return config
 
 

@@ -3,7 +3,8 @@
     python -m hardbatch.trainer.export --checkpoint DIR --output DIR
 
     contextual    config.json, model.safetensors, tokenizer; context.json, context.safetensors: the
-                  default context; sentence_module.py, model.py, tokens.py: copies of our code
+                  default context; sentence_module.py, model.py, attention.py, tokens.py: copies
+                  of our code
     biencoder     config.json, model.safetensors, tokenizer, 1_Pooling: stock modules, no code
     both          modules.json, config_sentence_transformers.json (prompts), README.md (model card)
 
@@ -35,7 +36,7 @@ from hardbatch.trainer.embed import Embedder
 from hardbatch.trainer.model import CONFIG_KEY, Encoder, backbone_options, load_encoder
 from hardbatch.trainer.replace import replace_folder, sweep
 
-CODE_FILES = ("sentence_module.py", "model.py", "tokens.py")
+CODE_FILES = ("sentence_module.py", "model.py", "attention.py", "tokens.py")
 _MODULES = "modules.json"
 _SENTENCE_CONFIG = "config_sentence_transformers.json"
 _POOLING = "1_Pooling"

@@ -9,9 +9,13 @@ The gradients equal those of one graph over the same chunks and draws, since dro
 Ranks average their gradients after the batches of a step (`Ranks.average_gradients`); this module
 does not depend on them.
 
-A chunk has texts of similar length, as many as make `chunk_tokens` computed tokens, and goes through
-a stage in pieces of nearly equal length, so that little is padded. Embeddings return to the order of
-the slots. A batch whose two stages together have no more tokens than a chunk takes a single pass.
+A chunk has texts of similar length, as many as make `chunk_tokens` computed tokens. Under packed
+attention it is one row without padding; otherwise it goes through a stage in pieces of nearly equal
+length, so that little is padded. Embeddings return to the order of the slots. A batch whose two stages
+together have no more tokens than a chunk takes a single pass.
+
+A shared context is computed once a chunk, and its dropped documents are the same for all texts of a
+batch; with full context attention each text has a context of its own.
 
 Shapes: N texts of a batch (queries, documents, hard negatives), M context documents, C rows of a chunk, T tokens,
 J context size, H width of a context vector, D width of an embedding.
@@ -23,6 +27,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +59,8 @@ class GradCache:
         self._config = config
         self._first = encoder.first_stage_model
         self._second = encoder.second_stage_model
+        self._packed = encoder.second_stage_model.is_packed
+        self._shared = encoder.config.context_attention == "shared"
         self._device = next(encoder.parameters()).device
 
     def backward(self, batch: Batch, *, scale: float = 1.0) -> Loss:
@@ -99,18 +106,24 @@ class GradCache:
         draw = {"seed": config.seed, "position": batch.position}
         context_rows_M = draw_context(len(batch.documents), context_size, **draw)
         keep_NJ = draw_kept_context(
-            len(texts),
+            1 if self._shared else len(texts),
             context_size,
             sequence_dropout=config.sequence_dropout,
             no_context_rate=config.no_context_rate,
             **draw,
         )
 
+        # A shared context counts once in each chunk of texts, any other once in front of each text.
+        of_chunk, of_text = (context_size, 0) if self._shared else (0, context_size)
+        sizes: dict[str, Any] = {"context_size": of_text, "packed": self._packed}
+        text_chunks = chunk_by_tokens(texts.lengths_N, max(1, config.chunk_tokens - of_chunk), **sizes)
+        num_tokens = computed_tokens(texts.lengths_N, text_chunks, **sizes) + of_chunk * len(text_chunks)
+
         context_lengths_M = batch.documents.lengths_N[context_rows_M]
-        context_chunks = chunk_by_tokens(context_lengths_M, config.chunk_tokens) if context_size else []
-        text_chunks = chunk_by_tokens(texts.lengths_N, config.chunk_tokens, context_size=context_size)
-        num_tokens = computed_tokens(context_lengths_M, context_chunks)
-        num_tokens += computed_tokens(texts.lengths_N, text_chunks, context_size=context_size)
+        context_chunks = (
+            chunk_by_tokens(context_lengths_M, config.chunk_tokens, packed=self._packed) if context_size else []
+        )
+        num_tokens += computed_tokens(context_lengths_M, context_chunks, packed=self._packed) if context_size else 0
         return _Plan(
             batch=batch,
             texts=texts,
@@ -132,7 +145,7 @@ class GradCache:
         rows_C = plan.context_rows_M[plan.context_chunks[number]]
         with replayed(self._device, self._config.seed, plan.batch.position, "first_stage", number), self._autocast():
             pieces = self._pieces(plan.batch.documents, rows_C)
-            return torch.cat([self._first(*piece) for _, piece in pieces])
+            return torch.cat([self._first(*piece, num_tokens=num_tokens) for _, piece, num_tokens in pieces])
 
     def _embed(self, plan: _Plan, context_MH: Tensor | None) -> Tensor:
         chunks = [self._embed_chunk(plan, number, context_MH) for number in range(len(plan.text_chunks))]
@@ -141,10 +154,14 @@ class GradCache:
     def _embed_chunk(self, plan: _Plan, number: int, context_MH: Tensor | None) -> Tensor:
         rows_C = plan.text_chunks[number]
         with replayed(self._device, self._config.seed, plan.batch.position, "second_stage", number), self._autocast():
-            keep_NJ, pieces = plan.keep_NJ, self._pieces(plan.texts, rows_C)
-            return torch.cat(
-                [self._second(*piece, context_MH, self._to_device(keep_NJ[piece_rows])) for piece_rows, piece in pieces]
-            )
+            embeddings = [
+                self._second(*piece, context_MH, self._keep(plan, piece_rows), num_tokens=num_tokens)
+                for piece_rows, piece, num_tokens in self._pieces(plan.texts, rows_C)
+            ]
+            return torch.cat(embeddings)
+
+    def _keep(self, plan: _Plan, rows: Tensor) -> Tensor:
+        return plan.keep_NJ if self._shared else self._to_device(plan.keep_NJ[rows])
 
     def _loss(self, plan: _Plan, embeddings_ND: Tensor) -> Loss:
         size = len(plan.batch.queries)
@@ -158,9 +175,13 @@ class GradCache:
             negative_owner_M=self._to_device(plan.batch.negative_owner_M),
         )
 
-    def _pieces(self, tokens: Tokens, rows_C: Tensor) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor, Tensor]]]:
-        """Yields the rows of each piece of a chunk, with its ids, its mask and its pooled tokens on the device."""
-        for piece_rows in torch.split(rows_C, split_tightly(tokens.lengths_N[rows_C])):
+    def _pieces(self, tokens: Tokens, rows_C: Tensor) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor, Tensor], int]]:
+        """Yields the rows of each piece of a chunk, its ids, mask and pooled tokens on the device, and its tokens.
+
+        A packed chunk is a single piece, since its padding is taken out again before it is computed.
+        """
+        sizes = [len(rows_C)] if self._packed else split_tightly(tokens.lengths_N[rows_C])
+        for piece_rows in torch.split(rows_C, sizes):
             padded = pad(tokens, piece_rows, self._config.pad_id)
             pooled = padded.mask_CT if self._model.pool_prompt else padded.without_prompt_CT()
             yield (
@@ -170,6 +191,7 @@ class GradCache:
                     self._to_device(padded.mask_CT),
                     self._to_device(pooled),
                 ),
+                int(tokens.lengths_N[piece_rows].sum()),
             )
 
     def _to_device(self, tensor: Tensor) -> Tensor:
@@ -193,6 +215,7 @@ class _Plan:
     context_rows_M: Tensor
     context_chunks: list[Tensor]
     keep_NJ: Tensor
+    """1 × J if the context is shared."""
     num_tokens: int
     """Tokens computed in both stages, padding and context included."""
 

@@ -254,15 +254,22 @@ def summary_text(evaluations: Mapping[str, Mapping[int, Mapping[str, float]]]) -
 def model_flops(encoder: Encoder, batch: Batch, context_rows_M: torch.Tensor) -> float:
     """Returns the FLOPs of the forward and backward pass over the real tokens of a batch and its context.
 
-    Each weight of the layers costs six FLOPs a token, and attention 12 · layers · width · length² a
-    sequence. The second forward pass of GradCache is not counted, since it is not part of the model.
+    Each weight of the layers costs six FLOPs a token, and attention 12 · layers · width for each token
+    and each token that it reads. A shared context is computed once. The second forward pass of
+    GradCache is not counted, since it is not part of the model.
     """
     lengths_N = torch.cat([tokens.lengths_N for tokens in batch.sides]).double()
-    context_size = encoder.config.context_size
-    total = _stage_flops(encoder.second_stage_model, encoder.backbone_config, lengths_N + context_size)
+    size = encoder.config.context_size
+    if encoder.config.context_attention == "shared":
+        num_tokens, num_read = lengths_N.sum() + size, (lengths_N * (lengths_N + size)).sum() + size**2
+    else:
+        num_tokens, num_read = (lengths_N + size).sum(), (lengths_N + size).pow(2).sum()
+
+    total = _stage_flops(encoder.second_stage_model, encoder.backbone_config, num_tokens, num_read)
     if encoder.first_stage_model is not None:
         lengths_M = batch.documents.lengths_N[context_rows_M].double()
-        total += _stage_flops(encoder.first_stage_model, encoder.backbone_config, lengths_M)
+        lengths = lengths_M.sum(), lengths_M.pow(2).sum()
+        total += _stage_flops(encoder.first_stage_model, encoder.backbone_config, *lengths)
     return total
 
 
@@ -271,14 +278,14 @@ def peak_flops(device: torch.device) -> float:
     return _PEAK_FLOPS.get(torch.cuda.get_device_name(device), 0.0) if device.type == "cuda" else 0.0
 
 
-def _stage_flops(stage: torch.nn.Module, config: Any, lengths: torch.Tensor) -> float:
+def _stage_flops(stage: torch.nn.Module, config: Any, num_tokens: torch.Tensor, num_read: torch.Tensor) -> float:
     weights = sum(
         parameter.numel()
         for name, parameter in stage.named_parameters()
         if "embeddings" not in name and parameter.dim() > 1
     )
     attention = 12 * config.num_hidden_layers * config.hidden_size
-    return float(6 * weights * lengths.sum() + attention * lengths.pow(2).sum())
+    return float(6 * weights * num_tokens + attention * num_read)
 
 
 def _mean(several: Sequence[Mapping[str, float]]) -> dict[str, float]:

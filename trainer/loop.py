@@ -23,6 +23,7 @@ from hardbatch.trainer.held_out import held_out_loss
 from hardbatch.trainer.log import StepMetrics, TrainingLog, model_flops, peak_flops, summary_text
 from hardbatch.trainer.loss import Loss, mask_rate
 from hardbatch.trainer.memory import naming_the_flag
+from hardbatch.trainer.model import choose_attention
 from hardbatch.trainer.signals import Stop, StoppedError, deferred_signals
 from hardbatch.trainer.stream import BatchStream
 from hardbatch.trainer.training import Training, export_folder, startup_summary
@@ -310,7 +311,8 @@ class _Loop:
         if math.isfinite(metrics.loss):
             names = ", ".join(str(batch.batch_id) for batch in batches)
             bad = [f"batches {names}: gradient norm {metrics.gradient_norm}"]
-        advice = divergence_advice(self._training.config.attention, on_cuda=self._training.ranks.device.type == "cuda")
+        attention = choose_attention(self._training.config.attention, self._training.encoder.config)
+        advice = divergence_advice(attention, on_cuda=self._training.ranks.device.type == "cuda")
         self._training.ranks.raise_together(DivergedError(f"{'; '.join(bad)}; {advice}") if bad else None)
 
     @contextlib.contextmanager
@@ -331,7 +333,7 @@ def divergence_advice(attention: str, *, on_cuda: bool) -> str:
         return f"the model was not updated by it; {restart} a lower --learning-rate or --precision fp32"
 
     state = f"the model was not updated by it, and attention was that of --attention {attention}"
-    if attention == "eager":
+    if attention in ("eager", "packed"):
         return f"{state}; {restart} --precision fp32, then a lower --learning-rate"
     return (
         f"{state}; try --resume auto with --attention eager first; if that gives the same, {restart} "

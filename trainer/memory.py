@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from hardbatch.pipeline.errors import HardbatchError
+from hardbatch.trainer.attention import PACKED
 
 CHUNK_TOKENS_ON_CPU = 32_768  # 256 texts of 64 tokens, each behind 64 tokens of context
 BYTES_PER_WEIGHT = 16
@@ -61,17 +62,17 @@ def bytes_per_token(
     under bfloat16 autocast: 44 KiB at H = 768, I = 3,072, as measured with NomicBERT, whose gated
     MLP keeps more than others of that width. A padded piece adds a row of the attention mask, of
     `longest_text_tokens` at most, and eager attention the scores of each head in place of the fused
-    kernel's sums. Everything doubles in float32.
+    kernel's sums. A packed row has neither. Everything doubles in float32.
 
     Args:
         backbone: The configuration of the backbone, as in transformers.
         longest_text_tokens: Tokens of the longest text, its context included.
         autocast: The type of autocast, None for float32 throughout.
-        attention: The attention implementation.
+        attention: The attention implementation, as transformers names it.
     """
     inner_width = getattr(backbone, "hidden_dim", None) or backbone.intermediate_size  # the former in distilbert
     in_layer = 27 * backbone.hidden_size + 8 * inner_width
-    of_mask = 2 * longest_text_tokens
+    of_mask = 0 if attention == PACKED else 2 * longest_text_tokens
     of_scores = 8 * backbone.num_attention_heads * longest_text_tokens if attention == "eager" else 0
 
     scale = 1 if autocast is not None else 2

@@ -126,6 +126,7 @@ class ContextualModule(InputModule):
             "transductive_corpus_size": config.context_size,
             "max_seq_length": config.max_length_tokens,
             "pool_prompt": config.pool_prompt,
+            "context_attention": config.context_attention,
             "convention": self.convention,
         }
 
@@ -244,7 +245,7 @@ class ContextualModule(InputModule):
         folder = Path(found)
 
         options = dict(model_kwargs or {})
-        attention = options.pop("attn_implementation", None) or "sdpa"
+        attention = options.pop("attn_implementation", None) or "auto"
         dtype = options.pop("dtype", options.pop("torch_dtype", None))
         dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype  # "auto": as saved
         if options:

@@ -111,13 +111,15 @@ def chunk_by_length(lengths_N: Tensor, chunk_size: int) -> list[Tensor]:
     return list(torch.split(torch.argsort(lengths_N, descending=True, stable=True), chunk_size))
 
 
-def chunk_by_tokens(lengths_N: Tensor, chunk_tokens: int, *, context_size: int = 0) -> list[Tensor]:
+def chunk_by_tokens(
+    lengths_N: Tensor, chunk_tokens: int, *, context_size: int = 0, packed: bool = False
+) -> list[Tensor]:
     """Cuts rows into chunks of at most `chunk_tokens` computed tokens, by decreasing length.
 
-    A chunk is computed in pieces (`split_tightly`): each text counts as long as the longest of its
-    piece, plus `context_size` tokens. A text that alone exceeds `chunk_tokens` is a chunk by itself.
-    The longest texts come first, so that a chunk too large for the memory fails at once; ties keep
-    the order of the rows.
+    A padded chunk is computed in pieces (`split_tightly`): each text counts as long as the longest of
+    its piece, plus `context_size` tokens. A text that alone exceeds `chunk_tokens` is a chunk by
+    itself. The longest texts come first, so that a chunk too large for the memory fails at once; ties
+    keep the order of the rows.
 
     For example, texts of 9, 9 and 5 tokens with 3 tokens of context count 12 tokens each in one
     piece. At `chunk_tokens` = 24 they make two chunks.
@@ -126,6 +128,7 @@ def chunk_by_tokens(lengths_N: Tensor, chunk_tokens: int, *, context_size: int =
         lengths_N: Tokens of each text.
         chunk_tokens: The largest number of tokens of a chunk, padding and context included.
         context_size: Tokens of context in front of each text.
+        packed: Whether chunks are packed rows, in which each text counts its own tokens.
 
     Returns:
         The rows of each chunk; every row is in one chunk.
@@ -138,7 +141,7 @@ def chunk_by_tokens(lengths_N: Tensor, chunk_tokens: int, *, context_size: int =
     longest, piece_size = 0, 0  # of the piece at hand
 
     for length in lengths_N[order_N].tolist():
-        if piece_size == 0 or _ends_piece(length, longest, piece_size):
+        if packed or piece_size == 0 or _ends_piece(length, longest, piece_size):
             longest, piece_size = length, 0
 
         if size and tokens + longest + context_size > chunk_tokens:
@@ -174,8 +177,11 @@ def _ends_piece(length: int, longest: int, size: int) -> bool:
     return size >= _LEAST_TEXTS_OF_PIECE and length < _SHORTEST_OF_PIECE * longest
 
 
-def computed_tokens(lengths_N: Tensor, chunks: Sequence[Tensor], *, context_size: int = 0) -> int:
-    """Counts the tokens computed for all chunks, including padding and `context_size` tokens a text."""
+def computed_tokens(lengths_N: Tensor, chunks: Sequence[Tensor], *, context_size: int = 0, packed: bool = False) -> int:
+    """Counts the tokens computed for all chunks, including `context_size` tokens a text and, unless packed, padding."""
+    if packed:
+        return int(lengths_N.sum()) + len(lengths_N) * context_size
+
     total = 0
     for rows_C in chunks:
         lengths_C = lengths_N[rows_C]

@@ -169,6 +169,12 @@ def start_training(config: TrainConfig, ranks: Ranks, checkpoint: Path | None, n
     if config.positives == "same-answer":
         notices.append(_describe_positives(shards))
 
+    if ranks.device.type == "cuda" and (rate := packed_attention_dropout(encoder)):
+        notices.append(
+            f"warning: packed rows are slow with attention dropout ({rate:g}), which the fused kernels do not have; "
+            "give --dropout 0"
+        )
+
     memory = _memory_needs(config, encoder, autocast_dtype(config.precision, ranks.device))
     chunk_tokens = choose_chunk_tokens(config.chunk_tokens, memory, free_memory(ranks.device))
     encoder = encoder.to(ranks.device).train()
@@ -197,6 +203,14 @@ def start_training(config: TrainConfig, ranks: Ranks, checkpoint: Path | None, n
         memory=memory,
         chunk_tokens=chunk_tokens,
     )
+
+
+def packed_attention_dropout(encoder: Encoder) -> float:
+    """Returns the rate of attention dropout if rows are packed, otherwise 0."""
+    if not encoder.second_stage_model.is_packed:
+        return 0.0
+    names = ("attention_probs_dropout_prob", "attention_dropout")  # the latter in distilbert and modernbert
+    return max(float(getattr(encoder.backbone_config, name, 0.0)) for name in names)
 
 
 def _describe_positives(shards: Shards) -> str:

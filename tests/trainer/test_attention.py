@@ -13,12 +13,11 @@ from transformers import AutoModel
 
 from hardbatch.trainer import attention
 from hardbatch.trainer.attention import PACKED
-from hardbatch.trainer.model import backbone_options
-from tests.trainer_models import tiny_config
+from hardbatch.trainer.model import SecondStage, backbone_options, first_position
+from tests.trainer_models import CONTEXTUAL_TYPES, tiny_config
 
 LENGTHS = (7, 23, 1, 40, 12)
 HIDDEN = 32
-BACKBONES = ("bert", "nomic_bert", "modernbert")
 
 
 def pair_of_backbones(model_type: str) -> tuple[Any, Any]:
@@ -53,6 +52,7 @@ def alone(backbone: Any, context_CH: Tensor, ids: Tensor, null_copies: int = 0) 
             near[size:, size:] &= (places[:, None] - places).abs() <= backbone.config.sliding_window
             mask = {"full_attention": mask, "sliding_attention": dense(near)}
         positions = torch.cat([torch.zeros(size, dtype=torch.long), torch.arange(length)])
+        positions += first_position(backbone.config)
         output = backbone(inputs_embeds=inputs[None], attention_mask=mask, position_ids=positions[None])
         outputs.append(output.last_hidden_state[0, size:])
     return torch.cat(outputs)
@@ -68,6 +68,7 @@ def packed_row(backbone: Any, context_CH: Tensor, ids: Tensor, **spans: int) -> 
     size = len(context_CH)
     inputs = torch.cat([context_CH, backbone.get_input_embeddings()(ids)])
     positions = torch.cat([torch.zeros(size, dtype=torch.long), *[torch.arange(n) for n in LENGTHS]])
+    positions += first_position(backbone.config)
     output = backbone(
         inputs_embeds=inputs[None],
         position_ids=positions[None],
@@ -79,7 +80,7 @@ def packed_row(backbone: Any, context_CH: Tensor, ids: Tensor, **spans: int) -> 
     return output.last_hidden_state[0, size:]
 
 
-@pytest.mark.parametrize("model_type", BACKBONES)
+@pytest.mark.parametrize("model_type", CONTEXTUAL_TYPES)
 @pytest.mark.parametrize(("num_context", "null_weight"), [(0, 0), (20, 0), (20, 5), (1, 9)])
 def test_a_packed_row_equals_each_text_alone(model_type: str, num_context: int, null_weight: int) -> None:
     reference, packed = pair_of_backbones(model_type)
@@ -103,6 +104,41 @@ def test_a_packed_row_equals_each_text_alone(model_type: str, num_context: int, 
             torch.testing.assert_close(one.grad, other.grad, **tolerance, msg=name)
     if num_context:
         torch.testing.assert_close(contexts[1].grad, contexts[0].grad, **tolerance)
+
+
+@pytest.mark.parametrize("model_type", CONTEXTUAL_TYPES)
+@pytest.mark.parametrize("num_given", [0, 5, 8])
+def test_a_shared_context_equals_each_text_alone(model_type: str, num_given: int) -> None:
+    """Embeddings and gradients; null vectors stand for dropped documents and for those that are not given."""
+    size = 8
+    reference, packed = pair_of_backbones(model_type)
+    second = SecondStage(packed, size, "shared").double()
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 100, (sum(LENGTHS),), generator=generator)
+    keep_1J = torch.rand(1, size, generator=generator) < 0.6
+    keep_1J[0, :2] = torch.tensor([True, False])
+    contexts = [torch.randn(num_given, HIDDEN, generator=generator).double().requires_grad_()]
+    contexts.append(contexts[0].detach().clone().requires_grad_())
+    nulls = second.null_context, second.null_context.detach().clone().requires_grad_()
+    weights = torch.randn(len(LENGTHS), HIDDEN, generator=generator).double()
+
+    padded = torch.nn.utils.rnn.pad_sequence(list(ids.split(LENGTHS)), batch_first=True)
+    mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+    found = second(padded, mask, mask, contexts[0], keep_1J)
+
+    given = torch.cat([contexts[1], nulls[1].expand(size - num_given, -1)])
+    context_JH = torch.where(keep_1J[0, :, None], given, nulls[1])
+    means = [part.mean(0) for part in alone(reference, context_JH, ids).split(LENGTHS)]
+    expected = torch.nn.functional.normalize(torch.stack(means), dim=-1)
+    for output in (expected, found):
+        (output * weights).sum().backward()
+
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)  # pooled in float32
+    pairs = zip(packed.named_parameters(), reference.parameters(), strict=True)
+    gradients = [(name, one.grad, other.grad) for (name, one), other in pairs if other.grad is not None]
+    gradients += [("null", nulls[0].grad, nulls[1].grad), ("context", contexts[0].grad, contexts[1].grad)]
+    for name, one, other in gradients:
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5, msg=name)
 
 
 @pytest.fixture
@@ -171,7 +207,7 @@ def test_merged_parts_equal_one_softmax(num_context: int, null_weight: int, wind
             numbers = (max(LENGTHS), num_context, null_weight, 0.3, window)
             out, _ = torch.ops.hardbatch.attention(q, k, v, bounds, *numbers)
         else:
-            out = attention._padded(q, k, v, bounds, max(LENGTHS), num_context, null_weight, 0.3, window, 0.0)
+            out = attention._by_length(q, k, v, bounds, num_context, null_weight, 0.3, window)
         out.backward(gradient)
         results.append((out, q.grad, k.grad, v.grad))
     for expected, found in zip(*results, strict=True):

@@ -63,6 +63,11 @@ def test_help_names_every_flag(capsys):
         ([*NEEDED, "--weight-decay", "much"], "--weight-decay: input should be a number, given 'much'"),
         ([*NEEDED, "--chunk-tokens", "all"], "--chunk-tokens: input should be 'auto' or a whole number, given 'all'"),
         ([*NEEDED, "--chunk-tokens", "0"], "--chunk-tokens: input should be greater than or equal to 1"),
+        ([*NEEDED, "--context-attention", "shared", "--attention", "sdpa"], "needs --attention packed, given 'sdpa'"),
+        (
+            [*NEEDED, "--context-attention", "shared", "--architecture", "biencoder"],
+            "--architecture biencoder reads no context; remove one of them",
+        ),
         ([*NEEDED, "--timeout-s", "0"], "--timeout-s: input should be greater than or equal to 1"),
     ],
 )
@@ -108,7 +113,14 @@ def test_trajectory_holds_what_changes_a_training():
         ["--save-every", "7"],
         ["--chunk-tokens", "8"],
         ["--timeout-s", "9"],
+        ["--attention", "packed"],
     ):
         assert parse_flags([*NEEDED, *flags]).trajectory() == plain
-    for flags in (["--seed", "1"], ["--learning-rate", "1e-3"], ["--max-steps", "5"], ["--no-pool-prompt"]):
+    for flags in (
+        ["--context-attention", "shared"],
+        ["--seed", "1"],
+        ["--learning-rate", "1e-3"],
+        ["--max-steps", "5"],
+        ["--no-pool-prompt"],
+    ):
         assert parse_flags([*NEEDED, *flags]).trajectory() != plain

@@ -31,17 +31,30 @@ STEP = StepConfig(
 WHOLE = replace(STEP, chunk_tokens=10_000)
 
 
-def make_encoder(model_type="bert", context_size=CONTEXT_SIZE, dropout=0.1, pool_prompt=True):
+WAYS = {  # of computing attention: the implementation, and the attention of the context
+    "padded": ("sdpa", "full"),
+    "packed": ("packed", "full"),
+    "shared": ("packed", "shared"),
+}
+
+
+def make_encoder(model_type="bert", context_size=CONTEXT_SIZE, dropout=0.1, pool_prompt=True, way="padded"):
+    attention, context_attention = WAYS[way]
     config = tiny_config(model_type)
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "dropout", "mlp_dropout"):
         if hasattr(config, name):
             setattr(config, name, dropout)
     torch.manual_seed(0)
-    first = new_backbone(config) if context_size else None
+    first = new_backbone(config, attention) if context_size else None
     encoder = Encoder(
-        EncoderConfig(context_size=context_size, max_length_tokens=32, pool_prompt=pool_prompt),
+        EncoderConfig(
+            context_size=context_size,
+            max_length_tokens=32,
+            pool_prompt=pool_prompt,
+            context_attention=context_attention,
+        ),
         first,
-        new_backbone(config),
+        new_backbone(config, attention),
     )
     if encoder.first_stage_model is not None:
         encoder.first_stage_model.initialise_head(encoder.second_stage_model.backbone.get_input_embeddings().weight)
@@ -100,18 +113,28 @@ def one_graph(encoder, config, batch):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "context_size"), [*((name, CONTEXT_SIZE) for name in CONTEXTUAL_TYPES), ("bert", 0), ("mpnet", 0)]
+    ("model_type", "context_size", "way"),
+    [
+        *((name, CONTEXT_SIZE, "padded") for name in CONTEXTUAL_TYPES),
+        *((name, CONTEXT_SIZE, "shared") for name in CONTEXTUAL_TYPES),
+        ("bert", CONTEXT_SIZE, "packed"),
+        ("modernbert", CONTEXT_SIZE, "packed"),
+        ("bert", 0, "padded"),
+        ("bert", 0, "packed"),
+        ("mpnet", 0, "padded"),
+    ],
 )
 @pytest.mark.parametrize(
     ("num_negatives", "masked", "same_answer"), [(0, True, False), (5, True, True), (0, False, False)]
 )
 def test_cached_equals_one_graph_over_the_same_chunks_and_draws(
-    model_type, context_size, num_negatives, masked, same_answer
+    model_type, context_size, way, num_negatives, masked, same_answer
 ):
     batch = make_batch(3, num_negatives, masked, same_answer)
-    expected_loss, expected = one_graph(make_encoder(model_type, context_size), STEP, batch)
-    encoder = make_encoder(model_type, context_size)
-    loss = GradCache(encoder, STEP).backward(batch)
+    config = STEP if way == "padded" else replace(STEP, chunk_tokens=45)  # several chunks of context too
+    expected_loss, expected = one_graph(make_encoder(model_type, context_size, way=way), config, batch)
+    encoder = make_encoder(model_type, context_size, way=way)
+    loss = GradCache(encoder, config).backward(batch)
     assert torch.equal(loss.value, expected_loss)
     assert worst_error(gradients_of(encoder), expected) < BOUND
     assert all(gradient.any() for name, gradient in expected.items() if "position" not in name)
@@ -119,13 +142,23 @@ def test_cached_equals_one_graph_over_the_same_chunks_and_draws(
 
 @pytest.mark.parametrize("chunk_tokens", [1, 60, 100, 250, 600])
 @pytest.mark.parametrize("pool_prompt", [True, False])
-def test_without_dropout_chunks_change_nothing(chunk_tokens, pool_prompt):
+@pytest.mark.parametrize("way", WAYS)
+def test_without_dropout_chunks_change_nothing(chunk_tokens, pool_prompt, way):
     batch = make_batch(4, num_negatives=3)
-    whole, cached = (make_encoder(dropout=0.0, pool_prompt=pool_prompt) for _ in range(2))
+    whole, cached = (make_encoder(dropout=0.0, pool_prompt=pool_prompt, way=way) for _ in range(2))
     expected = GradCache(whole, WHOLE).backward(batch)
     found = GradCache(cached, replace(STEP, chunk_tokens=chunk_tokens)).backward(batch)
     assert found.value.item() == pytest.approx(expected.value.item(), rel=1e-5)
     assert worst_error(gradients_of(cached), gradients_of(whole)) < 10 * BOUND  # other padding, other rounding
+
+
+@pytest.mark.parametrize("pool_prompt", [True, False])
+def test_packed_chunks_give_the_gradients_of_padded_pieces(pool_prompt):
+    batch = make_batch(6, num_negatives=3)
+    padded, packed = (make_encoder(dropout=0.0, pool_prompt=pool_prompt, way=way) for way in ("padded", "packed"))
+    expected, found = (GradCache(encoder, STEP).backward(batch) for encoder in (padded, packed))
+    assert found.value.item() == pytest.approx(expected.value.item(), rel=1e-5)
+    assert worst_error(gradients_of(packed), gradients_of(padded)) < 10 * BOUND
 
 
 @pytest.mark.parametrize("same_answer", [False, True])
@@ -159,10 +192,11 @@ def test_an_independent_computation_of_the_whole_step(same_answer):
     assert loss.item() == pytest.approx((losses.sum(1) / positives.sum(1)).mean().item(), rel=1e-5)
 
 
-def test_draws_depend_on_the_position_alone():
+@pytest.mark.parametrize("way", WAYS)
+def test_draws_depend_on_the_position_alone(way):
     losses = []
     for position in (3, 3, 4):
-        encoder = make_encoder()
+        encoder = make_encoder(way=way)
         torch.manual_seed(len(losses))  # whatever else drew numbers before
         losses.append(GradCache(encoder, STEP).backward(replace(make_batch(3), position=position)).value.item())
     assert losses[0] == losses[1] != losses[2]
@@ -175,18 +209,32 @@ def test_the_global_generator_is_left_as_it_was():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_no_context_rate_nulls_a_whole_batch():
-    encoder = make_encoder()
+def test_documents_of_a_shared_context_are_dropped_for_a_whole_batch():
+    """Whatever the chunks, so that texts of a batch keep one context."""
+    kept = []
+    for position in (3, 3, 4):
+        for config in (STEP, WHOLE):
+            plan = GradCache(make_encoder(way="shared"), config)._plan(replace(make_batch(3), position=position))
+            assert plan.keep_NJ.shape == (1, CONTEXT_SIZE)
+            kept.append(plan.keep_NJ.tolist())
+    assert kept[0] == kept[1] == kept[2] != kept[4]
+    assert not all(kept[0][0]) and any(kept[0][0])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_context_rate_nulls_a_whole_batch(way):
+    encoder = make_encoder(way=way)
     GradCache(encoder, replace(STEP, no_context_rate=1.0)).backward(make_batch(1))
     first = [parameter.grad for parameter in encoder.first_stage_model.parameters()]
     assert all(gradient is not None and not gradient.any() for gradient in first)
     assert encoder.second_stage_model.null_context.grad.any()
 
 
-def test_bf16_autocast_gives_every_weight_its_gradient():
+@pytest.mark.parametrize("way", WAYS)
+def test_bf16_autocast_gives_every_weight_its_gradient(way):
     """A weight cast in the pass without a graph and cached by autocast would get none in the second pass."""
     batch = make_batch(2)
-    exact, cast = make_encoder(dropout=0.0), make_encoder(dropout=0.0)
+    exact, cast = (make_encoder(dropout=0.0, way=way) for _ in range(2))
     GradCache(exact, STEP).backward(batch)
     loss = GradCache(cast, replace(STEP, autocast=torch.bfloat16)).backward(batch)
     assert loss.value.dtype == torch.float32
@@ -202,9 +250,9 @@ def test_bf16_autocast_gives_every_weight_its_gradient():
 ACCUMULATE, NUM_STEPS = 2, 12
 
 
-def train_rank(rank, world_size, accumulate, config, batch_at=make_batch):
+def train_rank(rank, world_size, accumulate, config, batch_at=make_batch, way="padded"):
     """Yields (gradients, parameters) of one rank after each step; batches in the order of the stream."""
-    encoder = make_encoder()
+    encoder = make_encoder(way=way)
     ranks = Ranks(rank=rank, world_size=world_size, device=torch.device("cpu"))
     step = GradCache(encoder, config)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3)
@@ -234,8 +282,10 @@ def uneven_batch(position):
 
 
 UNEVEN = replace(STEP, chunk_tokens=520)
-CASES = {  # settings, batches that a rank accumulates, batches
+CASES = {  # settings, batches that a rank accumulates, batches, and the attention if it is not padded
     "dropping": (STEP, ACCUMULATE, make_batch),
+    "packed": (STEP, ACCUMULATE, make_batch, "packed"),
+    "shared": (STEP, ACCUMULATE, make_batch, "shared"),
     "no mask": (STEP, ACCUMULATE, partial(make_batch, masked=False)),
     "one chunk": (WHOLE, ACCUMULATE, make_batch),
     "nothing dropped": (replace(STEP, sequence_dropout=0.0), ACCUMULATE, make_batch),
@@ -263,6 +313,18 @@ def test_a_batch_of_no_more_tokens_than_a_chunk_takes_one_pass():
     assert passes == [1, 2]
 
 
+@pytest.mark.parametrize("way", ["packed", "shared"])
+def test_a_packed_batch_counts_no_padding(way):
+    batch = make_batch(0)
+    plan = GradCache(make_encoder(way=way), STEP)._plan(batch)
+    contexts = len(plan.text_chunks) if way == "shared" else 2 * SIZE
+    in_context = int(batch.documents.lengths_N[plan.context_rows_M].sum())
+    assert plan.num_tokens == batch.num_tokens + contexts * CONTEXT_SIZE + in_context
+    for rows_C in plan.text_chunks:
+        of_context = CONTEXT_SIZE * (1 if way == "shared" else len(rows_C))
+        assert int(plan.texts.lengths_N[rows_C].sum()) + of_context <= STEP.chunk_tokens
+
+
 def test_uneven_batches_are_uneven():
     step = GradCache(make_encoder(), UNEVEN)
     for position in range(15):
@@ -273,8 +335,8 @@ def rank_main(rank, world_size, port, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     results = {}
-    for name, (config, accumulate, batch_at) in CASES.items():
-        steps = train_rank(rank, world_size, accumulate, config, batch_at)
+    for name, (config, accumulate, *rest) in CASES.items():
+        steps = train_rank(rank, world_size, accumulate, config, *rest)
         gradients, parameters = next(steps)
         for _ in range((NUM_STEPS if name == "dropping" else 3) - 1):
             _, parameters = next(steps)
@@ -293,8 +355,8 @@ def test_ranks_equal_one_rank_that_accumulates(tmp_path):
     world_size = 3
     warm.run_ranks(rank_main, world_size, str(tmp_path))
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
-    for name, (config, accumulate, batch_at) in CASES.items():
-        alone, _ = next(train_rank(0, 1, accumulate * world_size, config, batch_at))
+    for name, (config, accumulate, *rest) in CASES.items():
+        alone, _ = next(train_rank(0, 1, accumulate * world_size, config, *rest))
         assert max(worst_error(of_rank[name]["gradients"], alone) for of_rank in found) < BOUND, name
         assert len({of_rank[name]["digest"] for of_rank in found}) == 1, name
     assert {of_rank["reduced"] for of_rank in found} == {sum(p.numel() for p in make_encoder().parameters())}

@@ -128,6 +128,16 @@ def test_biencoder_bf16_random_weights_and_init_from(flags, capsys, tmp_path):
     assert code == 2 and "its model has --context-size 0 (biencoder), this training asks for 6" in error
 
 
+def test_a_model_of_another_context_attention_is_no_start(flags, capsys, tmp_path):
+    flags |= {"--context-attention": "shared", "--max-steps": 2}
+    assert in_process(flags, capsys)[0] == 0
+    other = {**flags, "--output": tmp_path / "other", "--context-attention": "full"}
+    code, error = in_process({**other, "--init-from": Path(flags["--output"]) / "export"}, capsys)
+    assert code == 2 and "its model has --context-attention shared (contextual), this training asks for full" in error
+    code, error = in_process({**flags, "--context-attention": "full", "--resume": "auto"}, capsys)
+    assert code == 2 and "--context-attention shared there, full here" in error
+
+
 @pytest.mark.parametrize(
     ("model_type", "architecture"),
     [("xlm-roberta", "contextual"), ("distilbert", "contextual"), ("mpnet", "biencoder")],
@@ -144,10 +154,11 @@ def test_other_backbones(flags, capsys, tmp_path, model_type, architecture):
     assert tokenizer.pad_id == encoder.backbone_config.pad_token_id
 
 
-@pytest.fixture(scope="module")
-def two_ranks(flags_of, tmp_path_factory):
+@pytest.fixture(scope="module", params=["full", "shared"])
+def two_ranks(request, flags_of, tmp_path_factory):
     """The flags of a finished training of 12 steps by 2 ranks. Read only."""
     flags = flags_of(tmp_path_factory.mktemp("two") / "out") | {"--epochs": 4, "--keep-last": 4}
+    flags["--context-attention"] = request.param
     assert [ended.code for ended in run_ranks(flags, 2)] == [0, 0]
     return flags
 
@@ -316,7 +327,7 @@ def test_advice_about_a_loss_that_is_no_number():
     assert "was that of --attention sdpa" in advice
     places = [advice.index(word) for word in ("--attention eager", "--precision fp32", "--learning-rate")]
     assert places == sorted(places)
-    assert "try --resume auto" not in divergence_advice("eager", on_cuda=True)
+    assert all("try --resume auto" not in divergence_advice(name, on_cuda=True) for name in ("eager", "packed"))
     assert "--attention" not in divergence_advice("sdpa", on_cuda=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -37,9 +38,10 @@ def context(num_documents, scale=0.05, seed=1):
     return scale * torch.randn(num_documents, HIDDEN_SIZE, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("context_attention", ["full", "shared"])
 @pytest.mark.parametrize("model_type", CONTEXTUAL_TYPES)
-def test_the_order_of_the_context_changes_nothing(model_type):
-    second = tiny_encoder(model_type, CONTEXT_SIZE).second_stage_model
+def test_the_order_of_the_context_changes_nothing(model_type, context_attention):
+    second = tiny_encoder(model_type, CONTEXT_SIZE, context_attention=context_attention).second_stage_model
     ids, mask = texts()
     with torch.no_grad():
         given = context(CONTEXT_SIZE)
@@ -96,8 +98,92 @@ def test_padding_changes_nothing(model_type):
     assert torch.allclose(first_together[1], first_alone[0], atol=1e-6)
 
 
-def test_missing_context_is_null_context():
-    second = tiny_encoder("bert", 6).second_stage_model
+@pytest.mark.parametrize("context_size", [0, CONTEXT_SIZE])
+@pytest.mark.parametrize("model_type", CONTEXTUAL_TYPES)
+def test_packed_rows_give_the_embeddings_and_gradients_of_padded_texts(model_type, context_size):
+    """Also of texts that a window does not cover, that pool a part of their tokens, and that drop documents."""
+    ids, mask = texts()
+    mask = mask.bool()
+    ids[~mask] = tiny_config(model_type).pad_token_id
+    ids[0, 7] = tiny_config(model_type).pad_token_id  # "<pad>" in the words of a text takes no position in roberta
+    pooled = mask & (torch.arange(30) >= 2)
+    keep = torch.rand(6, CONTEXT_SIZE, generator=torch.Generator().manual_seed(3)) < 0.7
+    results = []
+    for attention in ("sdpa", "packed"):
+        encoder = tiny_encoder(model_type, context_size, attention=attention)
+        inputs = [(ids, mask, pooled)] if context_size == 0 else [(ids, mask, pooled, context(30, 1.0), keep)]
+        outputs = [encoder.second_stage_model(*inputs[0])]
+        if context_size:
+            vectors = encoder.first_stage_model(ids[:3], mask[:3], pooled[:3])
+            outputs += [vectors, encoder.second_stage_model(ids, mask, mask, vectors, num_tokens=int(mask.sum()))]
+        weights = torch.randn(len(outputs), 6, HIDDEN_SIZE, generator=torch.Generator().manual_seed(4))
+        sum((weights[i, : len(one)] * one).sum() for i, one in enumerate(outputs)).backward()
+        results.append((outputs, {name: parameter.grad for name, parameter in encoder.named_parameters()}))
+
+    (expected, of_padded), (found, of_packed) = results
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    for name, gradient in of_padded.items():
+        assert (of_packed[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-5, name
+
+
+def test_a_shared_context_needs_packed_attention():
+    with pytest.raises(ValueError, match="a shared context needs packed attention, sdpa is asked for"):
+        tiny_encoder(attention="sdpa", context_attention="shared")
+    with pytest.raises(ValueError, match="a shared context needs packed attention"):
+        SecondStage(new_backbone(tiny_config()), 4, "shared")
+    with pytest.raises(ValueError, match="mpnet cannot read packed rows; use sdpa or eager"):
+        new_backbone(tiny_config("mpnet"), "packed")
+
+
+@pytest.mark.parametrize("model_type", CONTEXTUAL_TYPES)
+@pytest.mark.parametrize("num_given", [0, 3, 6])
+def test_the_states_of_a_shared_context_are_computed_once_and_change_nothing(monkeypatch, model_type, num_given):
+    second = tiny_encoder(model_type, 6, context_attention="shared").second_stage_model
+    ids, mask = texts()
+    given = context(num_given, 1.0)
+    rows = []
+    forward = second.backbone.forward
+
+    def spy(**inputs):
+        rows.append(inputs["inputs_embeds"].shape[1])
+        return forward(**inputs)
+
+    monkeypatch.setattr(second.backbone, "forward", spy)
+    expected = second(ids, mask, mask, given).detach()  # with a graph, the context is in the row
+    with torch.no_grad():
+        found = [second(ids, mask, mask, given.clone()) for _ in range(2)]
+    size = num_given + (num_given < 6)  # and a null vector for those that are not given
+    num_tokens = int(mask.sum())
+    assert rows == [size + num_tokens, size + 1, num_tokens, num_tokens]
+    assert torch.equal(*found) and torch.allclose(found[0], expected, rtol=0, atol=1e-6)
+
+
+def test_the_states_of_a_shared_context_follow_the_context_and_the_weights():
+    second = tiny_encoder("bert", 4, context_attention="shared").second_stage_model
+    ids, mask = texts()
+
+    def expected(given):
+        return second(ids, mask, mask, given).detach()
+
+    given = context(3, 1.0)
+    with torch.no_grad():
+        second(ids, mask, mask, given)
+        given[1] += 1
+        assert torch.allclose(second(ids, mask, mask, given), torch.enable_grad()(expected)(given), atol=1e-6)
+        for change in (second.null_context, second.backbone.encoder.layer[0].attention.self.value.weight):
+            before = second(ids, mask, mask, given)
+            change.mul_(-1)
+            found = second(ids, mask, mask, given)
+            assert (found - before).abs().max() > 1e-4
+            assert torch.allclose(found, torch.enable_grad()(expected)(given), atol=1e-6)
+        half = second.to(torch.bfloat16)
+        assert half(ids, mask, mask, given).isfinite().all()
+
+
+@pytest.mark.parametrize("context_attention", ["full", "shared"])
+def test_missing_context_is_null_context(context_attention):
+    second = tiny_encoder("bert", 6, context_attention=context_attention).second_stage_model
     ids, mask = texts()
     given = context(4)
     nulls = second.null_context.detach().expand(2, -1)
@@ -107,9 +193,11 @@ def test_missing_context_is_null_context():
         none = second(ids, mask, mask)
         empty = second(ids, mask, mask, given[:0])
         all_nulls = second(ids, mask, mask, second.null_context.detach().expand(6, -1))
-        dropped = second(ids, mask, mask, given, torch.zeros(6, 6, dtype=torch.bool))
-    assert torch.equal(short, padded)
-    assert torch.equal(none, empty) and torch.equal(none, all_nulls) and torch.equal(none, dropped)
+        rows = 6 if context_attention == "full" else 1
+        dropped = second(ids, mask, mask, given, torch.zeros(rows, 6, dtype=torch.bool))
+    close = torch.equal if context_attention == "full" else partial(torch.allclose, rtol=0, atol=1e-6)
+    assert close(short, padded)
+    assert torch.equal(none, empty) and torch.equal(none, dropped) and close(none, all_nulls)
     assert not torch.allclose(short, none)
 
 
@@ -126,8 +214,9 @@ def test_dropping_is_for_each_text_by_itself():
     assert moved[3] == 0 and (moved[[0, 1, 2, 4, 5]] > 0).all()
 
 
-def test_the_null_vector_always_gets_a_gradient():
-    second = tiny_encoder("bert", 4).second_stage_model
+@pytest.mark.parametrize("context_attention", ["full", "shared"])
+def test_the_null_vector_always_gets_a_gradient(context_attention):
+    second = tiny_encoder("bert", 4, context_attention=context_attention).second_stage_model
     ids, mask = texts()
     second(ids, mask, mask, context(4)).sum().backward()
     assert second.null_context.grad is not None and not second.null_context.grad.any()
@@ -135,9 +224,10 @@ def test_the_null_vector_always_gets_a_gradient():
     assert second.null_context.grad.any()
 
 
-def test_every_parameter_gets_a_gradient():
+@pytest.mark.parametrize("context_attention", ["full", "shared"])
+def test_every_parameter_gets_a_gradient(context_attention):
     for model_type in CONTEXTUAL_TYPES:
-        encoder = tiny_encoder(model_type, 4)
+        encoder = tiny_encoder(model_type, 4, context_attention=context_attention)
         ids, mask = texts()
         vectors = encoder.first_stage_model(ids[:3], mask[:3], mask[:3])
         encoder.second_stage_model(ids, mask, mask, vectors)[:, 0].sum().backward()
@@ -145,8 +235,9 @@ def test_every_parameter_gets_a_gradient():
         assert without == []
 
 
-def test_more_context_than_the_model_reads_is_refused():
-    second = tiny_encoder("bert", 4).second_stage_model
+@pytest.mark.parametrize("context_attention", ["full", "shared"])
+def test_more_context_than_the_model_reads_is_refused(context_attention):
+    second = tiny_encoder("bert", 4, context_attention=context_attention).second_stage_model
     ids, mask = texts()
     with pytest.raises(ValueError, match="5 context documents are given, the model reads at most 4"):
         second(ids, mask, mask, context(5))
@@ -209,7 +300,7 @@ def test_refused_backbones():
         new_backbone(ElectraConfig(num_hidden_layers=1))
     with pytest.raises(ValueError, match="mpnet cannot read a context"):
         SecondStage(new_backbone(tiny_config("mpnet")), CONTEXT_SIZE)
-    with pytest.raises(ValueError, match="use sdpa or eager"):
+    with pytest.raises(ValueError, match="use sdpa, eager or packed"):
         new_backbone(tiny_config("modernbert"), attention="flash_attention_2")
 
 
@@ -220,11 +311,23 @@ def save(folder, encoder):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "context_size"), [*((name, 0) for name in BACKBONES), *((name, 4) for name in CONTEXTUAL_TYPES)]
+    ("model_type", "context_size", "context_attention"),
+    [
+        *((name, 0, "full") for name in BACKBONES),
+        *((name, 4, "full") for name in CONTEXTUAL_TYPES),
+        ("bert", 4, "shared"),
+    ],
 )
-def test_saved_and_loaded(tmp_path, model_type, context_size):
-    encoder = tiny_encoder(model_type, context_size, pool_prompt=False)
+def test_saved_and_loaded(tmp_path, model_type, context_size, context_attention):
+    encoder = tiny_encoder(model_type, context_size, pool_prompt=False, context_attention=context_attention)
     save(tmp_path, encoder)
+    own = json.loads((tmp_path / "config.json").read_text())["hardbatch"]
+    if context_attention == "shared":
+        assert own["format_version"] == 2 and own["context_attention"] == "shared"
+        with pytest.raises(ValueError, match="a shared context needs packed attention, eager is asked for"):
+            load_encoder(tmp_path, "eager")
+    else:
+        assert own["format_version"] == 1 and "context_attention" not in own  # earlier code reads it
     loaded = load_encoder(tmp_path)
     assert loaded.config == encoder.config and not loaded.training
     ids, mask = texts()
@@ -241,7 +344,7 @@ def test_what_is_no_saved_model_is_refused(tmp_path):
     content = json.loads((tmp_path / "config.json").read_text())
     content["hardbatch"]["format_version"] = 99
     (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="format version 99, this code reads up to 1"):
+    with pytest.raises(ValueError, match="format version 99, this code reads up to 2"):
         load_encoder(tmp_path)
     del content["hardbatch"]
     (tmp_path / "config.json").write_text(json.dumps(content))
