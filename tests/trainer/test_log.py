@@ -91,9 +91,9 @@ def tokens(lengths):
     return Tokens(ids=ids, lengths_N=lengths_N, prompt_lengths_N=torch.zeros_like(lengths_N))
 
 
-@pytest.mark.parametrize("context_size", [0, 2])
-def test_flops_by_hand(context_size):
-    encoder = tiny_encoder("bert", context_size, num_layers=3, hidden_size=32)
+@pytest.mark.parametrize(("context_size", "context_attention"), [(0, "full"), (2, "full"), (2, "shared")])
+def test_flops_by_hand(context_size, context_attention):
+    encoder = tiny_encoder("bert", context_size, num_layers=3, hidden_size=32, context_attention=context_attention)
     batch = Batch(
         position=0,
         batch_id=0,
@@ -105,7 +105,11 @@ def test_flops_by_hand(context_size):
         equivalent_BB=torch.zeros(2, 2, dtype=torch.bool),
     )
     layer = 4 * 32 * 32 + 2 * 32 * 64
-    second = sum(6 * 3 * layer * (n + context_size) + 12 * 3 * 32 * (n + context_size) ** 2 for n in (3, 4, 5, 6))
+    if context_attention == "shared":  # each text reads the context and itself; the context reads itself, once
+        second = sum(6 * 3 * layer * n + 12 * 3 * 32 * n * (n + 2) for n in (3, 4, 5, 6))
+        second += 6 * 3 * layer * 2 + 12 * 3 * 32 * 2 * 2
+    else:
+        second = sum(6 * 3 * layer * (n + context_size) + 12 * 3 * 32 * (n + context_size) ** 2 for n in (3, 4, 5, 6))
     first = sum(6 * (3 * layer + 32 * 32) * n + 12 * 3 * 32 * n**2 for n in (5, 6)) if context_size else 0
     assert model_flops(encoder, batch, torch.tensor([0, 1])) == pytest.approx(second + first)
 

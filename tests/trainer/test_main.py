@@ -29,7 +29,7 @@ from tests.reliability.trainings import (
     workers_of,
 )
 from tests.trainer.shard_formats import write_positive_slots
-from tests.trainer_models import tiny_backbone, tiny_config
+from tests.trainer_models import CONTEXTUAL_TYPES, tiny_backbone, tiny_config, tiny_encoder
 
 
 @pytest.fixture(scope="module")
@@ -329,6 +329,21 @@ def test_advice_about_a_loss_that_is_no_number():
     assert places == sorted(places)
     assert all("try --resume auto" not in divergence_advice(name, on_cuda=True) for name in ("eager", "packed"))
     assert "--attention" not in divergence_advice("sdpa", on_cuda=False)
+
+
+def test_attention_dropout_is_known_if_rows_are_packed():
+    """It makes packed rows slow on CUDA, of which a training warns."""
+    from hardbatch.trainer.backbone import _DROPOUTS
+    from hardbatch.trainer.training import packed_attention_dropout
+
+    for model_type in CONTEXTUAL_TYPES:
+        for attention, expected in (("packed", 0.25), ("sdpa", 0.0)):
+            encoder = tiny_encoder(model_type, attention=attention)
+            assert packed_attention_dropout(encoder) == 0
+            for name in _DROPOUTS:
+                if hasattr(encoder.backbone_config, name):
+                    setattr(encoder.backbone_config, name, 0.25)
+            assert packed_attention_dropout(encoder) == expected
 
 
 def test_a_step_that_does_not_fit_the_memory_ends_in_one_line(flags, capsys, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hardbatch.pipeline.errors import HardbatchError
+from hardbatch.trainer.attention import PACKED
 from hardbatch.trainer.memory import (
     CHUNK_TOKENS_ON_CPU,
     DeviceMemoryError,
@@ -71,6 +72,8 @@ def test_the_estimate_at_the_width_that_was_measured():
     assert bytes_per_token(config, longest_text_tokens=1_024, autocast=None) == 2 * estimated
     eager = bytes_per_token(config, longest_text_tokens=1_024, autocast=torch.bfloat16, attention="eager")
     assert eager - estimated == 12 * 8 * 4 * 1_024  # layers, bytes, heads, places
+    packed = bytes_per_token(config, longest_text_tokens=1_024, autocast=torch.bfloat16, attention=PACKED)
+    assert estimated - packed == 12 * 2 * 1_024  # a row of the mask in each layer
 
 
 def test_auto_is_what_the_memory_holds():
