@@ -45,7 +45,7 @@ WAYS = {  # of computing a step: flags by name
     "packed": ("--attention", "packed"),
     "shared": ("--context-attention", "shared"),
 }
-NUM_QUERIES = 128
+NUM_QUERIES = 32
 
 
 def main() -> None:
