@@ -368,7 +368,8 @@ class SecondStage(_Stage):
         # The null vector and dropped documents are in the graph, so that they have a gradient for DDP to reduce.
         rows_C = ([0] if null_weight else []) + [1 + row for row in kept]
         candidates = torch.cat([self.null_context[None], context_MH.to(self.null_context.dtype)])
-        return candidates[torch.tensor(rows_C, device=candidates.device)], null_weight
+        index_C = torch.tensor(rows_C).to(candidates.device, non_blocking=True)
+        return candidates[index_C], null_weight
 
     def _context(self, num_texts: int, context_MH: Tensor | None, keep_NJ: Tensor | None) -> Tensor:
         null_H = self.null_context

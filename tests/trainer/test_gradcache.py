@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from dataclasses import replace
 from functools import partial
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hardbatch.trainer import attention
 from hardbatch.trainer.batch import Batch, Tokens
 from hardbatch.trainer.gradcache import GradCache, StepConfig
 from hardbatch.trainer.model import Encoder, EncoderConfig, new_backbone
@@ -39,13 +41,13 @@ WAYS = {  # of computing attention: the implementation, and the attention of the
 
 
 def make_encoder(model_type="bert", context_size=CONTEXT_SIZE, dropout=0.1, pool_prompt=True, way="padded"):
-    attention, context_attention = WAYS[way]
+    implementation, context_attention = WAYS[way]
     config = tiny_config(model_type)
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "dropout", "mlp_dropout"):
         if hasattr(config, name):
             setattr(config, name, dropout)
     torch.manual_seed(0)
-    first = new_backbone(config, attention) if context_size else None
+    first = new_backbone(config, implementation) if context_size else None
     encoder = Encoder(
         EncoderConfig(
             context_size=context_size,
@@ -54,7 +56,7 @@ def make_encoder(model_type="bert", context_size=CONTEXT_SIZE, dropout=0.1, pool
             context_attention=context_attention,
         ),
         first,
-        new_backbone(config, attention),
+        new_backbone(config, implementation),
     )
     if encoder.first_stage_model is not None:
         encoder.first_stage_model.initialise_head(encoder.second_stage_model.backbone.get_input_embeddings().weight)
@@ -190,6 +192,18 @@ def test_an_independent_computation_of_the_whole_step(same_answer):
     against = scores.exp().masked_fill(batch.equivalent_BB | own, 0).sum(1, keepdim=True)
     losses = torch.where(positives, -torch.log(scores.exp() / (scores.exp() + against)), 0)
     assert loss.item() == pytest.approx((losses.sum(1) / positives.sum(1)).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("config", [STEP, WHOLE])
+@pytest.mark.parametrize(("model_type", "way"), [("bert", "packed"), ("roberta", "shared"), ("modernbert", "shared")])
+def test_a_packed_step_never_waits_for_the_device(monkeypatch, model_type, way, config):
+    """Tensors on `meta` have no data, so whatever asks the device for a number or mixes devices raises."""
+    monkeypatch.setattr(attention, "_uses_flash", lambda _: True)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # there is none for meta
+    encoder = make_encoder(model_type, dropout=0.0, way=way).to("meta")
+    loss = GradCache(encoder, config).backward(make_batch(3, 3, same_answer=True))
+    assert loss.value.is_meta
+    assert all(parameter.grad is not None for parameter in encoder.parameters())
 
 
 @pytest.mark.parametrize("way", WAYS)
