@@ -150,10 +150,14 @@ class _Stage(nn.Module):
         if not self.is_packed:
             return mean_pool(self.backbone(input_ids=ids_NT, attention_mask=mask_NT).last_hidden_state, pooled_NT)
 
+        row, inputs_RH, positions_R = self._pack(ids_NT, mask_NT, num_tokens)
+        return row.mean(self._run_row(inputs_RH, positions_R, **row.arguments()), pooled_NT)
+
+    def _pack(self, ids_NT: Tensor, mask_NT: Tensor, num_tokens: int | None) -> tuple[_Row, Tensor, Tensor]:
+        """The row of some texts, its token embeddings (R × H) and its positions (R)."""
         row = _Row.of(mask_NT, num_tokens)
         inputs_RH = self.backbone.get_input_embeddings()(row.take(ids_NT))
-        positions_R = row.take(self._positions(ids_NT).expand_as(ids_NT))
-        return row.mean(self._run_row(inputs_RH, positions_R, **row.arguments()), pooled_NT)
+        return row, inputs_RH, row.take(self._positions(ids_NT).expand_as(ids_NT))
 
     def _run_row(self, inputs_RH: Tensor, positions_R: Tensor, **spans: Any) -> Tensor:
         """Hidden states (R × H) of a packed row; `spans` are arguments of `packed_attention`."""
@@ -319,9 +323,7 @@ class SecondStage(_Stage):
         num_tokens: int | None,
     ) -> Tensor:
         """Pooled hidden states (N × H) of texts that read one context, which does not read them."""
-        row = _Row.of(mask_NT, num_tokens)
-        inputs_RH = self.backbone.get_input_embeddings()(row.take(ids_NT))
-        positions_R = row.take(self._positions(ids_NT).expand_as(ids_NT))
+        row, inputs_RH, positions_R = self._pack(ids_NT, mask_NT, num_tokens)
         context_CH, null_weight = self._shared_context(context_MH, keep_1J)
         context_CH = context_CH.to(inputs_RH.dtype)
 
