@@ -206,6 +206,8 @@ def test_merged_parts_equal_one_softmax(num_context: int, null_weight: int, wind
         if merged:
             numbers = (max(LENGTHS), num_context, null_weight, 0.3, window)
             out, _ = torch.ops.hardbatch.attention(q, k, v, bounds, *numbers)
+            texts_alone, _ = torch.ops.hardbatch.attention(q[num_context:].detach(), k, v, bounds, *numbers)
+            torch.testing.assert_close(texts_alone, out[num_context:], rtol=0, atol=1e-6)  # a kept context
         else:
             out = attention._by_length(q, k, v, bounds, num_context, null_weight, 0.3, window)
         out.backward(gradient)
