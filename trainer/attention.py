@@ -394,7 +394,7 @@ def _by_length(
         bias = _bias(q_THD, num_context, length, null_weight, window, num_carried)
         texts = F.scaled_dot_product_attention(q_NHLD, k_NHSD, v_NHSD, attn_mask=bias, **options)
         outputs.append(texts.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
 def _bias(
