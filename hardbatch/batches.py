@@ -135,7 +135,8 @@ def build_batches(
 class Batches:
     """Batches of B pairs each, in memory. `build_batches` makes them.
 
-    `len(batches)` is M, and `batches[i]` shows batch i as a polars frame, with the columns of the dataset.
+    `len(batches)` is M. `batches[i]` shows batch i as a polars frame, with the columns of the dataset, and
+    `batches[i:j]` those of several batches, one after the other.
 
     Attributes:
         indices: The rows of the dataset that each batch holds (int64, M × B). K consecutive slots are a group.
@@ -170,8 +171,8 @@ class Batches:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, number: int) -> pl.DataFrame:
-        found: pl.DataFrame = self._frame[self.indices[number]]
+    def __getitem__(self, number: int | slice) -> pl.DataFrame:
+        found: pl.DataFrame = self._frame[self.indices[number].ravel()]
         return found
 
     def __repr__(self) -> str:
@@ -286,6 +287,11 @@ class Batches:
 
     def _warn(self) -> None:
         """Warns of what makes batches useless, or nearly so."""
+        negatives = [name for name in self._frame.columns if name.lower().startswith("negative")]
+        if negatives:
+            logger.warning(
+                "hard negatives are not used here (columns %s); hardbatch.run_corpus uses them", ", ".join(negatives)
+            )
         used = self.indices.size / len(self._frame)
         if used < _FEW_USED:
             logger.warning("%.0f %% of the rows are in a batch: %s", 100 * used, reasons_text(self.leftover))

@@ -158,6 +158,14 @@ def _parser() -> argparse.ArgumentParser:
         _add_common(sub)
         if name == "run":
             sub.add_argument("--json", action="store_true", help="print one JSON object instead of the summary")
+        else:
+            sub.add_argument(
+                "--rates",
+                type=user_path,
+                metavar="FILE",
+                help="read no data: estimate from num_pairs and these rates, as in examples/rates_cpu.toml",
+            )
+            sub.add_argument("--workers", type=_positive, help="with --rates: how many workers share the work")
     inspect = add(
         "inspect", _inspect, "show the batches of a shards folder, or with --log how long the steps of a run took"
     )
@@ -287,6 +295,16 @@ def _gc(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    if options.rates is not None:
+        from hardbatch.pipeline.config import load_manifest
+        from hardbatch.pipeline.views.capacity import capacity_text, read_rates_file
+
+        manifest = load_manifest(options.manifest, options.set)
+        print(capacity_text(manifest, read_rates_file(options.rates), options.workers or 1))
+        return 0
+    if options.workers is not None:
+        raise ConfigError("--workers needs --rates FILE: without it, times are those of earlier runs on this machine")
+
     from hardbatch.pipeline.views.plan import plan_text
 
     plan = _plan_of(options)

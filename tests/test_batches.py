@@ -75,6 +75,7 @@ def test_every_row_is_in_one_batch_or_left_over_with_a_reason():
     assert batches.indices.shape == (6, SIZE)
     assert repr(batches).startswith("Batches(6 batches of 16 pairs in groups of 8; hardness ")
     assert "1 empty, 1 duplicate_pair" in repr(batches)
+    assert batches[1:3].equals(pl.concat([batches[1], batches[2]]))
 
 
 def test_paraphrases_with_one_answer_are_false_negatives():
@@ -144,6 +145,10 @@ def test_a_useless_result_is_warned_of(caplog):
     with caplog.at_level(logging.WARNING):
         hardbatch.build_batches(pl.concat([pairs(), pairs()]), model="lexical", batch_size=SIZE)
     assert "duplicate_pair" in caplog.text and "% of the rows are in a batch" in caplog.text
+    assert "hard negatives are not used" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        hardbatch.build_batches(pairs().with_columns(negative=pl.lit("another text")), model="lexical", batch_size=SIZE)
+    assert "hard negatives are not used here (columns negative)" in caplog.text
 
 
 def test_a_sentence_transformer_embeds_with_its_own_prompts():

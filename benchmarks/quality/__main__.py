@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[""], help="arms whose names contain one of these")
     parser.add_argument("--against", help="the arm that others are compared with; default: the first of the grid")
     parser.add_argument("--learning-rate", type=float, help="instead of that of the family")
+    parser.add_argument("--temperature", type=float, help="of the loss, instead of that of the family")
     parser.add_argument("--pairs", type=int, nargs="*", help="how many pairs each model sees; several, to compare")
     parser.add_argument(
         "--plot", type=Path, help="draw the lead against K (for the grid `dial`), or quality against several --pairs"
@@ -64,8 +65,9 @@ def main() -> None:
         ),
     }
     family = families[options.family]
-    if options.learning_rate is not None:
-        family = replace(family, learning_rate=options.learning_rate)
+    for name in ("learning_rate", "temperature"):
+        if getattr(options, name) is not None:
+            family = replace(family, **{name: getattr(options, name)})
     arms = [arm for arm in GRIDS[options.grid] if any(part in arm.name for part in options.only)]
     if not arms:
         names = "; ".join(arm.name for arm in GRIDS[options.grid])

@@ -25,6 +25,7 @@ _BATCHES_SHOWN = 3  # of the hardest, and of the easiest
 _BARS = 16  # of a histogram
 _MAP_SIZE = 320
 _QUERIES_OF_A_CLUSTER = 3
+_CLUSTERS_IN_WORDS = 12  # the most masked ones, below each map: a touch screen shows no titles of its dots
 _TEXT_CHARACTERS = 160
 
 
@@ -82,7 +83,7 @@ _MASKS = """A document is masked for a query if it answers it for certain (equal
 if it is the text of the query itself, or if the surrogate says that it is likely to answer it."""
 _MAP = """Each dot is a cluster of alike pairs, and a larger dot has more pairs. Clusters near each other are alike, as
 far as two dimensions can show it. The redder a dot, the more slots are masked for its queries. Point at a
-dot to see some of them."""
+dot to see some of them, or unfold the list."""
 _PARTS = (
     "in batches", "held out", "left over", "in batches of several domains, or left over there", "quarantined",
     "left out by `where`",
@@ -250,18 +251,22 @@ def _map(
         queries[cluster] = (rate, "\n".join(texts))
     scale = 9 / np.sqrt(sizes.max())
     most = max((rate for rate, _ in queries.values()), default=0) or 1
-    dots = []
+    dots, in_words = [], []
     for cluster in np.argsort(-sizes):
         rate, shown = queries.get(int(cluster), (0.0, ""))
         x, y = places[cluster]
+        text = f"{sizes[cluster]:,} pairs, {rate:.1%} masked\n{escape(shown)}"
+        in_words.append((rate, text.replace("\n", "<br>")))
         dots.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{max(1.5, scale * np.sqrt(sizes[cluster])):.1f}" '
-            f'style="--rate:{100 * rate / most:.0f}%"><title>{sizes[cluster]:,} pairs, {rate:.1%} masked\n'
-            f"{escape(shown)}</title></circle>"
+            f'style="--rate:{100 * rate / most:.0f}%"><title>{text}</title></circle>'
         )
+    most_masked = sorted(in_words, key=lambda each: -each[0])[:_CLUSTERS_IN_WORDS]
+    items = "".join(f"<li>{text}" for _, text in most_masked)
     return (
         f'<figure><svg viewBox="0 0 {_MAP_SIZE} {_MAP_SIZE}" role="img" aria-label="clusters of {escape(name)}">'
-        f"{''.join(dots)}</svg><figcaption>{escape(name)}: {len(sizes):,} clusters</figcaption></figure>"
+        f"{''.join(dots)}</svg><figcaption>{escape(name)}: {len(sizes):,} clusters</figcaption>"
+        f"<details><summary>the most masked of them</summary><ol>{items}</ol></details></figure>"
     )
 
 
@@ -368,7 +373,7 @@ _STYLE = (
     ".histogram{display:flex;align-items:flex-end;gap:2px;height:5rem;margin-top:.5rem}"
     ".histogram i{flex:1;min-height:1px;background:var(--c0);border-radius:2px 2px 0 0}"
     ".ends{display:flex;justify-content:space-between;color:var(--soft);font-size:.85rem}"
-    ".maps{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(18rem,100%),1fr));gap:1rem}"
+    ".maps{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(18rem,100%),1fr));gap:1rem;align-items:start}"
     "figure{margin:0}svg{width:100%;border:1px solid var(--line);border-radius:6px}"
     "circle{fill:color-mix(in srgb,var(--hot) var(--rate),var(--c0));fill-opacity:.55}"
     "figcaption{color:var(--soft);text-align:center}"

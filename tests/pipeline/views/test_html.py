@@ -60,13 +60,14 @@ def test_the_page_says_what_is_in_the_shards(
     text = report_html(plan.shards)
     page = Page(text)
     assert page.open == []
-    assert page.count("h2") == 6 and page.count("svg") == 2 and page.count("details") == 6
+    assert page.count("h2") == 6 and page.count("svg") == 2 and page.count("details") == 6 + 2
     shown = " ".join(page.texts)
     parts = r"(\d+) in batches, (\d+) held out(?:, (\d+) left over \(.*?\))?, 1 quarantined \(1 null\)"
     counted = re.search(f"72 rows: {parts}", shown)
     assert counted is not None
     assert sum(int(number or 0) for number in counted.groups()) == 71
     assert "40 rows: 40 in batches" in shown
+    assert page.count("li") > 2 and shown.count(" masked ") > page.count("circle")  # of each dot, and the list
 
     index = pl.read_parquet(plan.shards / "index.parquet")
     hardest = index.sort("hardness", "batch_id", descending=[True, False]).row(0, named=True)
