@@ -166,6 +166,11 @@ class TrainConfig:
         "auto",
     )
     accumulate: int = _setting("batches that a rank accumulates in one step", _Whole(1), 1)
+    similar_lengths: int = _setting(
+        "how many consecutive batches are of similar length, so that as many ranks take equally long over a step",
+        _Whole(1),
+        1,
+    )
     seed: int = _setting("seed of the order, the context and dropout", _Whole(0, below=2**63), 0)
 
     eval: tuple[Path, ...] = _setting(

@@ -99,6 +99,7 @@ class _Loop:
             rank=ranks.rank,
             world_size=ranks.world_size,
             accumulate=config.accumulate,
+            similar_lengths=config.similar_lengths,
             stop=training.state.end_position,
             tokenize=training.tokenizer,
             num_workers=config.workers,

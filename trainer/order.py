@@ -11,6 +11,10 @@ For example, with N = 5 and W·A = 2, steps start at positions 0, 2, 5, 7, 10: p
 of the first epoch. So the position is the whole state of a run, and any number of ranks reads the
 same order.
 
+Ranks wait for the one with the longest texts. With `similar_lengths` = R, every R consecutive batches
+from the start of an epoch on are of similar length: the permuted epoch is cut into windows of 16 · R
+batches, each is sorted by length and cut into runs of R, and the runs are permuted again.
+
 Legend: I rows of the index, N batches of an epoch.
 """
 
@@ -27,7 +31,8 @@ from numpy.typing import NDArray
 
 from hardbatch.pipeline.errors import ConfigError, IntegrityError
 
-_CHOICE, _PERMUTATION = 1, 2  # separate streams of random numbers
+_CHOICE, _PERMUTATION, _RUNS = 1, 2, 3  # separate streams of random numbers
+_RUNS_OF_WINDOW = 16
 _CACHED_EPOCHS = 2  # near the end of an epoch, a prefetching reader works on two
 
 
@@ -47,6 +52,8 @@ class BatchOrder:
         domains: Sequence[str],
         weights: Mapping[str, float] | None = None,
         seed: int = 0,
+        lengths_I: NDArray[np.int64] | None = None,
+        similar_lengths: int = 1,
     ) -> None:
         """Prepares the order; epochs are drawn when they are read.
 
@@ -57,6 +64,8 @@ class BatchOrder:
             domains: The names of the domains.
             weights: How often an epoch reads the batches of a domain; 1 for a domain that is absent.
             seed: Seed of the order, 0 or more.
+            lengths_I: What stands for the length of each batch's texts, for example its bytes.
+            similar_lengths: R, how many consecutive batches are of similar length; 1: the order ignores lengths.
 
         Raises:
             ConfigError: If a weight or the seed is not allowed, or if nothing is left to read.
@@ -64,7 +73,9 @@ class BatchOrder:
         """
         if seed < 0:
             raise ConfigError(f"seed {seed}: must be 0 or more")
+        assert similar_lengths == 1 or lengths_I is not None, "similar lengths need lengths"
         self._seed = seed
+        self._lengths_I, self._similar_lengths = lengths_I, similar_lengths
         self._domains = list(domains)
         self._weights = check_weights(weights or {}, self._domains)
 
@@ -140,7 +151,21 @@ class BatchOrder:
                 chosen = _draw_order(len(rows), self._seed, epoch, _CHOICE, _number_of(name))[:extra]
                 parts.append(rows[np.sort(chosen)])
         rows_N = np.concatenate(parts)
-        return rows_N[_draw_order(len(rows_N), self._seed, epoch, _PERMUTATION)]
+        rows_N = rows_N[_draw_order(len(rows_N), self._seed, epoch, _PERMUTATION)]
+        return rows_N if self._similar_lengths == 1 else self._in_runs(rows_N, epoch)
+
+    def _in_runs(self, rows_N: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        """Returns the rows in runs of similar length; what does not fill a run comes last."""
+        assert self._lengths_I is not None
+        size = self._similar_lengths
+        parts = []
+        for start in range(0, len(rows_N), _RUNS_OF_WINDOW * size):
+            window = rows_N[start : start + _RUNS_OF_WINDOW * size]
+            window = window[np.argsort(self._lengths_I[window], kind="stable")]
+            num_runs = len(window) // size
+            runs = window[: num_runs * size].reshape(num_runs, size)
+            parts += [runs[_draw_order(num_runs, self._seed, epoch, _RUNS, start)].ravel(), window[num_runs * size :]]
+        return np.concatenate(parts)
 
 
 def check_weights(weights: Mapping[str, float], domains: Sequence[str]) -> dict[str, float]:

@@ -76,7 +76,9 @@ class Shards:
     index: Index
     extra: tuple[str, ...] = ()  # the extra columns, and the places of hard negatives that go with them
 
-    def order(self, *, seed: int = 0, weights: Mapping[str, float] | None = None) -> BatchOrder:
+    def order(
+        self, *, seed: int = 0, weights: Mapping[str, float] | None = None, similar_lengths: int = 1
+    ) -> BatchOrder:
         """Returns the order of batches for a seed; `weights` replaces those of the shards for the domains it names."""
         return BatchOrder(
             batch_ids_I=self.index.batch_ids_I,
@@ -85,6 +87,8 @@ class Shards:
             domains=self.domains,
             weights={**self.weights, **(weights or {})},
             seed=seed,
+            lengths_I=self.index.lengths_I,
+            similar_lengths=similar_lengths,
         )
 
     def read_batch(self, row: int, position: int) -> TextBatch:

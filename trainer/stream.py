@@ -41,6 +41,7 @@ class _Settings(TypedDict, total=False):
     world_size: int
     accumulate: int
     weights: Mapping[str, float] | None
+    similar_lengths: int
     num_workers: int
     prefetch: int
     pin_memory: bool
@@ -106,6 +107,7 @@ class BatchStream(Generic[T]):
         world_size: int = 1,
         accumulate: int = 1,
         weights: Mapping[str, float] | None = None,
+        similar_lengths: int = 1,
         num_workers: int = 2,
         prefetch: int = 4,
         pin_memory: bool = False,
@@ -123,6 +125,8 @@ class BatchStream(Generic[T]):
             accumulate: A, the micro-batches of a rank in one step.
             weights: How often an epoch reads the batches of a domain, in place of the weights of
                 the shards.
+            similar_lengths: How many consecutive batches are of similar length, so that as many ranks
+                take equally long over a step; 1: the order ignores lengths.
             num_workers: Threads that read, check, parse and tokenise.
             prefetch: Batches held ready. At most prefetch + 1 batches are in memory.
             pin_memory: Calls `pin_memory()` of what `tokenize` returns.
@@ -133,11 +137,14 @@ class BatchStream(Generic[T]):
         """
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank}: must be 0 to {world_size - 1}, below the world size")
-        if min(accumulate, num_workers, prefetch) < 1 or position < 0:
-            raise ValueError("accumulate, num_workers and prefetch must be 1 or more, position 0 or more")
+        if min(accumulate, num_workers, prefetch, similar_lengths) < 1 or position < 0:
+            raise ValueError(
+                "accumulate, similar_lengths, num_workers and prefetch must be 1 or more, position 0 or more"
+            )
 
         self.shards = shards if isinstance(shards, Shards) else open_shards(shards)
-        self.order = self.shards.order(seed=seed, weights=weights)
+        self._order = {"seed": seed, "weights": weights, "similar_lengths": similar_lengths}
+        self.order = self.shards.order(**self._order)
         self.step_size = world_size * accumulate
         if self.step_size > self.order.epoch_length:
             raise ConfigError(
@@ -148,7 +155,6 @@ class BatchStream(Generic[T]):
         self.position = self.order.step_at(position, self.step_size)
         self.waited_s = 0.0
 
-        self._seed, self._weights = seed, weights
         self._stop = stop
         self._offsets = [a * world_size + rank for a in range(accumulate)]
         self._tokenize = tokenize
@@ -195,7 +201,7 @@ class BatchStream(Generic[T]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.order = self.shards.order(seed=self._seed, weights=self._weights)
+        self.order = self.shards.order(**self._order)
         self._running = WeakSet()
         _register_as_dataset()
 
@@ -204,13 +210,20 @@ class BatchStream(Generic[T]):
 
         Returns:
             `position` is where the step of the next batch starts, and `number` which of the step's
-            accumulated batches it is. `shards` and `seed` say what this is a state of.
+            accumulated batches it is. `shards`, `seed` and `similar_lengths` say what this is a state of.
         """
         return {
             "position": self._upcoming.step,
             "number": self._upcoming.number,
+            **self._identity(),
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        """What a state and a stream must share."""
+        return {
             "shards": self.shards.key,
-            "seed": self._seed,
+            "seed": self._order["seed"],
+            "similar_lengths": self._order["similar_lengths"],
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -219,12 +232,13 @@ class BatchStream(Generic[T]):
         torchdata's `StatefulDataLoader` saves and loads the state of each worker process by itself.
 
         Raises:
-            ConfigError: If the state is one of other shards or of another seed.
+            ConfigError: If the state is one of other shards, or of another order of batches.
         """
-        for name, own in (("shards", self.shards.key), ("seed", self._seed)):
-            if state_dict[name] != own:
+        state = {"similar_lengths": 1} | dict(state_dict)  # which earlier states do not have
+        for name, own in self._identity().items():
+            if state[name] != own:
                 raise ConfigError(
-                    f"{self.shards.path}: the state is of {name} {state_dict[name]}, the stream of {name} {own}; "
+                    f"{self.shards.path}: the state is of {name} {state[name]}, the stream of {name} {own}; "
                     "make the stream as it was, or start without the state"
                 )
         self._upcoming = _Place(state_dict["position"], state_dict["number"])

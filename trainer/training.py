@@ -129,7 +129,7 @@ def start_training(config: TrainConfig, ranks: Ranks, checkpoint: Path | None, n
     if config.attention.startswith("flash") and precision == "fp32":
         raise ConfigError(f"--attention {config.attention} computes in bf16 only; give --precision bf16")
     settings = config.trajectory() | {"precision": precision}
-    order = shards.order(seed=config.seed)
+    order = shards.order(seed=config.seed, similar_lengths=config.similar_lengths)
     step_size = ranks.world_size * config.accumulate
     order.step_at(0, step_size)  # refuses an epoch of less than one step
     if checkpoint is not None:

@@ -16,6 +16,7 @@ from hardbatch.pipeline.errors import ConfigError, IntegrityError
 from hardbatch.trainer.order import BatchOrder
 
 DOMAINS = ("animals", "plants", "stones")
+LENGTHS = np.random.default_rng(0).lognormal(0, 1, 1_000)
 ORDER_OF_EPOCH_0 = [1, 10, 11, 8, 4, 8, 6, 2, 7, 9, 0, 3, 11, 5]
 ORDER_OF_EPOCH_3 = [8, 4, 6, 3, 2, 1, 10, 0, 9, 11, 9, 11, 5, 7]
 
@@ -27,8 +28,9 @@ def make_order(
     weights: Mapping[str, float] | None = None,
     seed: int = 0,
     shuffle_index: int | None = None,
+    similar_lengths: int = 1,
 ) -> BatchOrder:
-    """The order of an index with `sizes[i]` batches of domain i in every packing, ids counted up."""
+    """The order of an index with `sizes[i]` batches of domain i in every packing; batch i is `LENGTHS[i]` long."""
     rows = [
         (packing, place) for packing in range(num_packings) for place, size in enumerate(sizes) for _ in range(size)
     ]
@@ -42,6 +44,8 @@ def make_order(
         domains=DOMAINS[: len(sizes)],
         weights=weights,
         seed=seed,
+        lengths_I=LENGTHS[ids],
+        similar_lengths=similar_lengths,
     )
 
 
@@ -105,6 +109,25 @@ def test_the_order_is_the_same_on_every_machine() -> None:
     order = make_order([8, 4], weights={"plants": 1.5}, seed=7)
     assert read(order, 0) == ORDER_OF_EPOCH_0
     assert read(order, 3) == ORDER_OF_EPOCH_3
+
+
+@given(size=st.integers(1, 200), run=st.integers(2, 8), seed=st.integers(0, 9), epoch=st.integers(0, 3))
+def test_runs_of_similar_length_change_the_order_alone(size: int, run: int, seed: int, epoch: int) -> None:
+    order = make_order([size], weights={"animals": 1.5}, seed=seed, similar_lengths=run)
+    assert sorted(read(order, epoch)) == sorted(read(make_order([size], weights={"animals": 1.5}, seed=seed), epoch))
+
+
+def test_ranks_take_equally_long_over_runs_of_similar_length() -> None:
+    def waste(similar_lengths: int) -> float:
+        order = make_order([640], similar_lengths=similar_lengths)
+        steps_S8 = LENGTHS[read(order, 0)].reshape(-1, 8)
+        return float(steps_S8.max(1).sum() / steps_S8.mean(1).sum())
+
+    assert waste(1) > 2 and waste(8) < 1.4 and waste(16) < 1.4
+    runs = [tuple(read(make_order([640], similar_lengths=8), epoch)) for epoch in (0, 1)]
+    assert len(set(runs)) == 2
+    means = LENGTHS[list(runs[0])].reshape(5, 16, 8).mean(2)
+    assert all((np.diff(of_window) < 0).sum() > 3 for of_window in means), "runs of a window are in drawn order"
 
 
 @given(shuffle=st.integers(0, 100))
