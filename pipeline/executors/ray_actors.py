@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -22,12 +23,14 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # actors without a GPU keep the environment
 try:
     import ray
+    from ray._private import ray_constants
     from ray.exceptions import RayError, RayTaskError
 except ImportError:
     raise ConfigError('--executor ray: Ray is not installed; pip install "hardbatch[ray]"') from None
 
 _STORE_BYTES = 100 * 2**20  # requests and answers are all that passes through Ray
 _SECONDS_TO_DIE = 10.0
+_SECONDS_TO_CONNECT = 10.0
 
 
 class _Actor:
@@ -146,24 +149,38 @@ def _receive(answer: Any) -> Answer:
 
 def _connect(num_workers: int, address: str | None) -> None:
     """Joins a cluster, or starts Ray on this machine; leaves our signal handlers in place."""
+    where: dict[str, Any] = {"address": address}
+    if address is not None and address != "auto":
+        _require_answer(address)  # Ray itself tries for minutes
+    elif address is None:
+        where = {
+            "address": "local",
+            "num_cpus": max(num_workers, num_cores()),
+            "num_gpus": len(visible_gpus()),
+            "object_store_memory": _STORE_BYTES,
+            "include_dashboard": False,
+        }
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    is_cluster = ray_constants.ENABLE_RAY_CLUSTER
     try:
-        if address is None:
-            ray.init(
-                address="local",
-                num_cpus=max(num_workers, num_cores()),
-                num_gpus=len(visible_gpus()),
-                object_store_memory=_STORE_BYTES,
-                include_dashboard=False,
-                _node_ip_address="127.0.0.1",
-                **quiet,
-            )
-        else:
-            ray.init(address=address, **quiet)
+        # Without a cluster Ray calls this machine 127.0.0.1, and then its servers listen there alone.
+        ray_constants.ENABLE_RAY_CLUSTER = is_cluster and address is not None
+        ray.init(**where, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(f"--ray-address {address}: {first_line(error)}; start Ray there with `ray start`") from None
     finally:
+        ray_constants.ENABLE_RAY_CLUSTER = is_cluster
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+
+def _require_answer(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), _SECONDS_TO_CONNECT):
+            pass
+    except (OSError, ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"--ray-address {address}: {first_line(error)}; give HOST:PORT as `ray start --head` prints it, or auto"
+        ) from None
