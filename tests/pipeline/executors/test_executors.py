@@ -122,14 +122,14 @@ def assert_same_bytes(inline: dict[str, bytes], corpus: Path, workspace: Path, *
     assert [name for name in made if made[name] != inline[name]] == []
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 4])
+@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.soak), 2, 4])
 def test_processes_make_the_same_bytes(
     num_workers: int, corpus: Path, inline: dict[str, bytes], tmp_path: Path
 ) -> None:
     assert_same_bytes(inline, corpus, tmp_path / "w", executor="processes", workers=num_workers)
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_ray_makes_the_same_bytes(
     num_workers: int, cluster: Any, corpus: Path, inline: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -181,14 +181,18 @@ def test_a_work_that_kills_every_worker_ends(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("error", FAILURES)
-def test_an_error_is_raised_as_what_it_is(error: type[Exception], two_workers: Arguments, bench: Bench) -> None:
+def test_an_error_is_raised_as_what_it_is(error: type[Exception], bench: Bench) -> None:
     raised = RuntimeError if error is OddError else error
-    with open_executor(*two_workers) as executor, pytest.raises(raised) as caught:
+    with open_executor("processes", 2) as executor, pytest.raises(raised) as caught:
         bench.run(executor, 3, fails={"unit-1": error})
     assert type(caught.value) is raised
     assert "works.py" in caught.value.__notes__[0]  # the traceback of the worker
-    if error is InputError:
-        assert str(caught.value) == "unit-1: wrong"
+
+
+def test_an_error_of_an_actor_is_raised_as_what_it_is(cluster: Any, bench: Bench) -> None:
+    with open_executor("ray", 2, cluster.address) as executor, pytest.raises(InputError) as caught:
+        bench.run(executor, 3, fails={"unit-1": InputError})
+    assert type(caught.value) is InputError and str(caught.value) == "unit-1: wrong"
 
 
 def test_a_node_that_is_lost_costs_its_units(cluster: Any, bench: Bench) -> None:
