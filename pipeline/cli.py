@@ -259,7 +259,7 @@ def _plan_of(options: argparse.Namespace) -> Plan:
 def _run(options: argparse.Namespace) -> int:
     from hardbatch.pipeline.executors.choose import open_executor
     from hardbatch.pipeline.progress import choose_progress
-    from hardbatch.pipeline.run import run_step
+    from hardbatch.pipeline.run import run_steps
     from hardbatch.pipeline.runlog import open_run_log
     from hardbatch.pipeline.views.report import summary_text
     from hardbatch.pipeline.views.result import run_result
@@ -268,7 +268,7 @@ def _run(options: argparse.Namespace) -> int:
         plan = _plan_of(options)
         progress = choose_progress()
         with open_run_log(plan.corpus, options.manifest, options.set) as log:
-            num_run = sum(run_step(step, progress, log, executor) for step in plan.steps)
+            num_run = run_steps(plan.steps, progress, log, executor)
     num_reused = len(plan.steps) - num_run
     print(f"steps run: {num_run}, reused: {num_reused}", file=sys.stderr)
     if options.json:

@@ -27,7 +27,7 @@ from hardbatch.pipeline.planner import Planner
 from hardbatch.pipeline.reproducible import make_reproducible
 from hardbatch.pipeline.runlog import RunLog, open_run_log
 from hardbatch.pipeline.schemas import MIXED_DOMAIN
-from hardbatch.pipeline.step import Executor, InlineExecutor, Progress, Stage, Step
+from hardbatch.pipeline.step import Executor, InlineExecutor, Progress, Stage, Step, Unit
 from hardbatch.pipeline.workspace import point_latest_at
 
 _STAGES = {  # stage → the module and function that make it, imported only when the stage runs
@@ -42,6 +42,7 @@ _STAGES = {  # stage → the module and function that make it, imported only whe
     "mixed": ("hardbatch.pipeline.stages.pack", "build_mixed"),
     "shards": ("hardbatch.pipeline.stages.write", "build"),
 }
+_WITHOUT_UNITS = ("leaks", "answers", "clusters", "hardness", "batches")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +135,7 @@ def run_corpus(
             overrides=settings,
         )
         with open_run_log(plan.corpus, Path(manifest), settings) as log:
-            for step in plan.steps:
-                run_step(step, progress, log, opened)
+            run_steps(plan.steps, progress, log, opened)
     return plan.shards
 
 
@@ -144,6 +144,75 @@ def _as_assignments(overrides: Mapping[str, Any] | Sequence[str]) -> list[str]:
     if not isinstance(overrides, Mapping):
         return list(overrides)
     return [f"{name}={json.dumps(value, ensure_ascii=False, default=str)}" for name, value in overrides.items()]
+
+
+def run_steps(
+    steps: Sequence[Step], progress: Progress | None = None, log: RunLog | None = None, executor: Executor | None = None
+) -> int:
+    """Makes the artifacts of steps, in the order of what they need, and returns how many were not complete.
+
+    With workers, the steps of several domains that have no units run at the same time, a step on each worker.
+
+    Raises:
+        HardbatchError: See `run_step`.
+    """
+    log, executor = log or RunLog(), executor or InlineExecutor()
+    if isinstance(executor, InlineExecutor):
+        return sum(run_step(step, progress, log, executor) for step in steps)
+
+    num_made = 0
+    waiting = {step.path: step for step in steps}
+    while waiting:
+        ready = [step for step in waiting.values() if not waiting.keys() & set(step.inputs.values())]
+        together: dict[str, list[Step]] = {}  # by device
+        for step in ready:
+            if step.stage in _WITHOUT_UNITS and find_artifact(step.path) is None:
+                together.setdefault(step.runtime.get("device", "cpu"), []).append(step)
+
+        made: set[Path] = set()
+        for device, group in together.items():
+            if len(group) > 1:  # a step that is alone has all cores in this process
+                _run_together(group, progress, log, executor, device)
+                made |= {step.path for step in group}
+        num_made += len(made) + sum(run_step(step, progress, log, executor) for step in ready if step.path not in made)
+        for step in ready:
+            del waiting[step.path]
+    return num_made
+
+
+def _run_together(
+    steps: Sequence[Step], progress: Progress | None, log: RunLog, executor: Executor, device: str
+) -> None:
+    """Runs steps as units, so that each is made whole by one worker."""
+    from hardbatch.pipeline.progress import SilentProgress
+
+    log.begin()  # here, so that the workers find the file and only append to it
+    units = [
+        Unit(name=f"{step.stage} of {step.domain}", start=number, stop=number + 1) for number, step in enumerate(steps)
+    ]
+    progress = progress or SilentProgress()
+    progress.start(f"{', '.join(dict.fromkeys(step.stage for step in steps))}, steps", len(units))
+    try:
+        executor.run(_WholeSteps(steps=tuple(steps), log=log), units, progress, device)
+    finally:
+        progress.finish()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _WholeSteps:
+    """A work whose units are steps; the unit `start` is a step's number."""
+
+    steps: tuple[Step, ...]
+    log: RunLog
+
+    def open(self) -> _WholeSteps:
+        return self
+
+    def prepare(self, unit: Unit) -> None:
+        return None
+
+    def commit(self, unit: Unit, prepared: None) -> None:
+        run_step(self.steps[unit.start], log=self.log)
 
 
 def run_step(

@@ -22,6 +22,7 @@ from hardbatch.pipeline.executors import pool
 from hardbatch.pipeline.executors.choose import open_executor
 from hardbatch.pipeline.progress import SilentProgress
 from hardbatch.pipeline.run import plan_corpus, run_step
+from hardbatch.pipeline.runlog import list_logs, read_log
 from hardbatch.pipeline.step import Executor, InlineExecutor, Progress, Unit, Work, run_pending
 from tests.pipeline.executors.works import FAILURES, OddError, Toy, units
 from tests.reliability.processes import HARDBATCH, ROOT, finish, start, tree, wait_until
@@ -60,9 +61,10 @@ class Counting:
 
     then: Callable[[int], object] = lambda done: None
     done: int = 0
+    labels: list[str] = field(default_factory=list)
 
     def start(self, label: str, total: int) -> None:
-        pass
+        self.labels.append(label)
 
     def advance(self, amount: int) -> None:
         self.done += amount
@@ -116,7 +118,13 @@ def inline(corpus: Path) -> dict[str, bytes]:
 
 
 def assert_same_bytes(inline: dict[str, bytes], corpus: Path, workspace: Path, **arguments: Any) -> None:
-    hardbatch.run_corpus(corpus, workspace=workspace, **arguments)
+    progress = Counting()
+    hardbatch.run_corpus(corpus, workspace=workspace, progress=progress, **arguments)
+    together = ["answers, steps", "clusters, hardness, steps", "batches, steps"]
+    assert [label for label in progress.labels if label.endswith("steps")] == together
+    (log,) = map(read_log, list_logs(workspace))
+    assert len(log.steps) == 15 and log.torn_lines == 0
+
     made = tree(workspace)
     assert sorted(made) == sorted(inline) and len(made) > 30
     assert [name for name in made if made[name] != inline[name]] == []
