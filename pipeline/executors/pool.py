@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import pickle
 import platform
+import sys
 import traceback
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -202,13 +203,14 @@ class PoolExecutor(ABC, Generic[W]):
             for number, answer in self._wait({number: team.workers[number] for number in in_hand}):
                 unit = in_hand.pop(number)
                 if isinstance(answer, Lost):
-                    deaths[unit.name if unit else ""] += 1
-                    if deaths[unit.name if unit else ""] >= _MAX_DEATHS * (1 if unit else len(in_hand) + 1):
-                        what = f"unit {unit.name}" if unit else "opening their work"
+                    what = f"unit {unit.name}" if unit else "opening its work"
+                    deaths[what] += 1
+                    if deaths[what] >= _MAX_DEATHS * (1 if unit else self._num_workers):
                         raise WorkerError(
-                            f"workers died {_MAX_DEATHS} times over {what} ({answer.how}), which often means that "
+                            f"workers died {deaths[what]} times over {what} ({answer.how}), which often means that "
                             "memory ran out; use fewer --workers, or smaller units"
                         )
+                    print(f"warning: a worker died over {what} ({answer.how}); another one takes it", file=sys.stderr)
                     if unit is not None:
                         schedule.put_back(unit)
                     outdated.discard(number)

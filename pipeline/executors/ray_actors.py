@@ -141,10 +141,14 @@ def _receive(answer: Any) -> Answer:
     try:
         received: Answer = ray.get(answer)
         return received
-    except RayTaskError as error:  # before it reached our code, such as a package that the node lacks
+    except RayTaskError as error:
         return WorkerError(f"a Ray worker cannot run this hardbatch: {first_line(error.cause)}")
     except RayError as error:
-        return Lost(first_line(error))
+        how = first_line(error)
+        if "creation task" not in how:
+            return Lost(how)
+        reason = str(error).splitlines()[-1].strip()  # such as a package that the node lacks
+        return WorkerError(f"a Ray worker cannot start: {reason}; install the same hardbatch on every node")
 
 
 def _connect(num_workers: int, address: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,15 @@ import pytest
 
 import hardbatch
 from hardbatch.pipeline.artifacts.commit import ArtifactBuilder, open_builder
-from hardbatch.pipeline.errors import ConfigError, InputError, WorkerError
+from hardbatch.pipeline.artifacts.files import as_user_error
+from hardbatch.pipeline.errors import ConfigError, InputError, NoSpaceError, WorkerError
 from hardbatch.pipeline.executors import pool
 from hardbatch.pipeline.executors.choose import open_executor
 from hardbatch.pipeline.progress import SilentProgress
 from hardbatch.pipeline.run import plan_corpus, run_step
 from hardbatch.pipeline.runlog import list_logs, read_log
 from hardbatch.pipeline.step import Executor, InlineExecutor, Progress, Unit, Work, run_pending
-from tests.pipeline.executors.works import FAILURES, OddError, Toy, units
+from tests.pipeline.executors.works import FAILURES, OddError, Toy, Unloadable, units
 from tests.reliability.processes import HARDBATCH, ROOT, finish, start, tree, wait_until
 from tests.reliability.workspaces import faults_in, hidden, write_corpus
 
@@ -169,11 +172,15 @@ def test_workers_share_the_units_and_are_kept(two_workers: Arguments, bench: Ben
     assert len(first | second) == 2 and first & second
 
 
-def test_a_worker_that_is_killed_costs_its_unit_in_hand(two_workers: Arguments, bench: Bench) -> None:
+def test_a_worker_that_is_killed_costs_its_unit_in_hand(
+    two_workers: Arguments, bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
     progress = Counting()
     with open_executor(*two_workers) as executor:
         bench.run(executor, 8, progress, kills={"unit-2": 1, "unit-5": 2})
     assert progress.done == 8
+    warnings = [line.partition(" (")[0] for line in capsys.readouterr().err.splitlines()]
+    assert sorted(warnings) == [f"warning: a worker died over unit unit-{i}" for i in (2, 5, 5)]
 
 
 def test_a_unit_that_kills_every_worker_is_named(two_workers: Arguments, bench: Bench) -> None:
@@ -217,6 +224,20 @@ def test_other_code_is_refused(two_workers: Arguments, bench: Bench, monkeypatch
     with open_executor(*two_workers) as executor, pytest.raises(ConfigError) as caught:
         bench.run(executor, 2)
     assert "has other versions than this run: torch" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_node_without_the_package_is_refused(cluster: Any, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hardbatch.pipeline.executors.ray_actors._Actor", Unloadable)
+    with open_executor("ray", 2, cluster.address) as executor, pytest.raises(WorkerError) as caught:
+        bench.run(executor, 2)
+    assert "cannot start: ModuleNotFoundError: No module named 'hardbatch'; install" in str(caught.value)
+
+
+def test_a_full_disk_in_a_worker_is_an_error_of_the_system(bench: Bench) -> None:
+    full = partial(OSError, errno.ENOSPC)
+    with open_executor("processes", 1) as executor, pytest.raises(OSError, match="unit-1: wrong") as caught:
+        bench.run(executor, 3, fails={"unit-1": full})
+    assert isinstance(as_user_error(caught.value), NoSpaceError)
 
 
 def test_the_code_version_is_that_of_the_files(tmp_path: Path) -> None:

@@ -71,3 +71,12 @@ class OddError(Exception):
 
 
 FAILURES: tuple[type[Exception], ...] = (InputError, ValueError, OddError)
+
+
+class Unloadable:
+    """An actor whose node lacks a package."""
+
+    def __init__(self, threads: int) -> None:
+        raise ModuleNotFoundError("No module named 'hardbatch'")
+
+    def open(self, opening: object) -> None: ...
