@@ -128,7 +128,7 @@ W = TypeVar("W", bound=RemoteWorker)
 
 @dataclass
 class _Team(Generic[W]):
-    """The workers of one device, by number. Those in `opening` have not answered yet to an earlier stage."""
+    """Workers of one kind, by number. Those in `opening` have not answered yet to an earlier stage."""
 
     workers: dict[int, W] = field(default_factory=dict)
     opening: set[int] = field(default_factory=set)
@@ -140,6 +140,8 @@ class PoolExecutor(ABC, Generic[W]):
     Args:
         num_workers: The number of workers that run units at a time.
     """
+
+    has_teams = False  # whether workers are made for a device, and others are kept for another one
 
     def __init__(self, num_workers: int) -> None:
         self._num_workers = num_workers
@@ -176,8 +178,9 @@ class PoolExecutor(ABC, Generic[W]):
             )
         if not units:
             return 0
+        team = self._teams.setdefault(device if self.has_teams else "", _Team())
         try:
-            return self._run(work, units, progress, self._teams.setdefault(device, _Team()), device)
+            return self._run(work, units, progress, team, device)
         except BaseException:
             self.close()  # nobody may write to the artifact once its lock is free
             raise
@@ -203,14 +206,7 @@ class PoolExecutor(ABC, Generic[W]):
             for number, answer in self._wait({number: team.workers[number] for number in in_hand}):
                 unit = in_hand.pop(number)
                 if isinstance(answer, Lost):
-                    what = f"unit {unit.name}" if unit else "opening its work"
-                    deaths[what] += 1
-                    if deaths[what] >= _MAX_DEATHS * (1 if unit else self._num_workers):
-                        raise WorkerError(
-                            f"workers died {deaths[what]} times over {what} ({answer.how}), which often means that "
-                            "memory ran out; use fewer --workers, or smaller units"
-                        )
-                    print(f"warning: a worker died over {what} ({answer.how}); another one takes it", file=sys.stderr)
+                    self._count_death(unit, answer, deaths)
                     if unit is not None:
                         schedule.put_back(unit)
                     outdated.discard(number)
@@ -235,6 +231,17 @@ class PoolExecutor(ABC, Generic[W]):
                     idle.discard(number)
         team.opening = set(in_hand) | outdated
         return deaths.total()
+
+    def _count_death(self, unit: Unit | None, lost: Lost, deaths: Counter[str]) -> None:
+        """Warns of a death, or raises WorkerError if it is one too many over the same unit."""
+        what = f"unit {unit.name}" if unit else "opening its work"
+        deaths[what] += 1
+        if deaths[what] >= _MAX_DEATHS * (1 if unit else self._num_workers):
+            raise WorkerError(
+                f"workers died {deaths[what]} times over {what} ({lost.how}), which often means that memory ran out; "
+                "use fewer --workers, or smaller units"
+            )
+        print(f"warning: a worker died over {what} ({lost.how}); another one takes it", file=sys.stderr)
 
 
 class _Schedule:

@@ -74,6 +74,8 @@ class RayExecutor(PoolExecutor[RayWorker]):
         address: `HOST:PORT` of a cluster, or `auto`; by default an instance of Ray is started on this machine.
     """
 
+    has_teams = True
+
     def __init__(self, num_workers: int | None, address: str | None) -> None:
         if address is not None and address.startswith("ray://"):
             raise ConfigError("--ray-address: give HOST:PORT or auto on a node of the cluster, not a ray:// address")

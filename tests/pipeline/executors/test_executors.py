@@ -172,6 +172,14 @@ def test_workers_share_the_units_and_are_kept(two_workers: Arguments, bench: Ben
     assert len(first | second) == 2 and first & second
 
 
+def test_processes_are_the_same_for_all_devices(bench: Bench) -> None:
+    with open_executor("processes", 1) as executor:
+        first = bench.run(executor, 1)
+        executor.run(Toy(path=bench.folder / "gpu", deaths=bench.folder), units(1), SilentProgress(), "cuda")
+        record = ArtifactBuilder(bench.folder / "gpu").unit_record("unit-0")
+    assert first == {record.counts["worker"]}
+
+
 def test_a_worker_that_is_killed_costs_its_unit_in_hand(
     two_workers: Arguments, bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
