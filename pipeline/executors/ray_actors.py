@@ -130,6 +130,8 @@ class RayExecutor(PoolExecutor[RayWorker]):
         ready: list[Any] = []
         while not ready:
             ready, _ = ray.wait(list(numbers), timeout=1.0)
+            if not ready and not any(node["Alive"] and node["Resources"].get("CPU") for node in ray.nodes()):
+                raise WorkerError("no node of the Ray cluster is left to work on; start nodes, then run this again")
         return [(numbers[answer], _receive(answer)) for answer in ready]
 
     def _end(self, workers: Sequence[RayWorker]) -> None:
