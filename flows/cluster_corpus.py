@@ -28,15 +28,17 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Completed, Failed
+from prefect.utilities.annotations import quote
 
 from hardbatch.flows import service
 from hardbatch.pipeline.artifacts.files import user_path
 from hardbatch.pipeline.errors import ConfigError, HardbatchError
+from hardbatch.pipeline.executors.choose import EXECUTORS, open_executor
 from hardbatch.pipeline.reproducible import make_reproducible
 
 if TYPE_CHECKING:
     from hardbatch.pipeline.runlog import RunLog
-    from hardbatch.pipeline.step import Step
+    from hardbatch.pipeline.step import Executor, Step
 
 # What Prefect logs a failed task with, and what it logs the end of the flow's process with.
 TASK_LOGGER, ENGINE_LOGGERS = "prefect.task_runs", ("prefect.flow_runs", "prefect.engine", "prefect.flow_engine")
@@ -65,6 +67,9 @@ def cluster_corpus(
     data_root: str | None = None,
     overrides: list[str] | None = None,
     follow_links: bool = False,
+    executor: str = "inline",
+    workers: int | None = None,
+    ray_address: str | None = None,
 ) -> str:
     """Turn the corpus of a manifest into shards.
 
@@ -76,6 +81,9 @@ def cluster_corpus(
         data_root: Folder at which the manifest's local sources start; by default the manifest's own folder.
         overrides: Settings that replace those of the manifest, as strings `stage.field=value`.
         follow_links: Whether links below the data root may lead out of it.
+        executor: Who does the work of the tasks: `inline`, `processes` or `ray`; see docs/scale.md.
+        workers: The number of workers of the executor.
+        ray_address: The address of a Ray cluster.
 
     Returns:
         The folder of the shards. The message of the run's state is `shards: FOLDER`.
@@ -86,13 +94,15 @@ def cluster_corpus(
     """
     # A state of our own has the plain message, which an exception would bury under a traceback. Prefect raises `data`.
     try:
-        shards = _make_shards(
-            user_path(manifest),
-            user_path(workspace).absolute(),
-            user_path(data_root) if data_root else None,
-            overrides or (),
-            follow_links=follow_links,
-        )
+        with open_executor(executor, workers, ray_address) as opened:
+            shards = _make_shards(
+                user_path(manifest),
+                user_path(workspace).absolute(),
+                user_path(data_root) if data_root else None,
+                overrides or (),
+                follow_links=follow_links,
+                executor=opened,
+            )
     except HardbatchError as error:
         get_run_logger().error("%s", error)
         return Failed(message=str(error), data=error)  # type: ignore[return-value]
@@ -101,7 +111,13 @@ def cluster_corpus(
 
 
 def _make_shards(
-    manifest: Path, workspace: Path, data_root: Path | None, overrides: Sequence[str], *, follow_links: bool
+    manifest: Path,
+    workspace: Path,
+    data_root: Path | None,
+    overrides: Sequence[str],
+    *,
+    follow_links: bool,
+    executor: Executor,
 ) -> Path:
     """Run the steps of a manifest as tasks and publish their summary; return the folder of the shards."""
     from hardbatch.pipeline.run import plan_corpus
@@ -115,7 +131,7 @@ def _make_shards(
     with open_run_log(plan.corpus, manifest, overrides) as log:
         for step in plan.steps:
             run = complete_step.with_options(name=step.stage, task_run_name=f"{step.stage} of {step.domain}")
-            run(step, log)
+            run(step, log, quote(executor))  # type: ignore[call-overload]  # Prefect unquotes it
 
     page = plan.corpus / f"report-{plan.shards.name}.html"
     page.write_text(report_html(plan.shards), encoding="utf-8")
@@ -142,12 +158,13 @@ def is_worth_retrying(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
     cache_policy=NO_CACHE,
     log_prints=True,
 )
-def complete_step(step: Step, log: RunLog | None = None) -> bool:
+def complete_step(step: Step, log: RunLog | None = None, executor: Executor | None = None) -> bool:
     """Complete the artifact of a step.
 
     Args:
         step: The step to run.
         log: The run log that receives the step's records.
+        executor: Who runs the units; by default this process.
 
     Returns:
         False if the artifact was already complete.
@@ -156,7 +173,7 @@ def complete_step(step: Step, log: RunLog | None = None) -> bool:
     from hardbatch.pipeline.run import run_step
 
     # `log_prints` turns what is printed to stdout into lines of the flow run's log.
-    worked = run_step(step, LineProgress(sys.stdout), log)
+    worked = run_step(step, LineProgress(sys.stdout), log, executor)
     get_run_logger().info("%s %s", "built" if worked else "already complete:", step.path)
     return worked
 
@@ -174,6 +191,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data-root")
     parser.add_argument("--set", dest="overrides", metavar="STAGE.FIELD=VALUE", action="append")
     parser.add_argument("--follow-links", action="store_true")
+    parser.add_argument("--executor", choices=EXECUTORS, default="inline")
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--ray-address")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     arguments = argv if argv is not None else sys.argv[1:]
     options = vars(parser.parse_args(arguments))

@@ -16,6 +16,7 @@ from typing import Any
 from hardbatch.flows import service
 from hardbatch.pipeline.artifacts.files import user_path
 from hardbatch.pipeline.errors import ConfigError, HardbatchError, printable
+from hardbatch.pipeline.executors.choose import EXECUTORS
 
 DEPLOYMENT = "cluster-corpus/local"
 _SECONDS_BETWEEN_LOOKS = 1.0
@@ -31,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data-root", type=user_path)
     parser.add_argument("--set", dest="overrides", metavar="STAGE.FIELD=VALUE", action="append", default=[])
     parser.add_argument("--follow-links", action="store_true")
+    parser.add_argument("--executor", choices=EXECUTORS, default="inline")
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--ray-address")
     options = parser.parse_args(argv)
     parameters = {
         "manifest": str(options.manifest.absolute()),
@@ -38,6 +42,9 @@ def main(argv: list[str] | None = None) -> int:
         "data_root": options.data_root and str(options.data_root.absolute()),
         "overrides": options.overrides,
         "follow_links": options.follow_links,
+        "executor": options.executor,
+        "workers": options.workers,
+        "ray_address": options.ray_address,
     }
     try:
         # Prefect reads its settings when it is imported.

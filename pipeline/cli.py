@@ -25,12 +25,13 @@ from hardbatch.pipeline.reproducible import make_reproducible
 if TYPE_CHECKING:
     from hardbatch.pipeline.run import Plan
 
-_EXIT_CODES = """exit codes: 0 done, 1 disk failure, 2 usage or settings, 3 bad input, 4 integrity, 5 locked by
-another process, 6 no space, 7 too many broken rows, 130 and 143 interrupted"""
+_EXIT_CODES = """exit codes: 0 done, 1 disk or worker failure, 2 usage or settings, 3 bad input, 4 integrity,
+5 locked by another process, 6 no space, 7 too many broken rows, 130 and 143 interrupted"""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _DEMO_SLOTS = 16
 _BATCHES_LISTED = 20
 _SORTS = ("mask-rate", "negatives", "hardness")  # as in `views.report.SORTS`, which is imported late
+_EXECUTORS = ("inline", "processes", "ray")  # as in `executors.choose.EXECUTORS`
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -158,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_common(sub)
         if name == "run":
             sub.add_argument("--json", action="store_true", help="print one JSON object instead of the summary")
+            _add_executor(sub)
         else:
             sub.add_argument(
                 "--rates",
@@ -239,6 +241,17 @@ def _add_common(sub: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_executor(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--executor",
+        choices=_EXECUTORS,
+        default="inline",
+        help="who does the work: this process, other processes of this machine, or actors of Ray (default: inline)",
+    )
+    sub.add_argument("--workers", type=_positive, metavar="N", help="number of workers (default: one for each GPU)")
+    sub.add_argument("--ray-address", metavar="HOST:PORT", help="a Ray cluster (default: start Ray on this machine)")
+
+
 def _plan_of(options: argparse.Namespace) -> Plan:
     from hardbatch.pipeline.run import plan_corpus
 
@@ -252,16 +265,18 @@ def _plan_of(options: argparse.Namespace) -> Plan:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from hardbatch.pipeline.executors.choose import open_executor
     from hardbatch.pipeline.progress import choose_progress
-    from hardbatch.pipeline.run import run_step
+    from hardbatch.pipeline.run import run_steps
     from hardbatch.pipeline.runlog import open_run_log
     from hardbatch.pipeline.views.report import summary_text
     from hardbatch.pipeline.views.result import run_result
 
-    plan = _plan_of(options)
-    progress = choose_progress()
-    with open_run_log(plan.corpus, options.manifest, options.set) as log:
-        num_run = sum(run_step(step, progress, log) for step in plan.steps)
+    with open_executor(options.executor, options.workers, options.ray_address) as executor:
+        plan = _plan_of(options)
+        progress = choose_progress()
+        with open_run_log(plan.corpus, options.manifest, options.set) as log:
+            num_run = run_steps(plan.steps, progress, log, executor)
     num_reused = len(plan.steps) - num_run
     print(f"steps run: {num_run}, reused: {num_reused}", file=sys.stderr)
     if options.json:
@@ -375,6 +390,7 @@ def _demo(options: argparse.Namespace) -> int:
     from hardbatch.pipeline.views.batch import batch_text
 
     options.data_root, options.follow_links, options.json = None, False, False
+    options.executor, options.workers, options.ray_address = "inline", None, None
     options.manifest = Path(str(files("hardbatch"))) / "data_manifests" / "demo.toml"
     code = _run(options)
     plan = _plan_of(options)
@@ -411,7 +427,7 @@ class _Leave:
         """Runs the command. Compiled code of a library may replace our error by one of its own, so restore it."""
         try:
             return int(options.command(options))
-        except Exception:
+        except (Exception, KeyboardInterrupt):
             if self._signum is None:
                 raise
             raise LeavingError(self._signum) from None

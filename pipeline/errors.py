@@ -81,6 +81,12 @@ class DiskError(HardbatchError):
     is_transient = True
 
 
+class WorkerError(HardbatchError):
+    """Worker processes that die over the same unit again and again."""
+
+    exit_code = 1
+
+
 class QuarantineError(HardbatchError):
     """More rows had to be quarantined than `ingest.max_quarantined_fraction` allows."""
 

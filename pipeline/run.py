@@ -22,11 +22,12 @@ from hardbatch.pipeline.artifacts.commit import clean_up_after_crash, open_build
 from hardbatch.pipeline.artifacts.files import DIGESTS, DigestCache, as_user_error, sweep_caches, user_path
 from hardbatch.pipeline.config import load_manifest
 from hardbatch.pipeline.errors import ConfigError
+from hardbatch.pipeline.executors.choose import open_executor
 from hardbatch.pipeline.planner import Planner
 from hardbatch.pipeline.reproducible import make_reproducible
 from hardbatch.pipeline.runlog import RunLog, open_run_log
 from hardbatch.pipeline.schemas import MIXED_DOMAIN
-from hardbatch.pipeline.step import InlineExecutor, Progress, Stage, Step
+from hardbatch.pipeline.step import Executor, InlineExecutor, Progress, Stage, Step, Unit
 from hardbatch.pipeline.workspace import point_latest_at
 
 _STAGES = {  # stage → the module and function that make it, imported only when the stage runs
@@ -41,6 +42,7 @@ _STAGES = {  # stage → the module and function that make it, imported only whe
     "mixed": ("hardbatch.pipeline.stages.pack", "build_mixed"),
     "shards": ("hardbatch.pipeline.stages.write", "build"),
 }
+_WITHOUT_UNITS = ("leaks", "answers", "clusters", "hardness", "batches")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,9 @@ def run_corpus(
     data_root: Path | str | None = None,
     overrides: Mapping[str, Any] | Sequence[str] = (),
     progress: Progress | None = None,
+    executor: str = "inline",
+    workers: int | None = None,
+    ray_address: str | None = None,
 ) -> Path:
     """Makes the shards of a manifest and returns their folder. Steps that are already complete are reused.
 
@@ -112,6 +117,9 @@ def run_corpus(
         overrides: Settings that replace those of the manifest, for example `{"pack.batch_size": 256}`, or strings
             `stage.field=value` as on the command line.
         progress: Shows how far each step is; by default nothing is shown.
+        executor: Who runs the work: `inline` (this process), `processes` or `ray`; see docs/scale.md.
+        workers: The number of workers of the executor.
+        ray_address: The address of a Ray cluster.
 
     Raises:
         ConfigError, InputError: The manifest, a setting or a source is wrong; the message says which.
@@ -119,16 +127,15 @@ def run_corpus(
         NoSpaceError: The disk is full. What is committed stays, and the next run continues from there.
     """
     settings = _as_assignments(overrides)
-    plan = plan_corpus(
-        Path(manifest),
-        Path(workspace),
-        data_root=Path(data_root) if data_root is not None else None,
-        overrides=settings,
-    )
-
-    with open_run_log(plan.corpus, Path(manifest), settings) as log:
-        for step in plan.steps:
-            run_step(step, progress, log)
+    with open_executor(executor, workers, ray_address) as opened:
+        plan = plan_corpus(
+            Path(manifest),
+            Path(workspace),
+            data_root=Path(data_root) if data_root is not None else None,
+            overrides=settings,
+        )
+        with open_run_log(plan.corpus, Path(manifest), settings) as log:
+            run_steps(plan.steps, progress, log, opened)
     return plan.shards
 
 
@@ -139,8 +146,79 @@ def _as_assignments(overrides: Mapping[str, Any] | Sequence[str]) -> list[str]:
     return [f"{name}={json.dumps(value, ensure_ascii=False, default=str)}" for name, value in overrides.items()]
 
 
-def run_step(step: Step, progress: Progress | None = None, log: RunLog | None = None) -> bool:
-    """Makes the artifact of a step, unless it is complete already.
+def run_steps(
+    steps: Sequence[Step], progress: Progress | None = None, log: RunLog | None = None, executor: Executor | None = None
+) -> int:
+    """Makes the artifacts of steps, in the order of what they need, and returns how many were not complete.
+
+    With workers, the steps of several domains that have no units run at the same time, a step on each worker.
+
+    Raises:
+        HardbatchError: See `run_step`.
+    """
+    log, executor = log or RunLog(), executor or InlineExecutor()
+    if isinstance(executor, InlineExecutor):
+        return sum(run_step(step, progress, log, executor) for step in steps)
+
+    num_made = 0
+    waiting = {step.path: step for step in steps}
+    while waiting:
+        ready = [step for step in waiting.values() if not waiting.keys() & set(step.inputs.values())]
+        together: dict[str, list[Step]] = {}  # by device
+        for step in ready:
+            if step.stage in _WITHOUT_UNITS and find_artifact(step.path) is None:
+                together.setdefault(step.runtime.get("device", "cpu"), []).append(step)
+
+        made: set[Path] = set()
+        for device, group in together.items():
+            if len(group) > 1:  # a step that is alone has all cores in this process
+                _run_together(group, progress, log, executor, device)
+                made |= {step.path for step in group}
+        num_made += len(made) + sum(run_step(step, progress, log, executor) for step in ready if step.path not in made)
+        for step in ready:
+            del waiting[step.path]
+    return num_made
+
+
+def _run_together(
+    steps: Sequence[Step], progress: Progress | None, log: RunLog, executor: Executor, device: str
+) -> None:
+    """Runs steps as units, so that each is made whole by one worker."""
+    from hardbatch.pipeline.progress import SilentProgress
+
+    log.begin()  # here, so that the workers find the file and only append to it
+    units = [
+        Unit(name=f"{step.stage} of {step.domain}", start=number, stop=number + 1) for number, step in enumerate(steps)
+    ]
+    progress = progress or SilentProgress()
+    progress.start(f"{', '.join(dict.fromkeys(step.stage for step in steps))}, steps", len(units))
+    try:
+        executor.run(_WholeSteps(steps=tuple(steps), log=log), units, progress, device)
+    finally:
+        progress.finish()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _WholeSteps:
+    """A work whose units are steps; the unit `start` is a step's number."""
+
+    steps: tuple[Step, ...]
+    log: RunLog
+
+    def open(self) -> _WholeSteps:
+        return self
+
+    def prepare(self, unit: Unit) -> None:
+        return None
+
+    def commit(self, unit: Unit, prepared: None) -> None:
+        run_step(self.steps[unit.start], log=self.log)
+
+
+def run_step(
+    step: Step, progress: Progress | None = None, log: RunLog | None = None, executor: Executor | None = None
+) -> bool:
+    """Makes the artifact of a step, unless it is complete already; by default in this process.
 
     Committed units of an earlier run are kept, and the step continues from them. Complete shards become those that
     the link `latest` of the corpus leads to.
@@ -152,13 +230,13 @@ def run_step(step: Step, progress: Progress | None = None, log: RunLog | None = 
         LockedError: Another process is making the artifact.
         NoSpaceError: The disk is full.
     """
-    worked = _complete(step, progress, log or RunLog())
+    worked = _complete(step, progress, log or RunLog(), executor or InlineExecutor())
     if step.stage == "shards":
         point_latest_at(step.path)
     return worked
 
 
-def _complete(step: Step, progress: Progress | None, log: RunLog) -> bool:
+def _complete(step: Step, progress: Progress | None, log: RunLog, executor: Executor) -> bool:
     if find_artifact(step.path) is not None:
         clean_up_after_crash(step.path)
         log.reused(step)
@@ -178,7 +256,7 @@ def _complete(step: Step, progress: Progress | None, log: RunLog) -> bool:
         units_before = len(list((step.path / "units").glob("*.json")))
         try:
             with diagnose_damage(step.inputs.values()):
-                result = stage(step, builder, InlineExecutor(), progress or SilentProgress())
+                result = stage(step, builder, executor, progress or SilentProgress())
                 artifact = builder.finish(
                     units=result.units,
                     stage=step.stage,

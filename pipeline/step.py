@@ -7,7 +7,8 @@ folder to fill. Steps and units are plain data that can be sent to another proce
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -89,34 +90,76 @@ class Work(Protocol):
 class Executor(Protocol):
     """Runs units. The result must not depend on who runs them, nor on how many do."""
 
-    def run(self, work: Work, units: Sequence[Unit], progress: Progress) -> None: ...
+    def run(self, work: Work, units: Sequence[Unit], progress: Progress, device: str = "cpu") -> int:
+        """Runs all units and returns how many workers died over them, which leave temporary files.
+
+        Args:
+            work: What to do with the units.
+            units: The units, in the order in which they are begun.
+            progress: Advances as units are committed.
+            device: Where the work runs: `cpu`, or as in `embed.device`.
+        """
+
+
+class UnitRunner:
+    """Opens a work and runs its units in this process: the loop of every executor and every worker.
+
+    While a unit is committed, the one that is likely to be next is prepared in a thread.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self._worker = work.open()
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prepare")
+        self._upcoming: tuple[Unit, Future[Any]] | None = None
+
+    def run(self, unit: Unit, following: Unit | None = None) -> None:
+        """Commits `unit` while `following`, probably the unit of the next call, is prepared."""
+        if self._upcoming is None or self._upcoming[0] != unit:
+            self._prepare(unit)
+        assert self._upcoming is not None
+        prepared = self._upcoming[1].result()
+        self._upcoming = None
+
+        if following is not None:
+            self._prepare(following)
+        self._worker.commit(unit, prepared)
+
+    def close(self) -> None:
+        """Waits for the unit that is being prepared."""
+        self._reader.shutdown(cancel_futures=True)
+
+    def _prepare(self, unit: Unit) -> None:
+        self._upcoming = unit, self._reader.submit(self._worker.prepare, unit)
 
 
 class InlineExecutor:
-    """Runs units in this process, one after the other, reading the next while one is computed."""
+    """Runs units in this process, one after the other."""
 
-    def run(self, work: Work, units: Sequence[Unit], progress: Progress) -> None:
+    def run(self, work: Work, units: Sequence[Unit], progress: Progress, device: str = "cpu") -> int:
         if not units:
-            return
-        worker = work.open()
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prepare") as reader:
-            upcoming = reader.submit(worker.prepare, units[0])
+            return 0
+        with closing(UnitRunner(work)) as runner:
             for unit, following in zip(units, [*units[1:], None], strict=True):
-                prepared = upcoming.result()
-                if following is not None:
-                    upcoming = reader.submit(worker.prepare, following)
-                worker.commit(unit, prepared)
+                runner.run(unit, following)
                 progress.advance(unit.amount)
+        return 0
 
 
 def run_pending(
-    builder: ArtifactBuilder, executor: Executor, work: Work, units: Sequence[Unit], progress: Progress, label: str
+    builder: ArtifactBuilder,
+    executor: Executor,
+    work: Work,
+    units: Sequence[Unit],
+    progress: Progress,
+    label: str,
+    device: str = "cpu",
 ) -> list[str]:
     """Runs the units that are not committed yet; returns the names of all units."""
     pending = [unit for unit in units if not builder.committed(unit.name)]
     progress.start(label, sum(unit.amount for unit in pending))
     try:
-        executor.run(work, pending, progress)
+        if executor.run(work, pending, progress, device):
+            builder.remove_temporaries()
     finally:
         progress.finish()
     return [unit.name for unit in units]

@@ -48,6 +48,12 @@ class ArtifactBuilder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def remove_temporaries(self) -> None:
+        """Removes the temporary files of writers that died; nobody may be writing."""
+        for leftover in self.path.rglob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+            fault_point("sweep.removed")
+
     def committed(self, unit: str) -> bool:
         """Whether the unit is committed and its files hold the bytes that were written; reads them all."""
         record = self._read_record(unit)
@@ -132,10 +138,9 @@ def open_builder(path: Path) -> Iterator[ArtifactBuilder]:
     except (FileExistsError, NotADirectoryError) as error:
         raise ConfigError(f"{error.filename}: is a file where a folder is needed; choose another workspace") from None
     with lock(_lock_path(path)):
-        for leftover in path.rglob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
-            fault_point("sweep.removed")
-        yield ArtifactBuilder(path)
+        builder = ArtifactBuilder(path)
+        builder.remove_temporaries()
+        yield builder
 
 
 def clean_up_after_crash(path: Path) -> None:

@@ -55,9 +55,8 @@ def build(step: Step, builder: ArtifactBuilder, executor: Executor, progress: Pr
             stop = min(start + unit_rows, counts[side])
             tokens = _estimate_tokens(texts, start, stop, work.spec.max_length_tokens)
             units.append(Unit(name=f"{side}-{number:07d}", group=side, start=start, stop=stop, work=tokens))
-    names = run_pending(
-        builder, executor, work, units, progress, f"embed {step.domain} ({step.config['name']}), tokens"
-    )
+    label = f"embed {step.domain} ({step.config['name']}), tokens"
+    names = run_pending(builder, executor, work, units, progress, label, device=step.runtime["device"])
 
     # Every unit lists its rows without a vector; together they are one more unit, a table per side.
     made = [(unit.group, builder.unit_record(unit.name).counts) for unit in units]

@@ -85,7 +85,7 @@ def test_a_step_is_tried_again_after_an_io_error(
 ) -> None:
     attempts = []
 
-    def run_step(step: SimpleNamespace, progress: object, log: object) -> bool:
+    def run_step(step: SimpleNamespace, *others: object) -> bool:
         attempts.append(step.path)
         if len(attempts) == 1:
             raise OSError(number, "first attempt")
@@ -101,6 +101,11 @@ def test_the_flow_writes_shards_and_a_summary(server: None, manifest: Path, tmp_
     workspace = str(tmp_path / "workspace")
     shards = cluster_corpus(str(manifest), workspace, overrides=["pack.batch_size=8"])
     assert list((Path(shards) / "data").glob("*.parquet"))
+    elsewhere = str(tmp_path / "processes")
+    made = cluster_corpus(str(manifest), elsewhere, overrides=["pack.batch_size=8"], executor="processes", workers=2)
+    assert Path(made).relative_to(elsewhere) == Path(shards).relative_to(workspace)
+    digests = [json.loads(Path(folder, "manifest.json").read_bytes())["digest"] for folder in (made, shards)]
+    assert digests[0] == digests[1]
     assert cluster_corpus(str(manifest), workspace, overrides=["pack.batch_size=8"]) == shards
     assert cluster_corpus(str(manifest), workspace, overrides=["pack.batch_size=16"]) != shards
 
@@ -117,7 +122,7 @@ def test_the_flow_writes_shards_and_a_summary(server: None, manifest: Path, tmp_
         key = ArtifactFilter(key=ArtifactFilterKey(any_=["cluster-corpus"]))
         artifacts = client.read_artifacts(artifact_filter=key)
     assert {"pairs of numbers", "vectors of numbers", "batches of numbers", "shards of tiny"} <= names
-    assert len(artifacts) == 3
+    assert len(artifacts) == 4
     assert shards in {artifact.description for artifact in artifacts}
     assert all("|" in str(artifact.data) for artifact in artifacts)
     page = tmp_path / "workspace" / "tiny" / f"report-{Path(shards).name}.html"
