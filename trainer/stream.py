@@ -143,7 +143,7 @@ class BatchStream(Generic[T]):
             )
 
         self.shards = shards if isinstance(shards, Shards) else open_shards(shards)
-        self._order = {"seed": seed, "weights": weights, "similar_lengths": similar_lengths}
+        self._order: dict[str, Any] = {"seed": seed, "weights": weights, "similar_lengths": similar_lengths}
         self.order = self.shards.order(**self._order)
         self.step_size = world_size * accumulate
         if self.step_size > self.order.epoch_length:
