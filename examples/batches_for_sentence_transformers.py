@@ -59,7 +59,7 @@ trainer = SentenceTransformerTrainer(
         report_to="none",
     ),
     train_dataset=batches.to_dataset(),
-    loss=batches.loss(model, temperature=0.02),
+    loss=batches.loss(model),
 )
 trainer.train()
 after = evaluator(model)["held-out_cosine_ndcg@10"]
