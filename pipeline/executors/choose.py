@@ -43,7 +43,7 @@ def open_executor(
 
         num_workers = num_workers or len(visible_gpus())
         if not num_workers:
-            raise ConfigError("--executor processes: there is no GPU here; set the number of processes with --workers")
+            raise ConfigError("--executor processes: no GPU was found; give the number of processes with --workers")
         pool: ProcessExecutor | RayExecutor = ProcessExecutor(num_workers)
     else:
         from hardbatch.pipeline.executors.ray_actors import RayExecutor

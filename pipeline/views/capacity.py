@@ -28,7 +28,7 @@ AtLeast0 = Annotated[float, Field(ge=0)]
 
 
 class StageRate(BaseModel):
-    """How one worker does one stage.
+    """What one stage costs one worker.
 
     Rows are pairs; in `vectors` they are texts, two for each pair and model.
     """
@@ -54,7 +54,7 @@ class StageRate(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class StageNeed:
-    """What a stage takes: rows and bytes of all domains, seconds of all workers together, the peak of one process."""
+    """What a stage takes: rows and bytes of all domains, seconds until the last worker is done, memory of a process."""
 
     stage: str
     rows: int

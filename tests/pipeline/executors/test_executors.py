@@ -363,7 +363,7 @@ def test_a_signal_ends_all_workers(corpus: Path, tmp_path: Path, number: signal.
     ("words", "message"),
     [
         (["--workers", "2"], "--workers: 'inline' works in this process alone; add --executor processes or ray"),
-        (["--executor", "processes"], "there is no GPU here; set the number of processes with --workers"),
+        (["--executor", "processes"], "no GPU was found; give the number of processes with --workers"),
         (["--executor", "processes", "--workers", "0"], "0 is less than 1"),
         (["--executor", "threads"], "invalid choice: 'threads'"),
         (["--executor", "processes", "--workers", "1", "--ray-address", "auto"], "'processes' does not use Ray"),
